@@ -1,0 +1,1 @@
+"""One module for each outside thing: translate and nothing else."""

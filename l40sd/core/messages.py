@@ -1,0 +1,299 @@
+"""What the control API says, as records; ``encode`` and ``decode`` are the only JSON in the project's faces."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """One worker as `l40sctl status` shows it.
+
+    Attributes:
+        phase: A ``lifecycle.Phase`` value.
+        gpus: nvidia-smi's numbers, in rank order; ``gpu_ids`` are the UUIDs.
+        numa: NUMA nodes it is bound to, or would be on a live host.
+        reason: Why it is in this phase; empty when all is well.
+        last_lines: The end of its output, for a worker that failed.
+        since_s: Seconds in this phase.
+        progress: 0 to 1 while starting, as far as can be told; None otherwise.
+        restarts: Restarts since the failures were last cleared.
+        next_start_s: Seconds until the next start; None when none is due.
+    """
+
+    id: str
+    model: str
+    engine: str
+    phase: str
+    tp: int
+    pp: int
+    gpus: tuple[int, ...]
+    gpu_ids: tuple[str, ...]
+    numa: tuple[int, ...] = ()
+    cpus: str = ""
+    link: str = ""
+    placement_reason: str = ""
+    instance: str = ""
+    pid: int | None = None
+    address: str = ""
+    in_flight: int = 0
+    served: int = 0
+    restarts: int = 0
+    reason: str = ""
+    last_lines: tuple[str, ...] = ()
+    since_s: float = 0.0
+    ready_s: float | None = None
+    progress: float | None = None
+    next_start_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuStatus:
+    """One GPU and who has it.
+
+    Attributes:
+        state: ``ok``, ``unknown`` (NVML does not answer), ``stuck`` or ``recorded`` (from a host file).
+        used_bytes: None when it cannot be told.
+    """
+
+    index: int
+    id: str
+    pci: str
+    name: str
+    numa_node: int | None
+    memory_bytes: int
+    used_bytes: int | None
+    worker: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyStatus:
+    """The endpoint's state; counts since the daemon started."""
+
+    listen: tuple[str, ...]
+    connections: int
+    in_flight: int
+    waiting: int
+    served: int
+    failed: int
+    retried: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationStatus:
+    """A pattern change under way or ended.
+
+    Attributes:
+        state: ``running``, ``done``, ``rolling_back``, ``rolled_back``, ``replaced`` or ``failed``.
+        done: Workers of the new pattern that are ready; ``total``: of how many.
+        lowest_ready: The smallest share of ready capacity seen so far, 0 to 1.
+        why: For anything but ``running`` and ``done``.
+    """
+
+    id: str
+    pattern: str
+    previous: str
+    state: str
+    done: int
+    total: int
+    step: str = ""
+    lowest_ready: float = 1.0
+    why: str = ""
+    duration_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """Everything of `l40sctl status`.
+
+    Attributes:
+        provider: Who holds the workers' processes: ``unit``, ``cgroup`` or ``none``; the note says what it cannot do.
+        degraded: Sentences for what does not work at present (state on a full disk, NVML silent, ...).
+    """
+
+    version: str
+    host: str
+    inventory: str
+    is_live: bool
+    uptime_s: float
+    pattern: str
+    operation: OperationStatus | None
+    provider: str
+    provider_note: str
+    workers: tuple[WorkerStatus, ...]
+    gpus: tuple[GpuStatus, ...]
+    proxy: ProxyStatus
+    warnings: tuple[str, ...] = ()
+    degraded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupView:
+    """One replica in a layout, for people."""
+
+    worker: str
+    model: str
+    tp: int
+    pp: int
+    gpus: tuple[int, ...]
+    link: str
+    numa: tuple[int, ...]
+    cpus: str
+    pinning: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatternView:
+    """One pattern as it would be on this host."""
+
+    name: str
+    description: str
+    is_current: bool
+    fits: bool
+    problem: str = ""
+    hint: str = ""
+    summary: str = ""
+    groups: tuple[GroupView, ...] = ()
+    leftover: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopologyGpu:
+    """One GPU in the topology."""
+
+    index: int
+    id: str
+    pci: str
+    name: str
+    memory_bytes: int
+    numa_node: int | None
+    cpus: str
+    path: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """The link matrix, and the chosen GPU groups.
+
+    Attributes:
+        matrix: Letters as nvidia-smi prints them, row and column order as ``gpus``.
+        switches: GPU numbers below each common PCIe switch, host bridge and NUMA node, with its name.
+        record: The whole inventory as a host file (TOML), for ``--record``.
+    """
+
+    host: str
+    source: str
+    is_live: bool
+    gpus: tuple[TopologyGpu, ...]
+    matrix: tuple[tuple[str, ...], ...]
+    switches: tuple[tuple[str, tuple[int, ...]], ...]
+    numa_nodes: tuple[tuple[int, str, int], ...]
+    pattern: str
+    groups: tuple[GroupView, ...]
+    record: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeStep:
+    """One step of a pattern change, in order; ``ready_after`` is the share of capacity ready when it is done."""
+
+    action: str
+    worker: str
+    gpus: tuple[int, ...]
+    ready_after: float
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangePreview:
+    """`switch-pattern --dry-run`.
+
+    Attributes:
+        gpus: GPU number, worker now, worker then; empty names where there is none.
+        kept: Workers that are not touched.
+        lowest_ready: The smallest share of ready capacity on the way, 0 to 1, per model.
+    """
+
+    pattern: str
+    previous: str
+    gpus: tuple[tuple[int, str, str], ...]
+    kept: tuple[str, ...]
+    steps: tuple[ChangeStep, ...]
+    groups: tuple[GroupView, ...]
+    lowest_ready: Mapping[str, float] = field(default_factory=dict)
+    leftover: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One thing that happened; ``seq`` grows by one and starts anew with the daemon's state.
+
+    Attributes:
+        time: Wall clock, ISO 8601 with offset.
+        level: info, warning or error.
+        event: ``thing.happened``.
+    """
+
+    seq: int
+    time: str
+    level: str
+    event: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One line of `l40sctl doctor`: ``state`` is ok, warning or failed."""
+
+    name: str
+    state: str
+    found: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatternRequest:
+    """Body of ``POST /v1/pattern``."""
+
+    name: str
+    dry_run: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorBody:
+    """The inside of ``{"error": ...}``."""
+
+    code: str
+    what: str
+    where: str = ""
+    hint: str = ""
+
+
+def encode(value: Any) -> bytes:
+    """Return a record (or plain data) as one line of JSON."""
+    return msgspec.json.encode(value)
+
+
+def decode(kind: type[T], data: bytes) -> T:
+    """Return the record that ``data`` holds.
+
+    Raises:
+        msgspec.ValidationError: The JSON does not have the record's shape.
+    """
+    return msgspec.json.decode(data, type=kind)
+
+
+def rows(value: Sequence[Any]) -> list[Any]:
+    """Return records as plain lists and dicts, for ``-o json``."""
+    plain = msgspec.to_builtins(value)
+    assert isinstance(plain, list)
+    return plain

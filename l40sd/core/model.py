@@ -1,0 +1,191 @@
+"""The nouns: ids, GPUs, NUMA nodes, the inventory of a host, replicas and where they are placed.
+
+Everything is keyed by identity (GPU UUID, PCI address), never by position: a position changes when a
+card is pulled, an identity does not (invariant 9).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NewType
+
+GpuId = NewType("GpuId", str)
+"""A GPU's UUID as NVML gives it: ``GPU-`` and 36 characters."""
+PciAddress = NewType("PciAddress", str)
+"""``dddd:bb:dd.f``, lower case, as in /sys/bus/pci/devices; a host bridge is ``pcidddd:bb``."""
+WorkerId = NewType("WorkerId", str)
+"""One replica's slot, e.g. ``smollm2-gpu0-1``; only ``[a-z0-9-]``, so that it can be part of a unit's name."""
+InstanceId = NewType("InstanceId", str)
+"""One run of a worker: ``WORKER-ulid``, lower case."""
+ModelName = NewType("ModelName", str)
+"""A model's key in the config."""
+
+
+class Link(IntEnum):
+    """The closest path between two GPUs, best first, in nvidia-smi's letters."""
+
+    X = 0  # the GPU itself
+    NV = 1  # NVLink, any number of bonded links
+    PIX = 2  # at most one PCIe bridge: one PCIe switch
+    PXB = 3  # several PCIe bridges, no host bridge: cascaded PCIe switches
+    PHB = 4  # through one PCIe host bridge
+    NODE = 5  # between host bridges of one NUMA node
+    SYS = 6  # across the sockets' interconnect
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU, joined from NVML's and the kernel's facts.
+
+    Attributes:
+        index: nvidia-smi's number, for people only; may change between boots.
+        numa_node: The NUMA node it hangs on; None when the host does not say.
+        cpus: Logical CPUs nearest to it; empty when the host does not say.
+        path: PCI addresses of the bridges above it, host bridge first (``pci0000:00``, then each upstream
+            port); empty when only a link matrix is known.
+    """
+
+    id: GpuId
+    index: int
+    pci: PciAddress
+    name: str
+    memory_bytes: int
+    numa_node: int | None = None
+    cpus: frozenset[int] = frozenset()
+    path: tuple[PciAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumaNode:
+    """CPUs and memory at one distance. Ids may have gaps; a node may have no CPUs."""
+
+    id: int
+    cpus: frozenset[int]
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """What the host is made of.
+
+    Attributes:
+        source: ``"nvml"`` or the host file's path, for messages.
+        gpus: In order of PCI address.
+        links: Both orders of every pair of different GPUs.
+        is_live: Made from this machine's own devices; only then may anything be pinned to its CPUs.
+    """
+
+    host: str
+    source: str
+    gpus: tuple[Gpu, ...]
+    numa_nodes: tuple[NumaNode, ...]
+    links: Mapping[tuple[GpuId, GpuId], Link]
+    is_live: bool = False
+
+    def gpu(self, gpu_id: GpuId) -> Gpu:
+        """Return the GPU with this UUID.
+
+        Raises:
+            KeyError: This host has no such GPU.
+        """
+        for gpu in self.gpus:
+            if gpu.id == gpu_id:
+                return gpu
+        raise KeyError(gpu_id)
+
+    def link(self, one: GpuId, other: GpuId) -> Link:
+        """Return the closest path between two GPUs of this host; ``Link.X`` from one to itself."""
+        return Link.X if one == other else self.links[(one, other)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSpec:
+    """One line of a pattern: so many replicas of a model, each so wide (TP) and so deep (PP).
+
+    Attributes:
+        count: How many; None means as many as fit ("fill").
+    """
+
+    model: ModelName
+    count: int | None = None
+    tp: int = 1
+    pp: int = 1
+
+    @property
+    def gpus_each(self) -> int:
+        """GPUs one replica occupies."""
+        return self.tp * self.pp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pattern:
+    """A named layout of the whole host."""
+
+    name: str
+    replicas: tuple[ReplicaSpec, ...]
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """One replica's GPUs, CPUs and memory nodes, and why these.
+
+    Attributes:
+        gpus: The GPU group in rank order; empty for a worker that somebody else runs (external).
+        cpus: Logical CPUs to bind to; empty means unbound.
+        memory_nodes: NUMA nodes to take memory from; empty means unbound.
+        worst_link: The slowest link inside the group; ``Link.X`` for one GPU.
+        reason: One sentence for the operator.
+        endpoint: ``http://host:port`` of an external worker; empty otherwise.
+    """
+
+    worker: WorkerId
+    model: ModelName
+    tp: int
+    pp: int
+    gpus: tuple[GpuId, ...]
+    cpus: frozenset[int] = frozenset()
+    memory_nodes: tuple[int, ...] = ()
+    worst_link: Link = Link.X
+    reason: str = ""
+    endpoint: str = ""
+
+    @property
+    def weight(self) -> int:
+        """Relative capacity for balancing: its GPUs, at least 1."""
+        return max(1, len(self.gpus))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A pattern placed on a host, whole.
+
+    Attributes:
+        leftover: GPUs that no replica uses.
+        warnings: What an operator should know although it fits (TP=8 over PCIe, a crossed socket, ...).
+    """
+
+    pattern: str
+    placements: tuple[Placement, ...]
+    leftover: tuple[GpuId, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a checkpoint on disk says of itself; every field may be unknown (a hub id, an odd format).
+
+    Attributes:
+        attention_heads: TP must divide it.
+        kv_heads: Grouped-query heads; TP above it copies the KV cache.
+        layers: PP may not exceed it.
+        size_bytes: Weights on disk.
+        missing: The source is a local path and nothing is there.
+    """
+
+    attention_heads: int | None = None
+    kv_heads: int | None = None
+    layers: int | None = None
+    size_bytes: int | None = None
+    missing: bool = False
+

@@ -1,0 +1,1 @@
+"""The running parts: each owns one piece of mutable state and one task."""

@@ -1,0 +1,1 @@
+"""A host and an engine without a GPU."""
