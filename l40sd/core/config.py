@@ -1,14 +1,19 @@
 """The configuration as records: every option, its default, its unit and its bounds.
 
 This file is the one place where a default is written; etc/l40sd.toml shows the same values and a test
-compares the two. ``option(default, doc, ...)`` carries what TOML and the error messages need.
+compares the two. ``option(default, doc, ...)`` carries what TOML and the error messages need;
+``options_of`` reads it back.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from l40sd.core.model import ModelName, Pattern
+
+BUILT_IN_ENGINES = ("vllm", "sglang", "tensorrt-llm", "llama-cpp", "torchrun", "simulated", "external")
+BUILT_IN_PATTERNS = ("A", "B", "C", "D")
 
 
 def option(
@@ -18,12 +23,49 @@ def option(
     least: float | None = None,
     most: float | None = None,
     choices: tuple[str, ...] = (),
+    restart: bool = False,
 ) -> Any:
-    """Return a dataclass field with its documentation and bounds (both inclusive) in the metadata."""
-    metadata = {"doc": doc, "least": least, "most": most, "choices": choices}
+    """Return a dataclass field with its documentation and bounds (both inclusive) in the metadata.
+
+    ``restart``: a change is seen only by the next daemon, a reload leaves it alone.
+    """
+    metadata = {"doc": doc, "least": least, "most": most, "choices": choices, "restart": restart}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What is known of one option; ``kind`` is its Python type, e.g. ``tuple[str, ...]``."""
+
+    name: str
+    kind: Any
+    default: Any
+    doc: str
+    least: float | None
+    most: float | None
+    choices: tuple[str, ...]
+    restart: bool
+
+
+def options_of(record: type) -> tuple[Option, ...]:
+    """Return the options of one of the records below, in order; a model's own name is none."""
+    return tuple(
+        Option(
+            name=each.name,
+            kind=each.type,
+            default=each.default_factory() if each.default_factory is not MISSING else each.default,
+            **each.metadata,
+        )
+        for each in fields(record)
+        if each.metadata
+    )
+
+
+def slug(name: str) -> str:
+    """Return a model's name as it appears in worker ids and unit names: only ``[a-z0-9-]``, maybe empty."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,36 +73,50 @@ class DaemonConfig:
     """``[daemon]``: where things live and what is applied first."""
 
     pattern: str = option("A", "applied at the first start; afterwards the last applied pattern is kept")
-    state_dir: str = option("/var/lib/l40sd", "what is wanted, kept over reboots")
-    runtime_dir: str = option("/run/l40sd", "instances, lock and control socket; gone after a reboot")
-    log_dir: str = option("/var/log/l40sd", "the workers' output")
-    control_socket: str = option("", "empty: control.sock in runtime_dir")
-    control_group: str = option("l40sd", "group that may use the control socket; ignored where it does not exist")
+    state_dir: str = option("/var/lib/l40sd", "what is wanted, kept over reboots", restart=True)
+    runtime_dir: str = option("/run/l40sd", "instances, lock and control socket; gone after a reboot", restart=True)
+    log_dir: str = option("/var/log/l40sd", "the workers' output", restart=True)
+    control_socket: str = option("", "empty: control.sock in runtime_dir", restart=True)
+    control_group: str = option(
+        "l40sd", "group that may use the control socket; ignored where it does not exist", restart=True
+    )
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
     orphan_grace_s: float = option(
         600.0, "workers of a daemon gone for longer than this stop themselves", least=1, most=7 * 86400
     )
     provider: str = option(
         "auto",
-        "who holds the workers' processes: unit (systemd template), cgroup, none, or auto: the first that works",
+        "who holds the workers' processes: unit (systemd template), cgroup, none; auto: the first that works",
         choices=("auto", "unit", "cgroup", "none"),
+        restart=True,
     )
     stop_timeout_s: float = option(
-        120.0, "all workers are drained and stopped within this time when the daemon is told to stop", least=1, most=3600
+        120.0,
+        "all workers are drained and stopped within this time when the daemon is told to stop",
+        least=1,
+        most=3600,
     )
-    events_kept: int = option(1000, "events that `l40sctl events` can look back on", least=10, most=100_000)
+    events_kept: int = option(
+        1000, "events that `l40sctl events` can look back on", least=10, most=100_000, restart=True
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostConfig:
     """``[host]``: what the machine is made of."""
 
-    inventory: str = option("auto", "auto (NVML and /sys), a host file, or the name of a bundled host, e.g. l40s-12-4+2")
-    nvml_timeout_s: float = option(20.0, "NVML is given up for now when it has not answered", least=0.1, most=300)
-    numa_pinning: bool = option(True, "bind workers to their GPUs' CPUs and memory with numactl")
+    inventory: str = option(
+        "auto",
+        "auto (NVML and /sys), a host file, or the name of a bundled host, e.g. l40s-12-4+2",
+        restart=True,
+    )
+    nvml_timeout_s: float = option(
+        20.0, "NVML is given up for now when it has not answered", least=0.1, most=300, restart=True
+    )
+    numa_pinning: bool = option(default=True, doc="bind workers to their GPUs' CPUs and memory with numactl")
     nccl_p2p: str = option(
         "auto",
-        "auto (NCCL's own choice), or a level for NCCL_P2P_LEVEL: PIX, PXB, PHB, NODE, SYS; off: NCCL_P2P_DISABLE=1",
+        "auto (NCCL's own choice), off (NCCL_P2P_DISABLE=1), or NCCL_P2P_LEVEL: PIX, PXB, PHB, NODE, SYS",
         choices=("auto", "off", "PIX", "PXB", "PHB", "NODE", "SYS"),
     )
 
@@ -69,11 +125,13 @@ class HostConfig:
 class ProxyConfig:
     """``[proxy]``: the endpoint."""
 
-    listen: tuple[str, ...] = option(("127.0.0.1:8080",), "host:port or unix:/path, any number")
+    listen: tuple[str, ...] = option(("127.0.0.1:8080",), "host:port or unix:/path, any number", restart=True)
     api_keys_file: str = option("", "one key a line, # comments; empty: everybody may ask")
     queue_limit: int = option(1000, "requests that may wait for a worker, per model", least=0, most=1_000_000)
     queue_timeout_s: float = option(120.0, "longest wait for a worker, then 503", least=0, most=86400)
-    in_flight_limit: int = option(0, "requests at once on one worker; 0: no limit, the engine queues", least=0, most=100_000)
+    in_flight_limit: int = option(
+        0, "requests at once on one worker; 0: no limit, the engine queues", least=0, most=100_000
+    )
     connect_timeout_s: float = option(5.0, "for a connection to a worker", least=0.01, most=300)
     first_byte_timeout_s: float = option(600.0, "for the first byte of a worker's reply", least=0.1, most=86400)
     idle_timeout_s: float = option(300.0, "longest silence within a worker's reply", least=0.1, most=86400)
@@ -81,13 +139,18 @@ class ProxyConfig:
     client_body_timeout_s: float = option(30.0, "longest silence within a client's request body", least=0.1, most=3600)
     client_idle_timeout_s: float = option(75.0, "idle keep-alive connections are closed", least=0.1, most=86400)
     upstream_idle_timeout_s: float = option(
-        4.0, "idle connections to workers are closed; below the engines' own (vLLM: 5 s)", least=0.1, most=3600
+        4.0,
+        "idle connections to workers are closed; below the engines' own (vLLM: 5 s)",
+        least=0.1,
+        most=3600,
     )
     head_limit_bytes: int = option(32768, "request head, then 431", least=1024, most=1 << 20)
     body_limit_bytes: int = option(64 << 20, "request body, then 413", least=1024, most=1 << 32)
     connection_limit: int = option(20000, "client connections at once, then 503", least=1, most=1_000_000)
-    retries: int = option(2, "further workers that a request is tried on before its first byte came back", least=0, most=10)
-    access_log: bool = option(False, "one line a request; costs more than the request itself")
+    retries: int = option(
+        2, "further workers that a request is tried on before its first byte came back", least=0, most=10
+    )
+    access_log: bool = option(default=False, doc="one line a request; costs more than the request itself")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,23 +162,40 @@ class WorkersConfig:
     port_last: int = option(30999, "last port given to workers", least=1024, most=65535)
     start_parallel: int = option(2, "workers that may be starting at once", least=1, most=64)
     min_ready: float = option(
-        0.5, "share of a model's capacity kept ready during a pattern change, where the GPUs allow it", least=0, most=1
+        0.5,
+        "share of a model's capacity kept ready during a pattern change, where the GPUs allow it",
+        least=0,
+        most=1,
     )
-    drain_timeout_s: float = option(120.0, "a drained worker is stopped after this even with requests in flight", least=0, most=86400)
+    drain_timeout_s: float = option(
+        120.0, "a drained worker is stopped after this even with requests in flight", least=0, most=86400
+    )
     term_timeout_s: float = option(20.0, "from SIGTERM to the kill of the whole process tree", least=0.1, most=3600)
     kill_timeout_s: float = option(10.0, "from the kill until a worker counts as stuck", least=0.1, most=600)
     spawn_timeout_s: float = option(10.0, "for a worker's shim to report its engine's pid", least=0.1, most=300)
-    gpu_free_timeout_s: float = option(60.0, "for a GPU's memory to be free before its next worker starts", least=0, most=3600)
-    backoff_first_s: float = option(5.0, "a worker that was ready: first delay, after one restart at once", least=0, most=3600)
+    gpu_free_timeout_s: float = option(
+        60.0, "for a GPU's memory to be free before its next worker starts", least=0, most=3600
+    )
+    backoff_first_s: float = option(
+        5.0, "a worker that was ready: first delay, after one restart at once", least=0, most=3600
+    )
     backoff_limit_s: float = option(300.0, "a worker that was ready: longest delay", least=0, most=86400)
-    backoff_never_ready_first_s: float = option(15.0, "a worker that never became ready: first delay", least=0, most=3600)
-    backoff_never_ready_limit_s: float = option(600.0, "a worker that never became ready: longest delay", least=0, most=86400)
-    quarantine_alike: int = option(3, "starts in a row that fail alike, then the worker waits for `l40sctl reset`", least=1, most=100)
+    backoff_never_ready_first_s: float = option(
+        15.0, "a worker that never became ready: first delay", least=0, most=3600
+    )
+    backoff_never_ready_limit_s: float = option(
+        600.0, "a worker that never became ready: longest delay", least=0, most=86400
+    )
+    quarantine_alike: int = option(
+        3, "starts in a row that fail alike, then the worker waits for `l40sctl reset`", least=1, most=100
+    )
     quarantine_per_hour: int = option(6, "restarts within an hour, then the same", least=1, most=1000)
     healthy_after_s: float = option(600.0, "healthy for this long clears the record of failures", least=0, most=86400)
     log_file_bytes: int = option(16 << 20, "size of one file of a worker's output", least=4096, most=1 << 34)
     log_files: int = option(4, "files kept of a worker's output", least=1, most=100)
-    pids_limit: int = option(4096, "processes and threads of one worker, where cgroups allow it", least=16, most=1_000_000)
+    pids_limit: int = option(
+        4096, "processes and threads of one worker, where cgroups allow it", least=16, most=1_000_000
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,11 +207,24 @@ class HealthConfig:
     startup_interval_s: float = option(0.25, "between two probes of a starting worker", least=0.02, most=60)
     fall: int = option(3, "failed probes in a row, then no more requests", least=1, most=100)
     rise: int = option(2, "good probes in a row, then requests again", least=1, most=100)
-    startup_timeout_s: float = option(600.0, "deadline for a start, before what the checkpoint's size adds", least=1, most=86400)
-    load_bytes_per_s: int = option(200_000_000, "slowest reading of a checkpoint that still counts as loading", least=1, most=1 << 40)
-    startup_stall_s: float = option(300.0, "a start past its deadline goes on while it shows progress at least this often", least=1, most=86400)
-    stall_timeout_s: float = option(120.0, "requests running and no token for this long: hung, restarted", least=1, most=86400)
-    canary_interval_s: float = option(60.0, "an idle worker is asked for one token this often; 0: never", least=0, most=86400)
+    startup_timeout_s: float = option(
+        600.0, "deadline for a start, before what the checkpoint's size adds", least=1, most=86400
+    )
+    load_bytes_per_s: int = option(
+        200_000_000, "slowest reading of a checkpoint that still counts as loading", least=1, most=1 << 40
+    )
+    startup_stall_s: float = option(
+        300.0,
+        "a start past its deadline goes on while it shows progress at least this often",
+        least=1,
+        most=86400,
+    )
+    stall_timeout_s: float = option(
+        120.0, "requests running and no token for this long: hung, restarted", least=1, most=86400
+    )
+    canary_interval_s: float = option(
+        60.0, "an idle worker is asked for one token this often; 0: never", least=0, most=86400
+    )
     canary_timeout_s: float = option(60.0, "for that token", least=0.1, most=3600)
 
 
@@ -143,7 +236,9 @@ class EngineConfig:
     """
 
     base: str = option("", "built-in engine that this one starts from; empty: the one of the same name")
-    command: tuple[str, ...] = option((), "whole command line; {model} {name} {host} {port} {tp} {pp} {api_key} {gpus} are filled in")
+    command: tuple[str, ...] = option(
+        (), "whole command line; {model} {name} {host} {port} {tp} {pp} {api_key} {gpus} are filled in"
+    )
     env: Mapping[str, str] = option({}, "added to the worker's environment; an empty value removes one")
     health_path: str = option("", "GET answers 200 when ready")
     metrics_path: str = option("", "Prometheus text")
