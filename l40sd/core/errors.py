@@ -38,5 +38,5 @@ class ConfigError(L40sError):
         self.problems = tuple(problems)
 
 
-class DoesNotFit(L40sError):
+class DoesNotFit(L40sError):  # noqa: N818  it reads as what it says: "raise DoesNotFit"
     """A pattern this host cannot hold; the hint says what would fit."""

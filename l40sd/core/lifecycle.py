@@ -1,0 +1,348 @@
+"""The worker table: which phase follows from which event, what is then done, and when to try again.
+
+Everything that decides a transition is in this file; services/worker.py only carries out the actions.
+
+                     PERMIT           SPAWNED            UP
+        WAITING ─────────────> SPAWNING ──────> STARTING ────> READY <────> UNREADY
+           ^                      │                │             │ DRAIN       │
+  RETRY_DUE│          BLOCKED,    │                │ FAILED,     v             │ STALLED
+           │       SPAWN_FAILED   │                │ EXITED   DRAINING ────> DRAINED (goal REST)
+        BACKOFF <─────────────────┴────────────────┘             │ EMPTY
+           │                                                     v       UNKILLABLE
+       QUARANTINED, FAILED  (until RESET)                    STOPPING ─────────────> STUCK
+                                                                 │ EXITED
+                                                                 v
+                            goal GONE: STOPPED · goal RESTART: WAITING · goal SERVE: as the restart policy says
+
+The **goal** is what the worker is for at present, next to the phase it is in: SERVE, REST (drained by the operator,
+process kept), RESTART (once, by the operator) or GONE (the plan has no more use for it).
+
+An event without a row is *late*: it was true of a phase that has been left (a probe that answered after the drain
+began, say). Late events are absorbed. Events that can only come from our own mistake are in ``IMPOSSIBLE`` and raise.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """A worker's row in the table."""
+
+    WAITING = "waiting"  # for its turn to start
+    SPAWNING = "spawning"  # GPUs being checked, process being made
+    STARTING = "starting"  # process lives, model loads
+    READY = "ready"  # receives requests
+    UNREADY = "unready"  # lives, does not answer probes
+    DRAINING = "draining"  # no new requests, finishes the old
+    DRAINED = "drained"  # idle by the operator's wish
+    STOPPING = "stopping"  # told to exit
+    BACKOFF = "backoff"  # waits before the next try
+    QUARANTINED = "quarantined"  # tried often enough; waits for `l40sctl reset`
+    FAILED = "failed"  # cannot be started as configured; waits for a new config or `l40sctl reset`
+    STUCK = "stuck"  # cannot be killed; its GPUs are out of use
+    STOPPED = "stopped"  # nothing is left of it
+
+
+class Event(StrEnum):
+    """What happens to a worker."""
+
+    PERMIT = "permit"  # the plan lets it start now
+    SPAWNED = "spawned"
+    ADOPTED = "adopted"  # an earlier daemon started it
+    SPAWN_FAILED = "spawn_failed"  # this try came to nothing
+    BLOCKED = "blocked"  # its GPUs are not free; not its fault
+    MISCONFIGURED = "misconfigured"  # no try can succeed: program or model missing
+    UP = "up"  # startup verdict: it made a token
+    START_FAILED = "start_failed"  # startup verdict: deadline passed
+    FELL = "fell"  # readiness verdict: no
+    ROSE = "rose"  # readiness verdict: yes
+    STALLED = "stalled"  # progress verdict: hung
+    DRAIN = "drain"  # operator: rest
+    UNDRAIN = "undrain"  # operator: serve again
+    RESTART = "restart"  # operator: once
+    RETIRE = "retire"  # plan: be gone, after a drain
+    RESET = "reset"  # operator: forget the failures, try now
+    EMPTY = "empty"  # nothing in flight any more, or the drain's deadline passed
+    EXITED = "exited"  # the process and all its children are gone
+    UNKILLABLE = "unkillable"  # SIGKILL did not empty it in time
+    RETRY_DUE = "retry_due"
+
+
+class Goal(StrEnum):
+    """What a worker is for."""
+
+    SERVE = "serve"
+    REST = "rest"
+    RESTART = "restart"
+    GONE = "gone"
+
+
+class Action(StrEnum):
+    """What services/worker.py then does."""
+
+    SPAWN = "spawn"  # GPUs free? port, process
+    WATCH_START = "watch_start"  # startup probes
+    ADD_ROUTE = "add_route"
+    REMOVE_ROUTE = "remove_route"
+    WATCH = "watch"  # readiness and progress probes
+    DRAIN = "drain"  # EMPTY when nothing is in flight
+    TERMINATE = "terminate"  # ladder: SIGTERM ... kill; EXITED or UNKILLABLE
+    CLEAN_UP = "clean_up"  # port, instance directory
+    ASK_POLICY = "ask_policy"  # a failure: decide_restart() says BACKOFF, WAITING or QUARANTINED
+    WAIT_BLOCKED = "wait_blocked"  # back-off that counts as nobody's failure
+    FORGIVE = "forgive"  # clear the record of failures
+
+
+class Ask(StrEnum):
+    """A next phase that depends on the goal."""
+
+    AFTER_DRAIN = "after_drain"
+    AFTER_EXIT = "after_exit"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One row's answer."""
+
+    phase: Phase | Ask
+    actions: tuple[Action, ...] = ()
+    goal: Goal | None = None  # None: stays as it is
+
+
+P, E, A, G = Phase, Event, Action, Goal
+
+LIVE = frozenset({P.STARTING, P.READY, P.UNREADY, P.DRAINING, P.DRAINED, P.STOPPING, P.STUCK})
+"""Phases with a process; SPAWNING may have one."""
+OCCUPIES_GPUS = LIVE | {P.SPAWNING}
+COMING_UP = frozenset({P.SPAWNING, P.STARTING})
+
+_EXIT = Step(Ask.AFTER_EXIT, (A.REMOVE_ROUTE, A.CLEAN_UP))
+_ENDED = Step(P.STOPPED, goal=G.GONE)
+_TERMINATE = (A.REMOVE_ROUTE, A.TERMINATE)
+_AGAIN = Step(P.WAITING, (A.FORGIVE,), goal=G.SERVE)
+_DRAIN = (A.REMOVE_ROUTE, A.DRAIN)
+
+TABLE: dict[Phase, dict[Event, Step]] = {
+    P.WAITING: {
+        E.PERMIT: Step(P.SPAWNING, (A.SPAWN,)),
+        E.ADOPTED: Step(P.STARTING, (A.WATCH_START,)),
+        E.RETIRE: _ENDED,
+        E.MISCONFIGURED: Step(P.FAILED),
+        E.RESET: _AGAIN,
+        E.RESTART: _AGAIN,
+    },
+    P.SPAWNING: {
+        E.SPAWNED: Step(P.STARTING, (A.WATCH_START,)),
+        E.SPAWN_FAILED: Step(Ask.AFTER_EXIT, (A.CLEAN_UP,)),
+        E.BLOCKED: Step(P.BACKOFF, (A.CLEAN_UP, A.WAIT_BLOCKED)),
+        E.MISCONFIGURED: Step(P.FAILED, (A.CLEAN_UP,)),
+        # The process may come into being at any moment: remember the wish, act when it is known.
+        E.RETIRE: Step(P.SPAWNING, goal=G.GONE),
+        E.RESTART: Step(P.SPAWNING),
+    },
+    P.STARTING: {
+        E.UP: Step(P.READY, (A.ADD_ROUTE, A.WATCH)),
+        E.START_FAILED: Step(P.STOPPING, _TERMINATE),
+        E.EXITED: _EXIT,
+        # Nothing is in flight on a worker that was never routed: no drain.
+        E.RETIRE: Step(P.STOPPING, _TERMINATE, goal=G.GONE),
+        E.RESTART: Step(P.STOPPING, _TERMINATE, goal=G.RESTART),
+    },
+    P.READY: {
+        E.FELL: Step(P.UNREADY, (A.REMOVE_ROUTE,)),
+        E.STALLED: Step(P.STOPPING, _TERMINATE),
+        E.EXITED: _EXIT,
+        E.DRAIN: Step(P.DRAINING, _DRAIN, goal=G.REST),
+        E.RETIRE: Step(P.DRAINING, _DRAIN, goal=G.GONE),
+        E.RESTART: Step(P.DRAINING, _DRAIN, goal=G.RESTART),
+    },
+    P.UNREADY: {
+        E.ROSE: Step(P.READY, (A.ADD_ROUTE,)),
+        E.STALLED: Step(P.STOPPING, _TERMINATE),
+        E.EXITED: _EXIT,
+        # It may still finish what it has in flight: the drain's deadline bounds that.
+        E.DRAIN: Step(P.DRAINING, _DRAIN, goal=G.REST),
+        E.RETIRE: Step(P.DRAINING, _DRAIN, goal=G.GONE),
+        E.RESTART: Step(P.DRAINING, _DRAIN, goal=G.RESTART),
+    },
+    P.DRAINING: {
+        E.EMPTY: Step(Ask.AFTER_DRAIN),
+        E.STALLED: Step(P.STOPPING, _TERMINATE),
+        E.EXITED: _EXIT,
+        # The stricter wish wins; GONE is never taken back, the plan makes a new worker instead.
+        E.RETIRE: Step(P.DRAINING, goal=G.GONE),
+        E.RESTART: Step(P.DRAINING, goal=G.RESTART),
+        E.UNDRAIN: Step(P.READY, (A.ADD_ROUTE,), goal=G.SERVE),
+    },
+    P.DRAINED: {
+        E.UNDRAIN: Step(P.READY, (A.ADD_ROUTE,), goal=G.SERVE),
+        E.STALLED: Step(P.STOPPING, _TERMINATE),
+        E.EXITED: _EXIT,
+        E.RETIRE: Step(P.STOPPING, (A.TERMINATE,), goal=G.GONE),
+        E.RESTART: Step(P.STOPPING, (A.TERMINATE,), goal=G.RESTART),
+    },
+    P.STOPPING: {
+        E.EXITED: _EXIT,
+        E.UNKILLABLE: Step(P.STUCK),
+        E.RETIRE: Step(P.STOPPING, goal=G.GONE),
+        E.RESTART: Step(P.STOPPING, goal=G.RESTART),
+    },
+    P.STUCK: {
+        E.EXITED: _EXIT,  # the driver let go after all
+        E.RETIRE: Step(P.STUCK, goal=G.GONE),
+        E.RESET: Step(P.STOPPING, (A.TERMINATE,), goal=G.RESTART),
+        E.RESTART: Step(P.STOPPING, (A.TERMINATE,), goal=G.RESTART),
+    },
+    P.BACKOFF: {
+        E.RETRY_DUE: Step(P.WAITING),
+        E.RETIRE: _ENDED,
+        E.RESET: _AGAIN,
+        E.RESTART: _AGAIN,
+    },
+    P.QUARANTINED: {E.RETIRE: _ENDED, E.RESET: _AGAIN, E.RESTART: _AGAIN},
+    P.FAILED: {E.RETIRE: _ENDED, E.RESET: _AGAIN, E.RESTART: _AGAIN},
+    P.STOPPED: {},
+}
+
+IMPOSSIBLE: dict[Phase, frozenset[Event]] = {
+    # A process is made once for each permit, and only the plan's permit leads to one.
+    P.READY: frozenset({E.SPAWNED, E.SPAWN_FAILED, E.ADOPTED}),
+    P.STARTING: frozenset({E.SPAWN_FAILED, E.ADOPTED}),
+    P.STOPPED: frozenset({E.SPAWNED, E.ADOPTED, E.UP}),
+}
+
+
+def step(phase: Phase, goal: Goal, event: Event) -> Step | None:
+    """Return what follows when ``event`` happens in ``phase``; None when the event is late.
+
+    The step's phase is always a Phase and its goal always set: ``Ask`` is resolved with the goal in force.
+    STEP.phase BACKOFF together with ASK_POLICY means: the policy chooses among BACKOFF, WAITING and QUARANTINED.
+
+    1. A goal once GONE stays GONE.
+    2. A worker that comes to life although it shall be gone is stopped at once.
+    3. A failure asks the restart policy; a wished exit does not.
+    """
+    assert event not in IMPOSSIBLE.get(phase, ()), f"{event} cannot happen to a worker that is {phase}"
+    row = TABLE[phase].get(event)
+    if row is None:
+        return None
+    new_goal = goal if row.goal is None or goal is G.GONE else row.goal  # 1
+    if new_goal is G.GONE and event in (E.SPAWNED, E.UP, E.UNDRAIN):  # 2
+        if event is E.UNDRAIN:
+            return None
+        return Step(P.STOPPING, _TERMINATE, new_goal)
+    match row.phase:
+        case Ask.AFTER_DRAIN:
+            if new_goal is G.REST:
+                return Step(P.DRAINED, row.actions, new_goal)
+            return Step(P.STOPPING, (*row.actions, A.TERMINATE), new_goal)
+        case Ask.AFTER_EXIT:
+            if new_goal is G.GONE:
+                return Step(P.STOPPED, row.actions, new_goal)
+            if new_goal is G.RESTART:
+                return Step(P.WAITING, (*row.actions, A.FORGIVE), G.SERVE)
+            return Step(P.BACKOFF, (*row.actions, A.ASK_POLICY), G.SERVE)  # 3
+        case _:
+            if new_goal is G.GONE and row.phase in (P.WAITING, P.BACKOFF, P.FAILED):
+                return Step(P.STOPPED, tuple(a for a in row.actions if a is A.CLEAN_UP), new_goal)
+            return Step(row.phase, row.actions, new_goal)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartLimits:
+    """The restart policy's figures; see ``[workers]`` in the config for each."""
+
+    backoff_first_s: float
+    backoff_limit_s: float
+    never_ready_first_s: float
+    never_ready_limit_s: float
+    quarantine_alike: int
+    quarantine_per_hour: int
+    healthy_after_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """A worker's failures since they were last cleared.
+
+    Attributes:
+        kind: The last failure's kind, e.g. ``"exit 1"``, ``"signal 11"``, ``"start deadline"``.
+        alike: Starts in a row that failed with this kind without ever being ready.
+        streak: Failures in a row.
+        failed_at_s: Monotonic times of the failures of the last hour.
+    """
+
+    kind: str = ""
+    alike: int = 0
+    streak: int = 0
+    failed_at_s: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the restart policy says.
+
+    Attributes:
+        delay_s: Until the next try; None: no further try before a reset.
+        why: For the operator, when there is no further try.
+    """
+
+    record: Record
+    delay_s: float | None
+    why: str = ""
+
+
+HOUR_S = 3600.0
+OOM_DELAY_FACTOR = 2.0
+
+
+def decide_restart(
+    record: Record,
+    *,
+    kind: str,
+    ready_for_s: float | None,
+    is_oom: bool,
+    now_s: float,
+    jitter: float,
+    limits: RestartLimits,
+) -> Verdict:
+    """Return when a failed worker is tried again, or that it is not.
+
+    1. Healthy for long enough: the record starts anew.
+    2. So many starts in a row that fail alike, or so many failures within an hour: no further try.
+    3. A worker that was ready: at once, then ``backoff_first_s`` doubling to its limit.
+       One that never was: ``never_ready_first_s`` doubling to its limit. Out of memory: twice that.
+
+    Args:
+        ready_for_s: How long it had been ready; None when it never was.
+        now_s: Monotonic.
+        jitter: -1 to 1, stretches the delay by up to a tenth so that twelve workers do not return as one.
+    """
+    if ready_for_s is not None and ready_for_s >= limits.healthy_after_s:  # 1
+        record = Record()
+    never_ready = ready_for_s is None
+    recent = (*(t for t in record.failed_at_s if now_s - t < HOUR_S), now_s)
+    alike = (record.alike + 1 if record.kind == kind else 1) if never_ready else 0
+    updated = Record(kind=kind, alike=alike, streak=record.streak + 1, failed_at_s=recent)
+    if alike >= limits.quarantine_alike:  # 2
+        return Verdict(record=updated, delay_s=None, why=f"{alike} starts in a row failed alike ({kind})")
+    if len(recent) >= limits.quarantine_per_hour:
+        return Verdict(record=updated, delay_s=None, why=f"{len(recent)} failures within an hour, last: {kind}")
+    if never_ready:  # 3
+        delay_s = _doubled(limits.never_ready_first_s, updated.streak - 1, limits.never_ready_limit_s)
+    elif updated.streak == 1 and not is_oom:
+        return Verdict(record=updated, delay_s=0.0)
+    else:
+        delay_s = _doubled(limits.backoff_first_s, max(0, updated.streak - 2), limits.backoff_limit_s)
+    if is_oom:
+        delay_s *= OOM_DELAY_FACTOR
+    return Verdict(record=updated, delay_s=delay_s * (1 + 0.1 * jitter))
+
+
+def forgiven(record: Record, *, ready_for_s: float, limits: RestartLimits) -> Record:
+    """Return the record as it stands after ``ready_for_s`` of good health: empty once that is long enough."""
+    return Record() if ready_for_s >= limits.healthy_after_s else replace(record, alike=0)
+
+
+def _doubled(first_s: float, times: int, limit_s: float) -> float:
+    return min(limit_s, first_s * 2.0 ** min(times, 30))

@@ -1,0 +1,339 @@
+"""Observed + wanted + limits -> what to do next.
+
+``plan`` is recomputed after every change, so nothing is a one-shot edge that can be lost: it may be abandoned after
+any of its steps and asked again (invariant 4). It never lets a GPU have two owners, because a worker is created only
+when nobody observed holds any of its GPUs (invariant 1), and it never touches a worker that is wanted as it is
+(invariant 5).
+
+A change goes GPU group by GPU group. What has to go is retired only when
+
+    a. the model keeps its floor of ready capacity without it, or nothing else is on its way (else nothing would move);
+    b. everything started so far of a new shape has proven itself with one real answer;
+    c. no more groups are on their way than may start at once: capacity is not given up before it can be rebuilt.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from l40sd.core.lifecycle import COMING_UP, Goal, Phase
+from l40sd.core.model import GpuId, ModelName, Placement, WorkerId
+
+Shape = tuple[ModelName, int, int]
+"""Model, TP, PP: what has to prove itself once before more of it replace what works."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A placement that shall exist, and the fingerprint of its launch."""
+
+    placement: Placement
+    fingerprint: str
+
+    @property
+    def shape(self) -> Shape:
+        """What this worker has in common with its equals."""
+        return (self.placement.model, self.placement.tp, self.placement.pp)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """A worker as it is."""
+
+    worker: WorkerId
+    model: ModelName
+    gpus: tuple[GpuId, ...]
+    weight: int
+    shape: Shape
+    fingerprint: str
+    phase: Phase
+    goal: Goal
+
+    @property
+    def is_serving(self) -> bool:
+        """Counts as ready capacity."""
+        return self.phase is Phase.READY and self.goal is not Goal.GONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a plan must respect.
+
+    Attributes:
+        baseline: Each model's capacity in GPUs when the change began; the floor is a share of the smaller of this
+            and what is wanted. Empty outside a change: then nothing needs a floor.
+        unproven: Shapes that have not yet given one real answer in this change.
+    """
+
+    start_parallel: int
+    min_ready: float
+    baseline: Mapping[ModelName, int]
+    unproven: frozenset[Shape] = frozenset()
+
+
+class Do(StrEnum):
+    """A step's verb."""
+
+    CREATE = "create"  # make the slot: its GPUs are free
+    START = "start"  # let it start now
+    RETIRE = "retire"  # drain, then stop
+    FORGET = "forget"  # nothing is left of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """One thing to do now."""
+
+    do: Do
+    worker: WorkerId
+    why: str = ""
+
+
+def plan(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> tuple[Order, ...]:
+    """Return what to do now, in this order; empty when there is nothing to do but wait, or nothing at all.
+
+    1. Forget what is gone.
+    2. Create wanted workers whose GPUs nobody holds.
+    3. Let waiting workers start, those of the model with the least ready capacity first.
+    4. Retire what is in the way of the next GPU group, or of nobody but not wanted.
+    """
+    return (
+        *(Order(do=Do.FORGET, worker=o.worker) for o in observed if o.phase is Phase.STOPPED),  # 1
+        *_creations(wanted, observed),  # 2
+        *_starts(wanted, observed, limits),  # 3
+        *_retirements(wanted, observed, limits),  # 4
+    )
+
+
+def is_settled(wanted: Sequence[Wanted], observed: Sequence[Observed]) -> bool:
+    """Return whether exactly the wanted workers exist and each is ready, or idle by the operator's wish."""
+    by_id = {o.worker: o for o in observed}
+    return len(observed) == len(wanted) and all(
+        (o := by_id.get(w.placement.worker)) is not None
+        and o.fingerprint == w.fingerprint
+        and o.phase in (Phase.READY, Phase.DRAINED)
+        and o.goal is not Goal.GONE
+        for w in wanted
+    )
+
+
+def ready_share(model: ModelName, wanted: Sequence[Wanted], observed: Iterable[Observed], limits: Limits) -> float:
+    """Return the model's ready capacity over what its floor is measured against; 1.0 for a model without one."""
+    base = _base(model, wanted, limits)
+    return 1.0 if base == 0 else min(1.0, _ready(model, observed) / base)
+
+
+def _creations(wanted: Sequence[Wanted], observed: Sequence[Observed]) -> Iterable[Order]:
+    held = {gpu for o in observed if o.phase is not Phase.STOPPED for gpu in o.gpus}
+    taken = {o.worker for o in observed if o.phase is not Phase.STOPPED}
+    for w in wanted:
+        if w.placement.worker not in taken and held.isdisjoint(w.placement.gpus):
+            yield Order(do=Do.CREATE, worker=w.placement.worker)
+
+
+def _starts(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> Iterable[Order]:
+    """At most ``start_parallel`` at once, and of a shape that has yet to prove itself one."""
+    coming = [o for o in observed if o.phase in COMING_UP]
+    room = limits.start_parallel - len(coming)
+    on_trial = {o.shape for o in coming} & limits.unproven
+    by_id = {w.placement.worker: w for w in wanted}
+    waiting = [o for o in observed if o.phase is Phase.WAITING and _is_kept(o, by_id.get(o.worker))]
+    waiting.sort(key=lambda o: (ready_share(o.model, wanted, observed, limits), o.worker))
+    for o in waiting:
+        if room <= 0:
+            return
+        if o.shape in on_trial:
+            continue
+        if o.shape in limits.unproven:
+            on_trial.add(o.shape)
+        room -= 1
+        yield Order(do=Do.START, worker=o.worker)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scene:
+    """The alive workers, sorted by what is to become of them.
+
+    Attributes:
+        outgoing: Not wanted as they are, whether already told to go or not.
+        sets: Each wanted worker that does not exist, and who is in its way.
+        on_its_way: GPU groups being cleared or started. One behind a stuck worker is not on its way: the rest goes on.
+        trial: Unproven shapes that are being started, or their GPUs being cleared for them.
+    """
+
+    alive: tuple[Observed, ...]
+    outgoing: tuple[Observed, ...]
+    missing: tuple[Wanted, ...]
+    sets: tuple[tuple[Wanted, tuple[Observed, ...]], ...]
+    on_its_way: int
+    trial: frozenset[Shape]
+
+
+def _scene(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> _Scene:
+    alive = tuple(o for o in observed if o.phase is not Phase.STOPPED)
+    by_id = {w.placement.worker: w for w in wanted}
+    kept = tuple(o for o in alive if _is_kept(o, by_id.get(o.worker)))
+    outgoing = tuple(o for o in alive if o not in kept)
+    present = {o.worker for o in kept}
+    missing = tuple(w for w in wanted if w.placement.worker not in present)
+    sets = tuple((w, _in_the_way(w, outgoing)) for w in missing)
+    clearing = [
+        w for w, way in sets if all(o.goal is Goal.GONE for o in way) and not any(o.phase is Phase.STUCK for o in way)
+    ]
+    coming = [o for o in kept if o.phase in COMING_UP or o.phase is Phase.WAITING]
+    return _Scene(
+        alive=alive,
+        outgoing=outgoing,
+        missing=missing,
+        sets=sets,
+        on_its_way=len(clearing) + len(coming),
+        trial=frozenset(({w.shape for w in clearing} | {o.shape for o in kept if not o.is_serving}) & limits.unproven),
+    )
+
+
+def _retirements(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> Iterable[Order]:
+    """Yield what to retire now, see a, b and c above.
+
+    Candidates are whole sets: everything in the way of one wanted GPU group. The cheapest set comes first (fewest ready
+    GPUs given up for each GPU gained), then the wanted order, which is the order of the host's GPUs.
+    """
+    scene = _scene(wanted, observed, limits)
+    movable = [(w, way) for w, way in scene.sets if not any(o.phase is Phase.STUCK for o in way)]
+    todo = [(w, tuple(o for o in way if o.goal is not Goal.GONE)) for w, way in movable]
+    todo = sorted(((w, way) for w, way in todo if way), key=lambda pair: _cost(*pair))
+    on_its_way, trial = scene.on_its_way, scene.trial
+    gone: set[WorkerId] = set()
+    for w, way in todo:
+        if trial or on_its_way >= limits.start_parallel:  # b, c
+            break
+        if on_its_way and not _keeps_floor(way, wanted, scene.alive, gone, limits):  # a
+            continue
+        why = f"its GPUs are wanted for {w.placement.worker}"
+        yield from (Order(do=Do.RETIRE, worker=o.worker, why=why) for o in way if o.worker not in gone)
+        gone.update(o.worker for o in way)
+        on_its_way += 1
+        trial = trial | ({w.shape} & limits.unproven)
+    if not trial:
+        in_a_way = {o.worker for _, way in scene.sets for o in way}
+        yield from _surplus(wanted, scene, in_a_way | gone, limits)
+
+
+def _surplus(
+    wanted: Sequence[Wanted], scene: _Scene, spoken_for: Collection[WorkerId], limits: Limits
+) -> Iterable[Order]:
+    """Retire what is in nobody's way but not wanted: it serves on until what replaces it does."""
+    gone: set[WorkerId] = set()
+    for o in scene.outgoing:
+        if o.goal is Goal.GONE or o.worker in spoken_for:
+            continue
+        is_over = not scene.missing and not scene.on_its_way
+        if is_over or not o.is_serving or _keeps_floor([o], wanted, scene.alive, {*spoken_for, *gone}, limits):
+            gone.add(o.worker)
+            yield Order(do=Do.RETIRE, worker=o.worker, why="not in the pattern any more")
+
+
+def _is_kept(o: Observed, w: Wanted | None) -> bool:
+    return w is not None and w.fingerprint == o.fingerprint and o.goal is not Goal.GONE
+
+
+def _in_the_way(w: Wanted, outgoing: Sequence[Observed]) -> tuple[Observed, ...]:
+    """Return what has to go before ``w`` can exist: holders of its GPUs, and its own former self."""
+    gpus = set(w.placement.gpus)
+    return tuple(o for o in outgoing if o.worker == w.placement.worker or not gpus.isdisjoint(o.gpus))
+
+
+def _cost(w: Wanted, way: Sequence[Observed]) -> float:
+    return sum(o.weight for o in way if o.is_serving) / w.placement.weight
+
+
+def _base(model: ModelName, wanted: Sequence[Wanted], limits: Limits) -> int:
+    return min(limits.baseline.get(model, 0), sum(w.placement.weight for w in wanted if w.placement.model == model))
+
+
+def _ready(model: ModelName, observed: Iterable[Observed]) -> int:
+    return sum(o.weight for o in observed if o.model == model and o.is_serving)
+
+
+def _keeps_floor(
+    way: Sequence[Observed],
+    wanted: Sequence[Wanted],
+    alive: Sequence[Observed],
+    gone: Collection[WorkerId],
+    limits: Limits,
+) -> bool:
+    """Return whether every model of ``way`` still has its share of ready capacity when ``way`` is retired too."""
+    without = {o.worker for o in way} | set(gone)
+    rest = [o for o in alive if o.worker not in without]
+    return all(
+        _ready(model, rest) >= limits.min_ready * _base(model, wanted, limits)
+        for model in {o.model for o in way if o.is_serving}
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """One order of a change as it would go, and each model's ready share afterwards."""
+
+    order: Order
+    ready: Mapping[ModelName, float]
+
+
+def preview(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> tuple[Preview, ...]:
+    """Return every order of a change from first to last, if each succeeds.
+
+    Plays ``plan`` against a host where a retired worker is gone and a started one ready before the next order is given,
+    so that what ``--dry-run`` shows is what the same code then does.
+    """
+    world = {o.worker: o for o in observed}
+    by_id = {w.placement.worker: w for w in wanted}
+    models = {o.model for o in observed} & {w.placement.model for w in wanted}
+    unproven = limits.unproven
+    shown: list[Preview] = []
+    for _ in range(4 * (len(wanted) + len(observed)) + 4):  # each worker is created, started, retired, forgotten once
+        orders = plan(wanted, list(world.values()), replace(limits, unproven=unproven))
+        if not orders:
+            break
+        for order in orders:
+            _pretend(world, order, by_id)
+            if order.do is Do.START:
+                unproven = unproven - {world[order.worker].shape}
+            if order.do in (Do.START, Do.RETIRE):
+                ready = {m: ready_share(m, wanted, world.values(), limits) for m in models}
+                shown.append(Preview(order=order, ready=ready))
+    return tuple(shown)
+
+
+def _pretend(world: dict[WorkerId, Observed], order: Order, by_id: Mapping[WorkerId, Wanted]) -> None:
+    match order.do:
+        case Do.CREATE:
+            world[order.worker] = slot(by_id[order.worker], Phase.WAITING)
+        case Do.START:
+            world[order.worker] = replace(world[order.worker], phase=Phase.READY)
+        case Do.RETIRE:
+            world[order.worker] = replace(world[order.worker], phase=Phase.STOPPED, goal=Goal.GONE)
+        case Do.FORGET:
+            del world[order.worker]
+
+
+def slot(w: Wanted, phase: Phase) -> Observed:
+    """Return the worker for ``w`` as it is observed in ``phase``."""
+    p = w.placement
+    return Observed(
+        worker=p.worker,
+        model=p.model,
+        gpus=p.gpus,
+        weight=p.weight,
+        shape=w.shape,
+        fingerprint=w.fingerprint,
+        phase=phase,
+        goal=Goal.SERVE,
+    )
+
+
+def capacity(observed: Iterable[Observed]) -> dict[ModelName, int]:
+    """Return each model's capacity in GPUs, whether ready or not, leaving out what is on its way out."""
+    totals: dict[ModelName, int] = {}
+    for o in observed:
+        if o.goal is not Goal.GONE and o.phase is not Phase.STOPPED:
+            totals[o.model] = totals.get(o.model, 0) + o.weight
+    return totals

@@ -1,0 +1,189 @@
+"""The planner: never two owners of a GPU, always gets there, keeps the floor, tries one before it touches the next."""
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from l40sd.core.lifecycle import Goal, Phase
+from l40sd.core.model import GpuId, ModelName, Placement, WorkerId
+from l40sd.core.plan import Do, Limits, Observed, Order, Wanted, capacity, is_settled, plan, preview, slot
+
+GPUS = [GpuId(f"GPU-{i:02}") for i in range(12)]
+
+
+def wanted_layout(widths: list[tuple[str, int]], fingerprint: str = "f", pp: int = 1) -> list[Wanted]:
+    """Return workers side by side on the host's GPUs: (model, GPUs each)."""
+    out: list[Wanted] = []
+    at = 0
+    for model, width in widths:
+        gpus = tuple(GPUS[at : at + width])
+        at += width
+        name = WorkerId(f"{model}-gpu{'-'.join(str(GPUS.index(g)) for g in gpus)}" + (f"-pp{pp}" if pp > 1 else ""))
+        placement = Placement(worker=name, model=ModelName(model), tp=width // pp, pp=pp, gpus=gpus)
+        out.append(Wanted(placement=placement, fingerprint=fingerprint))
+    return out
+
+
+A = wanted_layout([("m", 1)] * 12)
+B = wanted_layout([("m", 2)] * 6)
+C = wanted_layout([("m", 4)] * 3)
+
+
+def ready(wanted: list[Wanted]) -> list[Observed]:
+    return [slot(w, Phase.READY) for w in wanted]
+
+
+def limits_for(observed: list[Observed], wanted: list[Wanted], *, min_ready: float = 0.5, parallel: int = 2) -> Limits:
+    kept = {(o.worker, o.fingerprint) for o in observed if o.is_serving}
+    proven = {w.shape for w in wanted if (w.placement.worker, w.fingerprint) in kept}
+    return Limits(
+        start_parallel=parallel,
+        min_ready=min_ready,
+        baseline=capacity(observed),
+        unproven=frozenset(w.shape for w in wanted) - proven,
+    )
+
+
+def test_an_empty_host_starts_two_at_a_time() -> None:
+    orders = plan(A, [], Limits(start_parallel=2, min_ready=0.5, baseline={}))
+    assert [o.do for o in orders] == [Do.CREATE] * 12
+    waiting = [slot(w, Phase.WAITING) for w in A]
+    starts = plan(A, waiting, Limits(start_parallel=2, min_ready=0.5, baseline={}))
+    assert [(o.do, o.worker) for o in starts] == [(Do.START, A[0].placement.worker), (Do.START, A[1].placement.worker)]
+
+
+def test_a_settled_host_is_left_alone() -> None:
+    assert plan(A, ready(A), limits_for(ready(A), A)) == ()
+    assert is_settled(A, ready(A))
+    assert not is_settled(B, ready(A))
+
+
+def test_the_first_new_worker_proves_itself_before_the_next_is_touched() -> None:
+    limits = limits_for(ready(A), B)
+    first = plan(B, ready(A), limits)
+    assert [(o.do, o.worker) for o in first] == [(Do.RETIRE, "m-gpu0"), (Do.RETIRE, "m-gpu1")]
+    world = [o for o in ready(A) if o.worker not in ("m-gpu0", "m-gpu1")]
+    for phase in (Phase.WAITING, Phase.SPAWNING, Phase.STARTING, Phase.BACKOFF):
+        orders = plan(B, [*world, slot(B[0], phase)], limits)
+        assert not [o for o in orders if o.do is Do.RETIRE], phase
+    proven = replace(limits, unproven=frozenset())
+    after = plan(B, [*world, slot(B[0], Phase.READY)], proven)
+    assert len([o for o in after if o.do is Do.RETIRE]) == 4  # two pairs: as many as may start at once
+
+
+def test_the_floor_of_ready_capacity_is_kept() -> None:
+    for wanted in (B, C):
+        steps = preview(wanted, ready(A), limits_for(ready(A), wanted))
+        assert min(s.ready[ModelName("m")] for s in steps) >= 0.5
+    strict = preview(B, ready(A), limits_for(ready(A), B, min_ready=0.8))
+    assert min(s.ready[ModelName("m")] for s in strict) >= 0.8
+
+
+def test_one_replica_on_all_gpus_is_replaced_although_no_floor_can_be_kept() -> None:
+    one = wanted_layout([("m", 12)])
+    steps = preview(A, ready(one), limits_for(ready(one), A))
+    assert steps[0].order.do is Do.RETIRE
+    assert len([s for s in steps if s.order.do is Do.START]) == 12
+
+
+def test_a_stuck_worker_holds_its_gpus_and_the_rest_goes_on() -> None:
+    stuck = replace(slot(A[0], Phase.STUCK), goal=Goal.GONE)
+    world = [stuck, *ready(A)[1:]]
+    orders = plan(B, world, replace(limits_for(world, B), unproven=frozenset()))
+    assert {o.worker for o in orders if o.do is Do.RETIRE} == {"m-gpu2", "m-gpu3", "m-gpu4", "m-gpu5"}
+
+
+def test_an_unchanged_worker_is_not_touched() -> None:
+    mixed = [*wanted_layout([("m", 1)] * 4), *wanted_layout([("m", 1)] * 4 + [("n", 4), ("n", 4)])[4:]]
+    for step in preview(mixed, ready(A), limits_for(ready(A), mixed)):
+        assert step.order.worker not in {"m-gpu0", "m-gpu1", "m-gpu2", "m-gpu3"}
+
+
+def test_a_new_launch_replaces_a_worker_in_place_and_one_at_a_time_until_proven() -> None:
+    renewed = wanted_layout([("m", 1)] * 12, fingerprint="g")
+    limits = limits_for(ready(A), renewed)
+    first = plan(renewed, ready(A), limits)
+    assert [(o.do, o.worker) for o in first] == [(Do.RETIRE, "m-gpu0")]
+
+
+layouts = st.lists(st.tuples(st.sampled_from(["m", "n"]), st.sampled_from([1, 2, 3, 4])), min_size=0, max_size=12).map(
+    lambda widths: [w for i, w in enumerate(widths) if sum(g for _, g in widths[: i + 1]) <= 12]
+)
+phases = st.sampled_from([p for p in Phase if p is not Phase.STOPPED])
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> list[Observed]:
+    """Any set of workers in any phase that owns each GPU at most once."""
+    present = wanted_layout(draw(layouts), fingerprint=draw(st.sampled_from("fg")))
+    return [
+        replace(slot(w, draw(phases)), goal=draw(st.sampled_from([Goal.SERVE, Goal.SERVE, Goal.GONE, Goal.REST])))
+        for w in present
+    ]
+
+
+def carry_out(world: dict[WorkerId, Observed], order: Order, wanted: list[Wanted]) -> None:
+    """Do one order the way a worker does it: a retired one stays on its GPUs until it has stopped."""
+    by_id = {w.placement.worker: w for w in wanted}
+    match order.do:
+        case Do.CREATE:
+            assert order.worker not in world
+            world[order.worker] = slot(by_id[order.worker], Phase.WAITING)
+        case Do.START:
+            assert world[order.worker].phase is Phase.WAITING
+            world[order.worker] = replace(world[order.worker], phase=Phase.STARTING)
+        case Do.RETIRE:
+            assert world[order.worker].goal is not Goal.GONE
+            world[order.worker] = replace(world[order.worker], goal=Goal.GONE)
+        case Do.FORGET:
+            assert world[order.worker].phase is Phase.STOPPED
+            del world[order.worker]
+
+
+def one_owner_each(world: dict[WorkerId, Observed]) -> bool:
+    held = [g for o in world.values() if o.phase is not Phase.STOPPED for g in o.gpus]
+    return len(held) == len(set(held))
+
+
+@settings(max_examples=400, deadline=None)
+@given(worlds(), layouts, st.randoms(use_true_random=False), st.sampled_from([0.0, 0.5, 1.0]), st.integers(1, 4))
+def test_from_any_state_in_any_order_of_events_the_wanted_layout_is_reached_and_no_gpu_ever_has_two_owners(
+    start: list[Observed], widths: list[tuple[str, int]], random: object, min_ready: float, parallel: int
+) -> None:
+    """Orders are abandoned half way and asked again; workers move on at random (invariants 1 and 4)."""
+    wanted = wanted_layout(widths)
+    world = {o.worker: o for o in start}
+    limits = limits_for(start, wanted, min_ready=min_ready, parallel=parallel)
+    for turn in range(600):
+        now = list(world.values())
+        if is_settled(wanted, now):
+            return
+        orders = list(plan(wanted, now, limits))
+        done = len(orders) if turn % 3 == 2 else random.randint(0, len(orders))  # type: ignore[attr-defined]
+        for order in orders[:done]:
+            carry_out(world, order, wanted)
+            assert one_owner_each(world)
+        movable = [o for o in world.values() if next_phase(o) is not o.phase]
+        if movable:
+            o = random.choice(movable)  # type: ignore[attr-defined]
+            world[o.worker] = replace(o, phase=next_phase(o))
+            if world[o.worker].is_serving:
+                limits = replace(limits, unproven=limits.unproven - {o.shape})
+        assert len([o for o in world.values() if o.phase in (Phase.STARTING, Phase.SPAWNING)]) <= max(
+            parallel, len([o for o in start if o.phase in (Phase.STARTING, Phase.SPAWNING)])
+        )
+    raise AssertionError(f"not settled: {world}")
+
+
+def next_phase(o: Observed) -> Phase:
+    """Return where a worker goes when all goes well."""
+    if o.goal is Goal.GONE:
+        return Phase.STOPPED
+    match o.phase:
+        case Phase.SPAWNING | Phase.STARTING | Phase.UNREADY | Phase.DRAINING:
+            return Phase.READY
+        case Phase.BACKOFF | Phase.QUARANTINED | Phase.FAILED | Phase.STUCK | Phase.STOPPING:
+            return Phase.WAITING
+        case _:
+            return o.phase
