@@ -1,0 +1,367 @@
+"""Three questions about a worker: has it come up, may it receive requests, is it making tokens.
+
+Each has a tracker that is fed what was seen, with the time, and answers with a verdict. They ask different things on
+purpose. An engine that is slow to answer /health may be at the end of its strength and still deliver every token: it
+loses requests (readiness), not its life (progress). One whose /health says 200 may have hung an hour ago: /health of
+most engines is answered by a process that does none of the work.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from statistics import median
+
+from l40sd.core.config import Config, HealthConfig
+from l40sd.core.engines import Probes
+from l40sd.core.model import ModelFacts, ModelName
+
+REFUSED = "refused"
+TIMEOUT = "timeout"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeResult:
+    """What one question to a worker came to.
+
+    Attributes:
+        status: The HTTP status; None when there was no answer.
+        error: Empty when ok; else ``refused``, ``timeout``, ``status 503`` or the failure in a few words.
+    """
+
+    ok: bool
+    status: int | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """An engine's own account of its work; None for what it does not tell."""
+
+    running: float | None = None
+    waiting: float | None = None
+    tokens: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activity:
+    """What a worker's processes have done so far: output, CPU time and reading, all only ever growing."""
+
+    log_bytes: int = 0
+    cpu_s: float = 0.0
+    read_bytes: int = 0
+
+
+# --- has it come up? ---------------------------------------------------------------------------------------------
+
+
+def startup_timeout_s(
+    config: Config, model: ModelName, facts: ModelFacts | None = None, past_loads_s: Sequence[float] = ()
+) -> float:
+    """Return how long a start of this model may take.
+
+    1. The model's own setting, if there is one.
+    2. Else the general deadline and the time to read the checkpoint at the slowest rate that still counts as loading.
+    3. Never less than twice the longest load seen: a page cache that was warm then may be cold now. Past loads only
+       lengthen the deadline, for a quick one proves nothing about the next.
+    """
+    if config.models[model].startup_timeout_s > 0:
+        return config.models[model].startup_timeout_s
+    size_bytes = (facts.size_bytes if facts else None) or 0
+    deadline_s = config.health.startup_timeout_s + size_bytes / config.health.load_bytes_per_s
+    return max(deadline_s, 2 * max(past_loads_s, default=0.0))
+
+
+class Stage(IntEnum):
+    """How far a start has come; each is what is being waited for."""
+
+    PORT = 0  # the health probe is refused
+    HEALTH = 1  # it answers, not yet with 200
+    MODEL = 2  # the served name is not listed yet
+    TOKEN = 3  # the first token has not come
+    READY = 4
+
+
+class StartVerdict(StrEnum):
+    """What a start has come to."""
+
+    WAITING = "waiting"
+    READY = "ready"
+    LATE = "late"
+
+
+PROLONGED_AT_MOST = 4
+"""Times its deadline that a start may take while it shows progress: an engine that loops for ever is busy, too."""
+BUSY_CORES = 0.2
+"""CPU time per second that counts as work; below are timers, and the answers to our own probes."""
+READ_STEP_BYTES = 1 << 20
+"""Reading less than this between two looks is not loading a checkpoint."""
+
+
+class Startup:
+    """One start: port, health, model listed, one token.
+
+    ``stage`` says what to ask next: PORT and HEALTH the health probe, MODEL the list of models, TOKEN one token.
+    A stage once passed is not asked again; a worker that falls back meanwhile exits or fails its next stage.
+
+    Past the deadline the start goes on as long as its last progress is young: a new stage, CPU time or reading; output
+    only while the port is closed, because behind an open one it may be the log of our own probes. Young means
+    ``stall_s``, but no more than half the deadline: what a short start did at its beginning says nothing at its end.
+    """
+
+    __slots__ = (
+        "_activity",
+        "_deadline_s",
+        "_expected_s",
+        "_progress_s",
+        "_started_s",
+        "_young_s",
+        "probes",
+        "reason",
+        "stage",
+    )
+
+    def __init__(
+        self, probes: Probes, *, deadline_s: float, stall_s: float, now_s: float, past_loads_s: Sequence[float] = ()
+    ) -> None:
+        self.probes = probes
+        self.stage = Stage.PORT
+        self.reason = "not asked yet"
+        self._started_s = self._progress_s = now_s
+        self._deadline_s = deadline_s
+        self._young_s = min(stall_s, deadline_s / 2)
+        self._expected_s = median(past_loads_s) if past_loads_s else None
+        self._activity: tuple[Activity, float] | None = None
+
+    def feed_health(self, result: ProbeResult, now_s: float) -> StartVerdict:
+        """Take the answer to a health probe."""
+        self.reason = "" if result.ok else f"health: {result.error}"
+        if result.ok:
+            self._reach(Stage.MODEL, now_s)
+        elif result.error != REFUSED:
+            self._reach(Stage.HEALTH, now_s)
+        return self.check(now_s)
+
+    def feed_models(self, names: Collection[str], served_name: str, now_s: float) -> StartVerdict:
+        """Take the names that the engine lists; none when it did not answer."""
+        if served_name in names:
+            self.reason = ""
+            self._reach(Stage.TOKEN, now_s)
+        else:
+            self.reason = f"lists {', '.join(sorted(names)) or 'no model'}, not {served_name}"
+        return self.check(now_s)
+
+    def feed_token(self, result: ProbeResult, now_s: float) -> StartVerdict:
+        """Take the answer to a request for one token."""
+        self.reason = "" if result.ok else f"first token: {result.error}"
+        if result.ok or result.status in _CANNOT_BE_ASKED:
+            self._reach(Stage.READY, now_s)
+        return self.check(now_s)
+
+    def feed_activity(self, activity: Activity, now_s: float) -> StartVerdict:
+        """Take what the worker's processes have done so far."""
+        if self._activity is not None:
+            before, before_s = self._activity
+            works = activity.cpu_s - before.cpu_s > BUSY_CORES * (now_s - before_s)
+            reads = activity.read_bytes - before.read_bytes >= READ_STEP_BYTES
+            writes = activity.log_bytes > before.log_bytes and self.stage is Stage.PORT
+            if works or reads or writes:
+                self._progress_s = now_s
+        self._activity = (activity, now_s)
+        return self.check(now_s)
+
+    def check(self, now_s: float) -> StartVerdict:
+        """Return the verdict as of now."""
+        took_s = now_s - self._started_s
+        if self.stage is Stage.READY:
+            return StartVerdict.READY
+        if took_s < self._deadline_s:
+            return StartVerdict.WAITING
+        if took_s < PROLONGED_AT_MOST * self._deadline_s and now_s - self._progress_s < self._young_s:
+            return StartVerdict.WAITING
+        return StartVerdict.LATE
+
+    def fraction(self, now_s: float) -> float | None:
+        """Return how much of the start is done, 0 to 1, judged by past loads; None when there are none."""
+        if self.stage is Stage.READY:
+            return 1.0
+        return min(0.99, (now_s - self._started_s) / self._expected_s) if self._expected_s else None
+
+    def _reach(self, stage: Stage, now_s: float) -> None:
+        if stage is Stage.MODEL and not self.probes.models_path:
+            stage = Stage.TOKEN
+        if stage is Stage.TOKEN and not self.probes.token_path:
+            stage = Stage.READY
+        if stage > self.stage:
+            self.stage, self._progress_s = stage, now_s
+
+
+_CANNOT_BE_ASKED = frozenset({400, 404, 405, 422, 501})
+"""Answers of an engine that does not complete text (embeddings, rerank): it is up, and has no token to give."""
+
+
+# --- may it receive requests? ------------------------------------------------------------------------------------
+
+
+class Turn(StrEnum):
+    """What a probe changed about a worker's readiness."""
+
+    NONE = "none"
+    FELL = "fell"
+    ROSE = "rose"
+
+
+class Readiness:
+    """``fall`` failed probes in a row take a worker out, ``rise`` good ones bring it back. Starts ready."""
+
+    __slots__ = ("_fall", "_rise", "_streak", "is_ready")
+
+    def __init__(self, *, fall: int, rise: int) -> None:
+        self._fall, self._rise, self._streak = fall, rise, 0
+        self.is_ready = True
+
+    def feed(self, result: ProbeResult) -> Turn:
+        """Take the answer to a readiness probe."""
+        if result.ok == self.is_ready:
+            self._streak = 0
+            return Turn.NONE
+        self._streak += 1
+        if self._streak < (self._fall if self.is_ready else self._rise):
+            return Turn.NONE
+        return self._turn()
+
+    def trip(self) -> Turn:
+        """Take it out at once: a request has just found the port closed."""
+        self._streak = 0
+        return self._turn() if self.is_ready else Turn.NONE
+
+    def _turn(self) -> Turn:
+        self._streak = 0
+        self.is_ready = not self.is_ready
+        return Turn.ROSE if self.is_ready else Turn.FELL
+
+
+# --- is it making tokens? ----------------------------------------------------------------------------------------
+
+
+class Pace(StrEnum):
+    """What to make of a worker's progress."""
+
+    FINE = "fine"
+    CANARY_DUE = "canary_due"
+    STALLED = "stalled"
+
+
+class Progress:
+    """Whether a worker that has work makes tokens, and one that has none still can.
+
+    The token counters that stand still are the only evidence against a busy worker; a probe that is late is none.
+
+    1. The counters moved: all is well, whatever else is slow. While no scrape answers, replies that the proxy
+       received stand in for them.
+    2. Busy (requests running or waiting, as the engine says; as it last said while no scrape answers): hung after
+       ``stall_timeout_s`` without a move.
+    3. It never told its counters and has our requests: it cannot be judged; the proxy's deadlines end them.
+    4. Idle by its own account, even if we hold leases (a client that reads slowly; a gauge that froze): after
+       ``canary_interval_s`` without a move it is asked for one token.
+       Hung when that does not come in its time, or fails twice; unless it became busy meanwhile, which is case 2.
+
+    Only time in which somebody looked is counted: after a pause of the daemon the worker is not to blame.
+    """
+
+    __slots__ = (
+        "_canary_moved",
+        "_canary_s",
+        "_canary_still_s",
+        "_canary_timeout_s",
+        "_failures",
+        "_fed_s",
+        "_interval_s",
+        "_is_busy",
+        "_replies",
+        "_stall_s",
+        "_still_s",
+        "_tokens",
+    )
+
+    def __init__(self, config: HealthConfig, *, now_s: float) -> None:
+        self._stall_s = config.stall_timeout_s
+        self._interval_s = config.canary_interval_s
+        self._canary_timeout_s = config.canary_timeout_s
+        self._fed_s = now_s
+        self._still_s = 0.0
+        self._is_busy = False
+        self._tokens: float | None = None
+        self._replies: float | None = None
+        self._canary_s: float | None = None
+        self._canary_still_s = 0.0
+        self._canary_moved = False
+        self._failures = 0
+
+    def feed(self, counters: Counters | None, *, leases: int, replies: float, now_s: float) -> Pace:
+        """Take one scrape.
+
+        Args:
+            counters: None when the scrape failed or there is none.
+            leases: Requests that the proxy has on this worker.
+            replies: Requests or bytes that came back from it so far.
+
+        Returns:
+            ``CANARY_DUE`` exactly once a canary: send it now and give its result to ``feed_canary``.
+        """
+        looked_s = min(now_s - self._fed_s, self._stall_s / 4)
+        self._fed_s = now_s
+        if self._has_moved(counters, replies):
+            self._moved()
+        else:
+            self._still_s += looked_s
+        self._note_load(counters)
+        if self._is_busy:
+            return Pace.STALLED if self._still_s >= self._stall_s else Pace.FINE
+        if self._tokens is None and leases:
+            self._still_s = 0.0
+            return Pace.FINE
+        return self._ask(now_s)
+
+    def feed_canary(self, result: ProbeResult) -> Pace:
+        """Take the answer to the one-token request."""
+        self._canary_s = None
+        refused_politely = result.status is not None and 400 <= result.status < 500
+        if result.ok or refused_politely or self._canary_moved:
+            self._moved()
+            return Pace.FINE
+        if self._is_busy:
+            return Pace.FINE
+        self._failures += 1
+        return Pace.STALLED if result.error == TIMEOUT or self._failures >= 2 else Pace.FINE
+
+    def _has_moved(self, counters: Counters | None, replies: float) -> bool:
+        tokens = counters.tokens if counters else None
+        if tokens is None:
+            moved = self._replies is not None and replies != self._replies
+        else:
+            moved = tokens != self._tokens
+            self._tokens = tokens
+        self._replies = replies
+        return moved
+
+    def _moved(self) -> None:
+        self._still_s = self._canary_still_s = 0.0
+        self._failures = 0
+        self._canary_moved = True
+
+    def _note_load(self, counters: Counters | None) -> None:
+        if counters is None or (counters.running is None and counters.waiting is None):
+            return
+        asked = self._canary_s is not None  # the canary is a running request, too, but not one to wait 120 s for
+        is_busy = (counters.running or 0) + (counters.waiting or 0) > asked
+        if is_busy and not self._is_busy:
+            self._still_s = self._still_s - self._canary_still_s if asked else 0.0
+        self._is_busy = is_busy
+
+    def _ask(self, now_s: float) -> Pace:
+        if self._canary_s is not None and now_s - self._canary_s < 2 * self._canary_timeout_s:
+            return Pace.FINE  # under way; one that nobody answered for twice its time was lost on our side
+        if not self._interval_s or self._still_s < self._interval_s:
+            return Pace.FINE
+        self._canary_s, self._canary_still_s, self._canary_moved = now_s, self._still_s, False
+        return Pace.CANARY_DUE
