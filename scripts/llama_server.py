@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         server = xllamacpp.Server(parameters(given))
     except (RuntimeError, ValueError, OSError) as error:
         return fail(f"no server on {given.host}:{given.port}: {error}")
-    print(f"server is listening on {server.listening_address}", file=sys.stderr, flush=True)
+    say(f"server is listening on {server.listening_address}")
     wait_for_signal()
     # Ends decoding at once and closes the listener; an open stream delays the exit until its next ping
     # (--sse-ping-interval). A second signal does not wait for that.
@@ -88,7 +88,9 @@ def parameters(given: argparse.Namespace) -> xllamacpp.CommonParams:
     params.n_ctx = given.ctx_size
     params.n_gpu_layers = given.n_gpu_layers
     params.main_gpu = given.main_gpu
-    params.split_mode = getattr(xllamacpp.llama_split_mode, f"LLAMA_SPLIT_MODE_{given.split_mode.upper()}")
+    # Split by tensors, llama.cpp refuses to load without a GPU; there is nothing to split over then.
+    if has_gpu():
+        params.split_mode = getattr(xllamacpp.llama_split_mode, f"LLAMA_SPLIT_MODE_{given.split_mode.upper()}")
     params.flash_attn_type = getattr(
         xllamacpp.llama_flash_attn_type,
         {"on": "LLAMA_FLASH_ATTN_TYPE_ENABLED", "off": "LLAMA_FLASH_ATTN_TYPE_DISABLED"}.get(
@@ -122,6 +124,12 @@ def parameters(given: argparse.Namespace) -> xllamacpp.CommonParams:
     if given.verbosity is not None:
         params.verbosity = given.verbosity
     return params
+
+
+def has_gpu() -> bool:
+    """Return whether llama.cpp sees any device beside the CPU."""
+    cpu = xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU
+    return any(device["type"] != cpu for device in xllamacpp.get_device_info())
 
 
 def model_problem(model: Path) -> str:
@@ -160,8 +168,14 @@ def wait_for_signal() -> None:
 
 def fail(why: str) -> int:
     """Say why on stderr; return 1."""
-    print(f"llama-server: {why}", file=sys.stderr, flush=True)
+    say(why)
     return 1
+
+
+def say(what: str) -> None:
+    """Write one line to stderr, at once."""
+    sys.stderr.write(f"llama-server: {what}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":
