@@ -1,0 +1,217 @@
+"""A throw-away host: the image booted by systemd-nspawn with systemd as PID 1, in about a second.
+
+    .venv/bin/python tests/systemd/container.py          a root shell in a fresh one; leaving it ends it
+
+The image stays as it is: what is written goes to memory and is gone with the container. It has no network but its
+own loopback. What it cannot have is what the machine below does not lend: a second NUMA node, GPUs, and the memory
+and pids controllers where that machine binds them to cgroup v1.
+"""
+
+import contextlib
+import os
+import pwd
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from image import REPOSITORY, Image, build, hierarchies, missing_tools
+
+BOOT_TIMEOUT_S = 60.0
+HALT_TIMEOUT_S = 20.0
+COMMAND_TIMEOUT_S = 60.0
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_SIGRTMIN_PLUS_3 = signal.SIGRTMIN + 3  # systemd's "halt"
+_POLL_S = 0.02
+
+
+def until(claim: Callable[[], object], what: str, timeout_s: float = 20.0) -> object:
+    """Wait until ``claim`` is true and return what it returned.
+
+    Raises:
+        TimeoutError: It was not within ``timeout_s`` seconds; names ``what``.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not (found := claim()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"after {timeout_s:g} s still not: {what}")
+        time.sleep(_POLL_S)
+    return found
+
+
+class Container:
+    """One booted container. Use as a context manager.
+
+    Args:
+        image: What to boot.
+        binds: Paths inside -> folders of this machine shown there read-only.
+    """
+
+    def __init__(self, image: Image, binds: Mapping[str, Path] | None = None) -> None:
+        self.name = f"l40sd-test-{secrets.token_hex(4)}"
+        self._image = image
+        self._binds = dict(binds or {})
+        self._log = Path(tempfile.mkstemp(prefix=f"{self.name}-", suffix=".log")[1])
+        self._cgroups = tuple(mount / self.name for _, mount in hierarchies())
+        self._process: subprocess.Popen[bytes] | None = None
+        self.leader = 0
+
+    def __enter__(self) -> Self:
+        try:
+            self._boot()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def run(
+        self,
+        command: str,
+        *,
+        user: str = "root",
+        check: bool = True,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+        given: str = "",
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a shell command inside and return its exit status and output.
+
+        Raises:
+            AssertionError: ``check`` is set and it did not exit with 0; shows the output and the journal's end.
+        """
+        done = subprocess.run(  # noqa: TID251 - the tests' thread has nothing else to do
+            self._argv(command, user), input=given, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+        if check and done.returncode != 0:
+            raise AssertionError(
+                f"{command!r} exited with {done.returncode}\n{done.stdout}{done.stderr}\n{self.journal(30)}"
+            )
+        return done
+
+    def output(self, command: str, *, user: str = "root", timeout_s: float = COMMAND_TIMEOUT_S) -> str:
+        """Return what a command prints, without the white space around it; it must succeed."""
+        return self.run(command, user=user, timeout_s=timeout_s).stdout.strip()
+
+    def background(self, command: str, *, user: str = "root") -> subprocess.Popen[str]:
+        """Start a command inside and return its process; the caller ends it."""
+        return subprocess.Popen(
+            self._argv(command, user), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        )  # fmt: skip
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file inside, and the folders above it."""
+        self.run(f"mkdir -p $(dirname {path}) && cat > {path}", given=text)
+
+    def show(self, unit: str, *properties: str) -> dict[str, str]:
+        """Return a unit's properties as systemd has them."""
+        text = self.output(f"systemctl show {shlex.quote(unit)} -p {','.join(properties)}")
+        return dict(line.partition("=")[::2] for line in text.splitlines())
+
+    def journal(self, lines: int, unit: str = "") -> str:
+        """Return the end of the journal, whole or of one unit."""
+        chosen = f"-u {shlex.quote(unit)}" if unit else ""
+        return self.run(f"journalctl --no-pager -o short-monotonic -n {lines} {chosen}", check=False).stdout
+
+    def _argv(self, command: str, user: str) -> list[str]:
+        enter = ["nsenter", "-t", str(self.leader), "-m", "-u", "-i", "-n", "-p", "-C"]
+        clean = ["env", "-i", f"PATH={_PATH}", "LANG=C.UTF-8", "TERM=dumb", "SYSTEMD_PAGER=", "HOME=/root"]
+        become = [] if user == "root" else ["runuser", "-u", user, "--"]
+        return [*enter, *clean, *become, "sh", "-c", command]
+
+    def _boot(self) -> None:
+        binds = [f"--bind-ro={outside}:{inside}" for inside, outside in self._binds.items()]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                ["systemd-nspawn", "--quiet", f"--directory={self._image.root}", "--volatile=overlay", "--boot",
+                 "--register=no", "--keep-unit", "--private-network", f"--machine={self.name}", "--console=pipe",
+                 f"--kill-signal={_SIGRTMIN_PLUS_3}", *binds],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env={"PATH": os.environ["PATH"], "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
+                preexec_fn=self._enter_cgroups,
+            )  # fmt: skip
+        until(self._find_leader, f"{self.name} has a PID 1, see {self._log}", BOOT_TIMEOUT_S)
+        until(self._is_up, f"{self.name} is booted, see {self._log}", BOOT_TIMEOUT_S)
+
+    def _enter_cgroups(self) -> None:
+        # nspawn builds the container's cgroups below the one it is in, and moves itself about in there. In a cgroup of
+        # our own that disturbs nobody; in the root, or in a service's, it would rearrange the machine. A machine with
+        # both kinds of cgroup has systemd's processes in two trees at once, and nspawn works in both.
+        for cgroup in self._cgroups:
+            cgroup.mkdir(exist_ok=True)
+            (cgroup / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+
+    def _find_leader(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise RuntimeError(f"systemd-nspawn ended: {self._log.read_text(encoding='utf-8', errors='replace')}")
+        nspawn = self._process.pid
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in Path(f"/proc/{nspawn}/task/{nspawn}/children").read_text(encoding="ascii").split():
+                status = Path(f"/proc/{child}/status").read_text(encoding="utf-8")
+                inner = next((line.split() for line in status.splitlines() if line.startswith("NSpid:")), [])
+                if inner[-1:] == ["1"] and status.startswith("Name:\tsystemd\n"):
+                    self.leader = int(child)
+                    return True
+        return False
+
+    def _is_up(self) -> bool:
+        state = self.run("systemctl is-system-running", check=False).stdout.strip()
+        return state in {"running", "degraded"}
+
+    def _end(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(HALT_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait(HALT_TIMEOUT_S)
+        for cgroup in self._cgroups:
+            _remove_cgroup(cgroup)
+        with contextlib.suppress(OSError):
+            Path(f"/run/systemd/nspawn/propagate/{self.name}").rmdir()
+        self._log.unlink(missing_ok=True)
+
+
+def _remove_cgroup(top: Path) -> None:
+    if not top.is_dir():
+        return
+    with contextlib.suppress(OSError):
+        (top / "cgroup.kill").write_text("1", encoding="ascii")
+
+    def is_gone() -> bool:
+        for folder, _, _ in os.walk(top, topdown=False):
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
+        return not top.exists()
+
+    with contextlib.suppress(TimeoutError):
+        until(is_gone, f"{top} is removed", HALT_TIMEOUT_S)
+
+
+def main() -> None:
+    """Boot one with the checkout at /src and the wheels at /wheels, and give the caller a shell in it."""
+    if reason := missing_tools():
+        raise SystemExit(reason)
+    image = build()
+    with Container(image, {"/src": REPOSITORY, "/wheels": image.wheels}) as host:
+        shell = ["nsenter", "-t", str(host.leader), "-m", "-u", "-i", "-n", "-p", "-C", "bash", "-l"]
+        subprocess.call(
+            shell, env={"PATH": _PATH, "HOME": pwd.getpwuid(0).pw_dir, "TERM": os.environ.get("TERM", "dumb")}
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
