@@ -237,7 +237,8 @@ class EngineConfig:
 
     base: str = option("", "built-in engine that this one starts from; empty: the one of the same name")
     command: tuple[str, ...] = option(
-        (), "whole command line; {model} {name} {host} {port} {tp} {pp} {api_key} {gpus} are filled in"
+        (),
+        "whole command line; filled in: {model} {name} {names} {host} {port} {tp} {pp} {ranks} {gpus} {api_key} ...",
     )
     env: Mapping[str, str] = option({}, "added to the worker's environment; an empty value removes one")
     health_path: str = option("", "GET answers 200 when ready")
