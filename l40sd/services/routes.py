@@ -1,0 +1,388 @@
+"""Who may receive requests, who holds one now, and who is waiting for a turn.
+
+Exactly the READY workers are here (invariant 2): the worker's own task calls ``add`` and ``remove``. A request
+holds a ``Lease`` from its choice of a backend to the last byte; counts return to zero because a lease can be
+released any number of times and counts once (invariant 7).
+
+    request --take--> Lease --release--> (wakes the line)
+        \\--wait--> Waiter --its turn--> on_turn(Lease), or on_turn(None) when time is up or the model is gone
+
+A worker that is removed and added again with another port or key is another ``Route``: leases of the old one go
+on counting for ``in_flight`` and ``drained``, never for the new one's load.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from l40sd.core.balancer import choose
+from l40sd.core.model import ModelName, WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """A ready worker as the proxy sees it.
+
+    Attributes:
+        weight: Relative capacity, at least 1.
+        api_key: Sent to the worker in place of the client's; empty: the worker asks for none.
+        served_name: The model name that the worker's engine answers to; empty: the model's own.
+    """
+
+    worker: WorkerId
+    model: ModelName
+    host: str
+    port: int
+    weight: int = 1
+    api_key: str = ""
+    served_name: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogEntry:
+    """A model that this host means to serve, ready or not.
+
+    Attributes:
+        note: What is on its way, for a request that waited in vain: ``"2 workers are loading"``.
+    """
+
+    aliases: tuple[str, ...] = ()
+    note: str = ""
+
+
+class FailureKind(StrEnum):
+    """What a request saw go wrong on a worker; the worker's owner decides what it means."""
+
+    CONNECT = "connect"  # refused, or no connection within connect_timeout_s
+    CLOSED = "closed"  # connection lost before the first byte of a reply
+    CUT = "cut"  # connection lost, or framing broken, within a reply
+    STATUS = "status"  # a reply with a 5xx status
+    FIRST_BYTE = "first_byte"  # silence for first_byte_timeout_s
+    IDLE = "idle"  # silence for idle_timeout_s within a reply
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a worker did since the daemon started, over all its instances."""
+
+    served: int = 0
+    failed: int = 0
+    retried: int = 0
+
+
+class Route:
+    """One backend that may receive requests, and the requests on it. Changed by ``Routes`` and ``Lease`` only."""
+
+    __slots__ = ("backend", "failing", "in_flight", "is_open", "line", "serial", "tally", "weight")
+
+    def __init__(self, backend: Backend, serial: int, line: "Line", tally: Tally) -> None:
+        self.backend = backend
+        self.serial = serial
+        self.line = line
+        self.tally = tally
+        self.weight = backend.weight
+        self.in_flight = 0
+        self.is_open = True
+        self.failing = 0  # failures in a row
+
+
+class Lease:
+    """One request's hold on one backend."""
+
+    __slots__ = ("_is_held", "_routes", "route")
+
+    def __init__(self, routes: "Routes", route: Route) -> None:
+        self._routes = routes
+        self._is_held = True
+        self.route = route
+
+    def answered(self) -> None:
+        """Count a request that the backend began to answer well."""
+        self.route.failing = 0
+        self.route.tally.served += 1
+
+    def failed(self, kind: FailureKind) -> None:
+        """Count a failure that is the backend's, and tell its owner."""
+        self.route.failing += 1
+        self.route.tally.failed += 1
+        if self.route.is_open and self._routes.on_failure is not None:  # a drained or stopped worker may fail
+            self._routes.on_failure(self.route.backend.worker, kind)
+
+    def release(self) -> None:
+        """Give the backend back; again is nothing."""
+        if self._is_held:
+            self._is_held = False
+            self._routes.released(self.route)
+
+
+TurnCallback = Callable[[Lease | None], None]
+
+
+class Waiter:
+    """One request's place in a model's waiting line."""
+
+    __slots__ = ("_line", "deadline_s", "on_turn", "tried")
+
+    def __init__(self, line: "Line", on_turn: TurnCallback, deadline_s: float, tried: Collection[int]) -> None:
+        self._line = line
+        self.on_turn = on_turn
+        self.deadline_s = deadline_s
+        self.tried = tried
+
+    def cancel(self) -> None:
+        """Leave the line without a turn; again is nothing."""
+        if self in self._line.waiters:
+            self._line.waiters.remove(self)
+
+
+class Line:
+    """One model: its routes, and those who wait for one. First in, first out among those who can be served."""
+
+    __slots__ = ("entry", "is_in_catalog", "model", "routes", "turn", "waiters")
+
+    def __init__(self, model: ModelName) -> None:
+        self.model = model
+        self.entry = CatalogEntry()
+        self.is_in_catalog = False
+        self.routes: list[Route] = []
+        self.waiters: deque[Waiter] = deque()
+        self.turn = 0
+
+
+class Routes:
+    """The routes of all models.
+
+    Args:
+        queue_limit: Requests that may wait, per model.
+        in_flight_limit: Requests at once on one worker; 0: no limit.
+
+    Attributes:
+        on_failure: Called with the worker and what a request saw go wrong on it; never for a worker already removed.
+    """
+
+    def __init__(self, *, queue_limit: int = 1000, in_flight_limit: int = 0) -> None:
+        self.on_failure: Callable[[WorkerId, FailureKind], None] | None = None
+        self._queue_limit = queue_limit
+        self._in_flight_limit = in_flight_limit
+        self._lines: dict[ModelName, Line] = {}
+        self._names: dict[str, Line] = {}
+        self._routes: dict[WorkerId, list[Route]] = {}  # the open one, and closed ones with leases
+        self._tallies: dict[WorkerId, Tally] = {}
+        self._drains: dict[WorkerId, list[asyncio.Future[None]]] = {}
+        self._serial = 0
+
+    # What the worker's and the pattern's owners say
+
+    def configure(self, *, queue_limit: int, in_flight_limit: int) -> None:
+        """Change the limits; who already waits stays in line."""
+        self._queue_limit = queue_limit
+        self._in_flight_limit = in_flight_limit
+        for line in self._lines.values():
+            self._serve(line)
+
+    def set_catalog(self, catalog: Mapping[ModelName, CatalogEntry]) -> None:
+        """Replace the models that are known without a backend, with their aliases and notes.
+
+        Requests waiting for a model that is neither here nor has a backend get their turn with None.
+        """
+        for model in catalog:
+            self._line(model)
+        for line in self._lines.values():
+            line.is_in_catalog = line.model in catalog
+            line.entry = catalog.get(line.model, CatalogEntry())
+        self._forget_unknown()
+
+    def add(self, backend: Backend) -> None:
+        """Let a worker receive requests.
+
+        The same backend again while requests are still on it (a drain taken back) is the same load; anything
+        else replaces what the worker had.
+        """
+        self._close(backend.worker)
+        self._serial += 1
+        line = self._line(backend.model)
+        routes = self._routes.setdefault(backend.worker, [])
+        route = next((r for r in routes if r.backend == backend and r.line is line), None)
+        if route is None:
+            tally = self._tallies.setdefault(backend.worker, Tally())
+            route = Route(backend, self._serial, line, tally)
+            routes.append(route)
+        route.is_open = True
+        route.serial = self._serial  # new, so that requests which tried it before may try it again
+        route.failing = 0
+        line.routes.append(route)
+        self._name_lines()
+        self._serve(line)
+
+    def remove(self, worker: WorkerId) -> None:
+        """Let a worker receive no further request; those on it go on. Unknown workers are ignored."""
+        self._close(worker)
+        self._forget_unknown()
+
+    # What they may ask
+
+    def open_route(self, worker: WorkerId) -> Route | None:
+        """Return the route over which this worker may receive requests now."""
+        return next((route for route in self._routes.get(worker, ()) if route.is_open), None)
+
+    def in_flight(self, worker: WorkerId) -> int:
+        """Return the requests on a worker now, those on earlier instances of it included."""
+        return sum(route.in_flight for route in self._routes.get(worker, ()))
+
+    def served(self, worker: WorkerId) -> int:
+        """Return the requests that a worker answered since the daemon started."""
+        return self.tally(worker).served
+
+    def failures_in_row(self, worker: WorkerId) -> int:
+        """Return the requests that failed on a worker since one was answered well; 0 for one not routed to."""
+        route = self.open_route(worker)
+        return route.failing if route else 0
+
+    def tally(self, worker: WorkerId) -> Tally:
+        """Return what a worker did since the daemon started."""
+        return self._tallies.get(worker, Tally())
+
+    def waiting(self, model: ModelName) -> int:
+        """Return the requests in a model's waiting line."""
+        line = self._lines.get(model)
+        return len(line.waiters) if line else 0
+
+    def workers(self) -> Iterator[tuple[WorkerId, Tally]]:
+        """Yield every worker that was ever routed to, with what it did."""
+        yield from self._tallies.items()
+
+    def lines(self) -> list[Line]:
+        """Return the known models by name."""
+        known = [line for line in self._lines.values() if line.is_in_catalog or line.routes]
+        return sorted(known, key=lambda line: line.model)
+
+    async def drained(self, worker: WorkerId) -> None:
+        """Return when no request is on this worker. The deadline is the caller's; cancelling is safe."""
+        while self.in_flight(worker):
+            idle = asyncio.get_running_loop().create_future()
+            waiting = self._drains.setdefault(worker, [])
+            waiting.append(idle)
+            try:
+                await idle
+            finally:
+                waiting.remove(idle)
+                if not waiting and self._drains.get(worker) is waiting:
+                    del self._drains[worker]
+
+    # What a request does
+
+    def resolve(self, name: str) -> ModelName | None:
+        """Return the model that goes by this name or alias; None when there is none."""
+        line = self._names.get(name)
+        return line.model if line else None
+
+    def take(self, model: ModelName, tried: Collection[int] = ()) -> Lease | None:
+        """Return a lease on the least busy backend of a known model; None when all are busy, tried or away.
+
+        Overtakes nobody: whoever still waits cannot be served by what is free, or would have been.
+        """
+        line = self._lines[model]
+        line.turn += 1
+        route = choose(line.routes, line.turn, limit=self._in_flight_limit, tried=tried)
+        if route is None:
+            return None
+        route.in_flight += 1
+        return Lease(self, route)
+
+    def wait(
+        self, model: ModelName, on_turn: TurnCallback, *, deadline_s: float, tried: Collection[int] = ()
+    ) -> Waiter | None:
+        """Stand in a known model's line; None when it is full.
+
+        Args:
+            model: As ``resolve`` returned it.
+            on_turn: Called once, with a lease, or with None when ``expire`` finds the deadline passed or the
+                model is no longer known. Not called after ``Waiter.cancel``.
+            deadline_s: On the clock that ``expire`` is called with.
+            tried: Serials of routes not to be given.
+        """
+        line = self._lines[model]
+        if len(line.waiters) >= self._queue_limit:
+            return None
+        waiter = Waiter(line, on_turn, deadline_s, tried)
+        line.waiters.append(waiter)
+        return waiter
+
+    def expire(self, now_s: float) -> None:
+        """Send away whoever waits past the deadline."""
+        for line in list(self._lines.values()):
+            if line.waiters:
+                self._send_away(line, [w for w in line.waiters if w.deadline_s <= now_s])
+
+    def released(self, route: Route) -> None:
+        """Take back one lease; called by the lease, once."""
+        route.in_flight -= 1
+        assert route.in_flight >= 0, "a lease was counted twice"
+        if route.line.waiters:
+            self._serve(route.line)
+        if not route.in_flight and not route.is_open:
+            self._forget(route)
+        worker = route.backend.worker
+        if worker in self._drains and not self.in_flight(worker):
+            for idle in self._drains[worker]:
+                if not idle.done():
+                    idle.set_result(None)
+
+    # Helpers
+
+    def _serve(self, line: Line) -> None:
+        """Give turns from the front of the line until nobody in it can be served."""
+        served: Waiter | None
+        while line.waiters and line.routes:
+            served = None
+            for waiter in line.waiters:
+                lease = self.take(line.model, waiter.tried)
+                if lease is not None:
+                    served = waiter
+                    line.waiters.remove(waiter)
+                    waiter.on_turn(lease)  # may call back into us: start over
+                    break
+                if not waiter.tried:
+                    break  # nothing is free for anybody
+            if served is None:
+                return
+
+    def _close(self, worker: WorkerId) -> None:
+        route = self.open_route(worker)
+        if route is not None:
+            route.is_open = False
+            route.line.routes.remove(route)
+            if not route.in_flight:
+                self._forget(route)
+
+    def _send_away(self, line: Line, waiters: list[Waiter]) -> None:
+        for waiter in waiters:
+            if waiter in line.waiters:
+                line.waiters.remove(waiter)
+                waiter.on_turn(None)
+
+    def _forget(self, route: Route) -> None:
+        worker = route.backend.worker
+        self._routes[worker].remove(route)
+        if not self._routes[worker]:
+            del self._routes[worker]
+
+    def _forget_unknown(self) -> None:
+        self._name_lines()
+        for line in list(self._lines.values()):
+            if not line.is_in_catalog and not line.routes:
+                self._send_away(line, list(line.waiters))
+
+    def _line(self, model: ModelName) -> Line:
+        return self._lines.setdefault(model, Line(model))
+
+    def _name_lines(self) -> None:
+        """A model's own name wins over an alias; of two equal aliases the first model's by name."""
+        known = self.lines()
+        self._names = {}
+        for line in known:
+            for alias in line.entry.aliases:
+                self._names.setdefault(alias, line)
+        self._names.update({line.model: line for line in known})
