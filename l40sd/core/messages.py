@@ -1,6 +1,6 @@
-"""What the control API says, as records; ``encode`` and ``decode`` are the only JSON in the project's faces."""
+"""What the control API says, as records, and the one place where records become JSON and JSON records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -292,8 +292,15 @@ def decode(kind: type[T], data: bytes) -> T:
     return msgspec.json.decode(data, type=kind)
 
 
-def rows(value: Sequence[Any]) -> list[Any]:
-    """Return records as plain lists and dicts, for ``-o json``."""
-    plain = msgspec.to_builtins(value)
-    assert isinstance(plain, list)
-    return plain
+def plain(value: Any) -> Any:
+    """Return a record as lists, dicts, strings and numbers, for ``-o json`` and for state files."""
+    return msgspec.to_builtins(value, order="sorted")
+
+
+def restore(kind: type[T], value: Any) -> T:
+    """Return the record that ``plain`` made this of.
+
+    Raises:
+        msgspec.ValidationError: It does not have the record's shape.
+    """
+    return msgspec.convert(value, kind)

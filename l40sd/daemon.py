@@ -1,0 +1,351 @@
+"""The composition root: ``main`` turns ``run`` into an exit code, ``run`` wires the parts in the order they start.
+
+lock ── host ── routes ── proxy (listens; requests wait) ── processes ── supervisor (adopts, plans) ── control
+  READY=1 once the control socket answers; workers may still be loading, the proxy's waiting line holds requests
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import click
+import structlog
+import uvloop
+
+from l40sd import __version__, log
+from l40sd.adapters import configfiles, systemd
+from l40sd.adapters.clock import monotonic_s
+from l40sd.adapters.lock import DaemonLock
+from l40sd.adapters.ports import PortPool
+from l40sd.adapters.probe import Prober
+from l40sd.adapters.process import Processes
+from l40sd.adapters.store import Store
+from l40sd.core import configshow
+from l40sd.core.config import Config
+from l40sd.core.configfile import Loaded, load
+from l40sd.core.errors import ConfigError, L40sError
+from l40sd.core.lifecycle import Phase
+from l40sd.core.messages import Status
+from l40sd.services import report
+from l40sd.services.control import Control, Doors
+from l40sd.services.doctor import examine
+from l40sd.services.events import Events
+from l40sd.services.host import Host
+from l40sd.services.proxy import Proxy
+from l40sd.services.routes import Routes
+from l40sd.services.supervisor import Supervisor
+from l40sd.services.worker import Tools
+
+EXIT_FAILED = 1
+EXIT_BAD_CONFIG = 78  # EX_CONFIG: systemd does not try again (RestartPreventExitStatus)
+TICK_S = 5.0
+ADOPT_TIMEOUT_S = 30.0
+PROXY_GRACE_S = 5.0
+INHERITED = "L40SD_INHERITED"  # "lock=3 listen=4,5": descriptors kept over an upgrade in place
+
+
+class Ending(StrEnum):
+    """Why the daemon ends, which decides what becomes of the workers."""
+
+    STOP = "stop"  # nothing shall serve any more: drain and stop all of them
+    RESTART = "restart"  # another daemon follows: leave them
+    UPGRADE = "upgrade"  # this process becomes the next daemon: leave them, keep the listener
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", "config_path", metavar="FILE", help="Default: $L40SD_CONFIG, else /etc/l40sd/l40sd.toml.")
+@click.option("--check-config", is_flag=True, help="Check the configuration, say what is wrong, and exit (0 or 78).")
+@click.version_option(__version__, prog_name="l40sd")
+def main(config_path: str | None, *, check_config: bool) -> None:
+    """Run the host's inference workers: place, start, watch, balance and reshape them."""
+    path = configfiles.find(config_path, os.environ)
+    try:
+        loaded = load(configfiles.read(path))
+    except L40sError as error:
+        click.echo(str(error), err=True)
+        sys.exit(EXIT_BAD_CONFIG)
+    if check_config:
+        click.echo(f"{path}: good")
+        return
+    events = Events(loaded.config.daemon.events_kept)
+    log.configure(loaded.config.daemon.log_level, on_event=events.add)
+    try:
+        ending = uvloop.run(run(path, loaded, events))
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        sys.exit(EXIT_BAD_CONFIG)
+    except L40sError as error:
+        structlog.get_logger().error("daemon.failed", reason=error.what, where=error.where, hint=error.hint)
+        sys.exit(EXIT_BAD_CONFIG if error.code in ("bad_config", "does_not_fit", "unknown_pattern") else EXIT_FAILED)
+    if ending is Ending.UPGRADE:
+        become_the_next_daemon()
+
+
+async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
+    """Run the daemon until it is told to end; return why it did.
+
+    Raises:
+        L40sError: It could not start: already running, directories not writable, pattern does not fit this host.
+    """
+    config = loaded.config
+    logger = structlog.get_logger()
+    logger.info("daemon.starting", version=__version__, config=str(path), pid=os.getpid())
+    async with AsyncExitStack() as stack:
+        # 1. Nobody else is in charge of this host.
+        prepare_directories(config)
+        runtime_dir = Path(config.daemon.runtime_dir)
+        lock = stack.enter_context(DaemonLock.acquire(runtime_dir / "l40sd.lock", inherited_fd=inherited("lock")))
+        # 2. What the host is made of.
+        host = await Host.open(config.host)
+        stack.push_async_callback(host.close)
+        # 3. The endpoint listens before any worker is looked at: requests wait, none is refused.
+        routes = Routes(queue_limit=config.proxy.queue_limit, in_flight_limit=config.proxy.in_flight_limit)
+        proxy = Proxy(config.proxy, routes)
+        await proxy.start(listeners())
+        stack.push_async_callback(proxy.stop, PROXY_GRACE_S)
+        # 4. Workers: those of an earlier daemon first.
+        processes = await Processes.open(
+            runtime_dir=runtime_dir, log_dir=Path(config.daemon.log_dir), provider=config.daemon.provider
+        )
+        stack.push_async_callback(processes.close)
+        prober = Prober()
+        stack.push_async_callback(prober.close)
+        workers = config.workers
+        tools = Tools(
+            host=host,
+            processes=processes,
+            ports=PortPool(workers.host, workers.port_first, workers.port_last),
+            prober=prober,
+            routes=routes,
+            facts=await host.facts(config),
+            past_loads_s={},
+            python=sys.executable,
+            log=logger,
+        )
+        supervisor = Supervisor(tools, config, Store(Path(config.daemon.state_dir) / "state.json"))
+        routes.on_failure = supervisor.on_request_failure
+        async with asyncio.timeout(ADOPT_TIMEOUT_S):
+            adoption = await processes.adopt()
+        supervisor.begin(adoption)
+        # 5. The operator.
+        daemon = Daemon(path, loaded, supervisor, proxy, events)
+        control = Control(control_socket(config), config.daemon.control_group, supervisor, events, daemon.doors())
+        await control.start()
+        stack.push_async_callback(control.close)
+        # 6. Go.
+        systemd.notify("READY=1", f"STATUS={daemon.summary()}")
+        logger.info("daemon.ready", adopted=len(adoption.running), listen=list(proxy.addresses), **daemon.facts())
+        ending = await daemon.live(control)
+        if ending is Ending.UPGRADE:
+            await daemon.hand_over(lock)
+        return ending
+
+
+class Daemon:
+    """The running whole: answers signals, keeps systemd informed, ends as it is told to."""
+
+    def __init__(self, path: Path, loaded: Loaded, supervisor: Supervisor, proxy: Proxy, events: Events) -> None:
+        self._path = path
+        self._loaded = loaded
+        self._supervisor = supervisor
+        self._proxy = proxy
+        self._events = events
+        self._began_at_s = monotonic_s()
+        self._ending: asyncio.Future[Ending | None] = asyncio.get_running_loop().create_future()
+        self._reload_wanted = asyncio.Event()
+        self._log = structlog.get_logger()
+
+    async def live(self, control: Control) -> Ending:
+        """Live until a signal says otherwise, then end in an orderly way."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._told_to_end, None)
+        loop.add_signal_handler(signal.SIGUSR2, self._told_to_end, Ending.UPGRADE)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._supervisor.run(), name="supervisor"),
+                group.create_task(self._tick(control), name="tick"),
+                group.create_task(self._reload_on_hup(), name="reload"),
+                group.create_task(systemd.feed_watchdog(), name="watchdog"),
+            ]
+            ending = await self._ending or await self._ending_by_signal()
+            self._log.info("daemon.stopping", because=ending)
+            systemd.notify("STOPPING=1" if ending is not Ending.UPGRADE else systemd.reloading())
+            if ending is Ending.STOP:
+                await self._stop_workers()
+            for task in tasks:
+                task.cancel()
+        return ending
+
+    def doors(self) -> Doors:
+        """Return what the control API may reach."""
+        return Doors(
+            status=self.status,
+            metrics=self._proxy.metrics_text,
+            doctor=lambda: examine(self._supervisor, self._loaded.config),
+            reload=self.reload,
+            upgrade=lambda: self._told_to_end(Ending.UPGRADE),
+            config_toml=lambda: configshow.to_toml(self._loaded.config, self._loaded.origins),
+            config_files=lambda: self._loaded.files,
+            config_diff=self._config_diff,
+        )
+
+    async def status(self) -> Status:
+        """Return everything of `l40sctl status`."""
+        host, store = self._supervisor.tools.host, self._supervisor.store
+        return report.status(
+            self._supervisor,
+            self._proxy,
+            await host.memory(),
+            began_at_s=self._began_at_s,
+            degraded=(*host.degraded, *store.degraded, *self._supervisor.degraded),
+        )
+
+    async def reload(self) -> list[str]:
+        """Read the configuration again; what changed is returned. A bad one changes nothing.
+
+        Raises:
+            L40sError: The configuration is bad or does not fit this host.
+        """
+        systemd.notify(systemd.reloading())
+        try:
+            loaded = load(configfiles.read(self._path))
+            changed = list(configshow.diff(self._loaded.config, loaded.config))
+            facts = await self._supervisor.tools.host.facts(loaded.config)
+            self._supervisor.reconfigure(loaded.config, facts)
+        except L40sError as error:
+            self._log.error("config.reload.failed", reason=str(error))
+            raise
+        finally:
+            systemd.notify("READY=1", f"STATUS={self.summary()}")
+        self._loaded = loaded
+        self._proxy.configure(loaded.config.proxy)
+        log.set_level(loaded.config.daemon.log_level)
+        self._log.info("config.reloaded", changed=changed)
+        return changed
+
+    def summary(self) -> str:
+        """Return one line for `systemctl status`."""
+        workers = self._supervisor.workers.values()
+        ready = sum(w.phase is Phase.READY for w in workers)
+        return f"pattern {self._supervisor.want.pattern}: {ready} of {len(workers)} workers ready"
+
+    def facts(self) -> dict[str, object]:
+        """Return what is worth a line in the log at the start."""
+        tools = self._supervisor.tools
+        return {
+            "pattern": self._supervisor.want.pattern,
+            "host": tools.host.inventory.source,
+            "gpu_count": len(tools.host.inventory.gpus),
+            "provider": tools.processes.provider,
+        }
+
+    async def hand_over(self, lock: DaemonLock) -> None:
+        """Let open requests finish, bounded; then keep the listener and the lock for the next daemon in this process.
+
+        New connections are not refused meanwhile: they wait in the listener's backlog.
+        """
+        self._proxy.pause_accepting()
+        drain_s = self._loaded.config.workers.drain_timeout_s
+        cut = await self._proxy.finish_open_requests(drain_s)
+        self._log.info("daemon.handing_over", requests_cut=cut)
+        listen = ",".join(str(_kept(sock.fileno())) for sock in self._proxy.sockets)
+        os.environ[INHERITED] = f"lock={_kept(lock.fd)} listen={listen}"
+
+    def _told_to_end(self, ending: Ending | None) -> None:
+        if not self._ending.done():
+            self._ending.set_result(ending)
+
+    async def _ending_by_signal(self) -> Ending:
+        """Tell a stop from a restart: at SIGTERM systemd knows which job it is doing."""
+        return Ending.RESTART if await systemd.job_type() == "restart" else Ending.STOP
+
+    async def _stop_workers(self) -> None:
+        timeout_s = self._loaded.config.daemon.stop_timeout_s
+        systemd.notify(f"EXTEND_TIMEOUT_USEC={int((timeout_s + 2 * PROXY_GRACE_S) * 1e6)}")
+        left = await self._supervisor.stop(timeout_s)
+        if left:
+            self._log.error("daemon.workers_left", count=left, workers=sorted(self._supervisor.workers))
+
+    async def _reload_on_hup(self) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            with suppress(L40sError):  # said by reload(); the old configuration stays
+                await self.reload()
+
+    async def _tick(self, control: Control) -> None:
+        """Now and then: what nobody else notices."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            await control.rebind_if_lost()
+            self._supervisor.store.retry()
+            systemd.notify(f"STATUS={self.summary()}")
+
+    def _config_diff(self) -> str:
+        fresh = load(configfiles.read(self._path)).config
+        return "\n".join(configshow.diff(self._loaded.config, fresh))
+
+
+def prepare_directories(config: Config) -> None:
+    """Make the daemon's directories.
+
+    Raises:
+        L40sError: One cannot be made or written to.
+    """
+    for key in ("state_dir", "runtime_dir", "log_dir"):
+        directory = Path(getattr(config.daemon, key))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if not os.access(directory, os.W_OK | os.X_OK):
+                raise PermissionError(13, "not writable")  # noqa: TRY301
+        except OSError as error:
+            raise L40sError(
+                f"cannot be used: {error.strerror}",
+                where=f"daemon.{key} = {str(directory)!r}",
+                hint=f"create it, owned by user {os.geteuid()}, or name another directory in the configuration",
+                code="bad_config",
+            ) from error
+
+
+def control_socket(config: Config) -> Path:
+    """Return the control socket's path."""
+    return Path(config.daemon.control_socket or f"{config.daemon.runtime_dir}/control.sock")
+
+
+def listeners() -> Sequence[int]:
+    """Return descriptors that already listen for the proxy: 1. kept over an upgrade, 2. from systemd's socket unit."""
+    kept = os.environ.get(INHERITED, "").partition("listen=")[2]
+    if kept:
+        os.environ.pop(INHERITED, None)
+        return [int(number) for number in kept.split(",")]
+    return systemd.listen_fds()
+
+
+def inherited(name: str) -> int | None:
+    """Return the descriptor of this name kept over an upgrade in place; None for none."""
+    for part in os.environ.get(INHERITED, "").split():
+        key, _, value = part.partition("=")
+        if key == name:
+            return int(value)
+    return None
+
+
+def become_the_next_daemon() -> None:
+    """Replace this process's program with the one now installed: same pid, children, listener and lock."""
+    structlog.get_logger().info("daemon.exec")
+    os.execv(sys.executable, [sys.executable, "-m", "l40sd", *sys.argv[1:]])
+
+
+def _kept(fd: int) -> int:
+    """Return a copy of a descriptor that survives both the end of this daemon and exec."""
+    copy = os.dup(fd)
+    os.set_inheritable(copy, True)  # noqa: FBT003
+    return copy

@@ -1,0 +1,316 @@
+"""The control socket: HTTP/1.1 on a Unix socket, /v1 of the control API.
+
+Who may connect is settled before anything is read: the socket is 0660 and belongs to the control group from its
+first instant, and the peer's credentials are asked of the kernel for each connection. Every change is logged with them.
+"""
+
+import asyncio
+import grp
+import os
+import pwd
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from l40sd import __version__
+from l40sd.core.errors import L40sError
+from l40sd.core.messages import Check, ErrorBody, PatternRequest, Status, decode, encode
+from l40sd.services import report
+from l40sd.services.events import Events
+from l40sd.services.supervisor import Supervisor
+
+BODY_LIMIT_BYTES = 1 << 16
+WRITE_TIMEOUT_S = 30.0
+TAIL_AT_MOST = 10_000
+
+STATUS_OF = {
+    "unknown_worker": 404,
+    "unknown_pattern": 404,
+    "unknown_operation": 404,
+    "not_found": 404,
+    "forbidden": 403,
+    "bad_request": 400,
+    "bad_verb": 400,
+}
+"""HTTP status of an error's code; everything else is 409: understood, and refused as things stand."""
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Doors:
+    """What the control API can reach besides the supervisor; the composition root fills it in."""
+
+    status: Callable[[], Awaitable[Status]]
+    metrics: Callable[[], str]
+    doctor: Callable[[], Awaitable[list[Check]]]
+    reload: Callable[[], Awaitable[list[str]]]
+    upgrade: Callable[[], None]
+    config_toml: Callable[[], str]
+    config_files: Callable[[], tuple[str, ...]]
+    config_diff: Callable[[], str]
+
+
+class Control:
+    """Serves the control API until it is closed."""
+
+    def __init__(self, path: Path, group: str, supervisor: Supervisor, events: Events, doors: Doors) -> None:
+        self.path = path
+        self._group = group
+        self._supervisor = supervisor
+        self._events = events
+        self._doors = doors
+        self._runner: web.AppRunner | None = None
+        self._log: structlog.stdlib.BoundLogger = supervisor.tools.log
+
+    async def start(self) -> None:
+        """Open the socket; call only while holding the daemon's lock: a socket file found there is a dead daemon's.
+
+        Raises:
+            L40sError: The socket cannot be made.
+        """
+        app = web.Application(client_max_size=BODY_LIMIT_BYTES, middlewares=[self._guard])
+        app.add_routes(self._routes())
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await self._runner.setup()
+        await web.SockSite(self._runner, bind_private(self.path, self._group)).start()
+
+    async def rebind_if_lost(self) -> bool:
+        """Open the socket anew when somebody deleted its file; return whether that was so (fault 19)."""
+        if self.path.is_socket() or self._runner is None:
+            return False
+        await web.SockSite(self._runner, bind_private(self.path, self._group)).start()
+        self._log.warning("control.rebound", path=str(self.path))
+        return True
+
+    async def close(self) -> None:
+        """Stop serving and remove the socket's file."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            with suppress(OSError):
+                self.path.unlink()
+
+    def _routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/v1/version", self._version),
+            web.get("/v1/status", self._status),
+            web.get("/v1/patterns", self._patterns),
+            web.get("/v1/topology", self._topology),
+            web.get("/v1/workers", self._workers),
+            web.get("/v1/workers/{id}", self._worker),
+            web.get("/v1/workers/{id}/logs", self._logs),
+            web.post("/v1/workers/{id}/{verb}", self._command),
+            web.get("/v1/config", self._config),
+            web.get("/v1/config/diff", self._config_diff),
+            web.get("/v1/doctor", self._doctor),
+            web.get("/v1/metrics", self._metrics),
+            web.get("/v1/events", self._follow_events),
+            web.post("/v1/pattern", self._apply),
+            web.get("/v1/operations/{id}", self._operation),
+            web.post("/v1/reload", self._reload),
+            web.post("/v1/upgrade", self._upgrade),
+        ]
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Check who asks, turn our errors into answers, and log every change with its author."""
+        uid, pid = peer_of(request)
+        try:
+            if not may_control(uid, self._group):
+                raise L40sError(  # noqa: TRY301  one place turns errors into answers
+                    f"user {uid} may not control l40sd",
+                    hint=f"become root or join group {self._group}",
+                    code="forbidden",
+                )
+            answer = await handler(request)
+        except L40sError as error:
+            answer = _refusal(error)
+        except web.HTTPException as error:
+            answer = _refusal(
+                L40sError(f"{request.method} {request.path}: {error.reason}", code="not_found"), error.status
+            )
+        if request.method == "POST":
+            self._log.info("control.request", path=request.path, uid=uid, pid=pid, status=answer.status)
+        return answer
+
+    # -- questions -------------------------------------------------------------------------------------------------
+
+    async def _version(self, _: web.Request) -> web.Response:
+        return _json({"version": __version__})
+
+    async def _status(self, _: web.Request) -> web.Response:
+        return _json(await self._doors.status())
+
+    async def _patterns(self, _: web.Request) -> web.Response:
+        return _json(report.patterns(self._supervisor))
+
+    async def _topology(self, _: web.Request) -> web.Response:
+        return _json(report.topology(self._supervisor))
+
+    async def _workers(self, _: web.Request) -> web.Response:
+        return _json((await self._doors.status()).workers)
+
+    async def _worker(self, request: web.Request) -> web.Response:
+        worker = self._supervisor.worker(request.match_info["id"])
+        return _json(report.worker_status(worker, self._supervisor))
+
+    async def _config(self, _: web.Request) -> web.Response:
+        return _json({"toml": self._doors.config_toml(), "files": self._doors.config_files()})
+
+    async def _config_diff(self, _: web.Request) -> web.Response:
+        return _json({"diff": self._doors.config_diff()})
+
+    async def _doctor(self, _: web.Request) -> web.Response:
+        return _json(await self._doors.doctor())
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(text=self._doors.metrics(), content_type="text/plain")
+
+    async def _operation(self, request: web.Request) -> web.Response:
+        operation = self._supervisor.operations.get(request.match_info["id"])
+        if operation is None:
+            raise L40sError("there is no such operation", where=request.match_info["id"], code="unknown_operation")
+        return _json(operation)
+
+    async def _follow_events(self, request: web.Request) -> web.StreamResponse:
+        since = _number(request, "since", 0)
+        if not _flag(request, "follow"):
+            return _ndjson(b"".join(encode(event) + b"\n" for event in self._events.since(since)))
+        lines = (encode(event) + b"\n" async for event in self._events.follow(since))
+        return await _stream(request, lines, "application/x-ndjson")
+
+    async def _logs(self, request: web.Request) -> web.StreamResponse:
+        worker = self._supervisor.worker(request.match_info["id"])
+        processes = self._supervisor.tools.processes
+        tail = min(TAIL_AT_MOST, _number(request, "tail", 100))
+        lines = await processes.tail(worker.id, tail)
+        text = "".join(f"{line}\n" for line in lines)
+        if not _flag(request, "follow"):
+            return web.Response(text=text, content_type="text/plain")
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield text.encode("utf-8", "replace")
+            async for part in processes.follow(worker.id):
+                yield part
+
+        return await _stream(request, parts(), "text/plain")
+
+    # -- wishes ----------------------------------------------------------------------------------------------------
+
+    async def _command(self, request: web.Request) -> web.Response:
+        self._supervisor.command(request.match_info["id"], request.match_info["verb"])
+        return _json({}, 202)
+
+    async def _apply(self, request: web.Request) -> web.Response:
+        try:
+            wish = decode(PatternRequest, await request.read())
+        except msgspec.MsgspecError as error:
+            raise L40sError(f"not a pattern request: {error}", code="bad_request") from error
+        want = self._supervisor.design(wish.name, self._supervisor.config, force=wish.force)
+        if wish.dry_run:
+            return _json(report.change_preview(want, self._supervisor))
+        operation = self._supervisor.apply(want)
+        return _json({"operation": operation.id}, 202)
+
+    async def _reload(self, _: web.Request) -> web.Response:
+        return _json({"changed": await self._doors.reload()})
+
+    async def _upgrade(self, _: web.Request) -> web.Response:
+        self._doors.upgrade()
+        return _json({}, 202)
+
+
+def bind_private(path: Path, group: str) -> socket.socket:
+    """Return a listening Unix socket that nobody could open before its mode and group were right.
+
+    It is made with mode 0600 (umask), given its group, then opened to the group; a leftover file is removed first.
+
+    Raises:
+        L40sError: The directory is missing or not ours to write, or the path is too long (107 bytes).
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        with suppress(KeyError, PermissionError):
+            os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        path.chmod(0o660)
+        listener.listen(128)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise L40sError(
+            f"cannot make the control socket: {error.strerror or error}",
+            where=str(path),
+            hint="check runtime_dir and control_socket in [daemon]",
+            code="no_control_socket",
+        ) from error
+    return listener
+
+
+def peer_of(request: web.Request) -> tuple[int, int]:
+    """Return the uid and pid at the other end of the socket, as the kernel knows them."""
+    connection = request.transport.get_extra_info("socket") if request.transport else None
+    if connection is None:
+        return -1, 0
+    pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return uid, pid
+
+
+def may_control(uid: int, group: str) -> bool:
+    """Return whether this user may use the control API: root, the daemon's own user, or a member of the group."""
+    if uid in (0, os.geteuid()):
+        return True
+
+    try:
+        user = pwd.getpwuid(uid)
+        return grp.getgrnam(group).gr_gid in os.getgrouplist(user.pw_name, user.pw_gid)
+    except KeyError:
+        return False
+
+
+def _json(value: Any, status: int = 200) -> web.Response:
+    return web.Response(body=encode(value), status=status, content_type="application/json")
+
+
+def _ndjson(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/x-ndjson")
+
+
+def _refusal(error: L40sError, status: int | None = None) -> web.Response:
+    body = ErrorBody(code=error.code, what=error.what, where=error.where, hint=error.hint)
+    return _json({"error": body}, status or STATUS_OF.get(error.code, 409))
+
+
+async def _stream(request: web.Request, parts: AsyncIterator[bytes], content_type: str) -> web.StreamResponse:
+    """Send parts as they come until the reader leaves; one that does not read for a while is dropped (fault 62)."""
+    answer = web.StreamResponse(headers={"Content-Type": content_type})
+    await answer.prepare(request)
+    with suppress(ConnectionError, TimeoutError):
+        async for part in parts:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await answer.write(part)
+    return answer
+
+
+def _number(request: web.Request, key: str, default: int) -> int:
+    text = request.query.get(key, str(default))
+    if not text.isdigit():
+        raise L40sError(f"{key} = {text!r} is not a number", where=request.path, code="bad_request")
+    return int(text)
+
+
+def _flag(request: web.Request, key: str) -> bool:
+    return request.query.get(key, "") in ("1", "true", "yes")

@@ -1,0 +1,286 @@
+"""What the running parts look like from outside, as the records of core/messages.py. Reads, changes nothing."""
+
+from collections.abc import Mapping
+
+from l40sd import __version__
+from l40sd.adapters.clock import monotonic_s
+from l40sd.core import launch as launching
+from l40sd.core.config import Config
+from l40sd.core.cpus import format_cpu_list
+from l40sd.core.errors import L40sError
+from l40sd.core.hostfile import format_host_file
+from l40sd.core.lifecycle import Goal, Phase
+from l40sd.core.messages import (
+    ChangePreview,
+    ChangeStep,
+    GpuStatus,
+    GroupView,
+    PatternView,
+    ProxyStatus,
+    Status,
+    Topology,
+    TopologyGpu,
+    WorkerStatus,
+)
+from l40sd.core.model import GpuId, Inventory, Layout, Link, Placement
+from l40sd.core.pattern import patterns_of
+from l40sd.core.plan import Do, Limits, capacity, preview
+from l40sd.core.topology import switches_of
+from l40sd.services.host import GpuMemory
+from l40sd.services.proxy import Proxy
+from l40sd.services.supervisor import Supervisor, Want
+from l40sd.services.worker import Worker
+
+
+def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
+    """Return one worker as `l40sctl status` shows it."""
+    p, process, tools = worker.wanted.placement, worker.process, supervisor.tools
+    instance = process.instance if process else None
+    now_s = monotonic_s()
+    is_coming = worker.phase is Phase.STARTING and worker.watch is not None
+    return WorkerStatus(
+        id=worker.id,
+        model=p.model,
+        engine=worker.model.engine,
+        phase=worker.phase,
+        tp=p.tp,
+        pp=p.pp,
+        gpus=worker.gpu_numbers,
+        gpu_ids=p.gpus,
+        numa=p.memory_nodes,
+        cpus=format_cpu_list(p.cpus),
+        link=_letters(p),
+        placement_reason=p.reason,
+        instance=instance.spec.instance if instance else "",
+        pid=instance.engine_pid if instance else None,
+        address=f"{process.launch.host}:{process.launch.port}" if process else "",
+        in_flight=tools.routes.in_flight(worker.id),
+        served=tools.routes.served(worker.id),
+        restarts=worker.restarts,
+        reason=worker.watch.startup_reason if is_coming and worker.watch else worker.reason,
+        last_lines=worker.last_lines,
+        since_s=now_s - worker.since_s,
+        ready_s=None if process is None or process.ready_at_s is None else now_s - process.ready_at_s,
+        progress=worker.watch.startup_fraction() if is_coming and worker.watch else None,
+        next_start_s=None if worker.next_start_at_s is None else max(0.0, worker.next_start_at_s - now_s),
+    )
+
+
+def status(
+    supervisor: Supervisor,
+    proxy: Proxy,
+    memory: Mapping[GpuId, GpuMemory] | None,
+    *,
+    began_at_s: float,
+    degraded: tuple[str, ...],
+) -> Status:
+    """Return everything of `l40sctl status`."""
+    tools = supervisor.tools
+    change = supervisor.change
+    return Status(
+        version=__version__,
+        host=tools.host.inventory.host,
+        inventory=tools.host.inventory.source,
+        is_live=tools.host.inventory.is_live,
+        uptime_s=monotonic_s() - began_at_s,
+        pattern=supervisor.want.pattern,
+        operation=supervisor.operations.get(change.id) if change else None,
+        provider=tools.processes.provider,
+        provider_note=tools.processes.note,
+        workers=tuple(worker_status(w, supervisor) for w in _in_order(supervisor)),
+        gpus=_gpus(supervisor, memory),
+        proxy=proxy_status(proxy),
+        warnings=supervisor.want.layout.warnings,
+        degraded=degraded,
+    )
+
+
+def proxy_status(proxy: Proxy) -> ProxyStatus:
+    """Return the endpoint's state."""
+    stats = proxy.stats
+    return ProxyStatus(
+        listen=tuple(proxy.addresses),
+        connections=stats.connections,
+        in_flight=stats.in_flight,
+        waiting=stats.waiting,
+        served=stats.served,
+        failed=stats.failed,
+        retried=stats.retried,
+    )
+
+
+def patterns(supervisor: Supervisor) -> list[PatternView]:
+    """Return every pattern as it would be on this host now."""
+    return [_pattern_view(name, supervisor) for name in patterns_of(supervisor.config, supervisor.tools.host.inventory)]
+
+
+def topology(supervisor: Supervisor) -> Topology:
+    """Return the link matrix, and the GPU groups in force with the reason for each."""
+    inventory = supervisor.tools.host.inventory
+    number = {gpu.id: gpu.index for gpu in inventory.gpus}
+    return Topology(
+        host=inventory.host,
+        source=inventory.source,
+        is_live=inventory.is_live,
+        gpus=tuple(
+            TopologyGpu(
+                index=g.index,
+                id=g.id,
+                pci=g.pci,
+                name=g.name,
+                memory_bytes=g.memory_bytes,
+                numa_node=g.numa_node,
+                cpus=format_cpu_list(g.cpus),
+                path=g.path,
+            )
+            for g in inventory.gpus
+        ),
+        matrix=tuple(tuple(inventory.link(a.id, b.id).name for b in inventory.gpus) for a in inventory.gpus),
+        switches=tuple((name, tuple(number[g] for g in gpus)) for name, gpus in switches_of(inventory)),
+        numa_nodes=tuple((n.id, format_cpu_list(n.cpus), n.memory_bytes) for n in inventory.numa_nodes),
+        pattern=supervisor.want.pattern,
+        groups=groups(supervisor.want.layout, supervisor.want.config, inventory),
+        record=format_host_file(inventory),
+    )
+
+
+def groups(layout: Layout, config: Config, inventory: Inventory) -> tuple[GroupView, ...]:
+    """Return a layout's replicas for people."""
+    number = {gpu.id: gpu.index for gpu in inventory.gpus}
+    return tuple(
+        GroupView(
+            worker=p.worker,
+            model=p.model,
+            tp=p.tp,
+            pp=p.pp,
+            gpus=tuple(number[g] for g in p.gpus if g in number),
+            link=_letters(p),
+            numa=p.memory_nodes,
+            cpus=format_cpu_list(p.cpus),
+            pinning=launching.build(p, config, inventory, port=0, api_key="").pinning,
+            reason=p.reason,
+        )
+        for p in layout.placements
+    )
+
+
+def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:
+    """Return what ``apply(want)`` would do, in order, if every step succeeds: the planner itself, played ahead."""
+    inventory = supervisor.tools.host.inventory
+    number = {gpu.id: gpu.index for gpu in inventory.gpus}
+    observed = [w.observed() for w in supervisor.workers.values()]
+    serving = {(o.worker, o.fingerprint) for o in observed if o.is_serving}
+    proven = {w.shape for w in want.wanted if (w.placement.worker, w.fingerprint) in serving}
+    workers = want.config.workers
+    limits = Limits(
+        start_parallel=workers.start_parallel,
+        min_ready=workers.min_ready,
+        baseline=capacity(observed),
+        unproven=frozenset(w.shape for w in want.wanted) - proven,
+    )
+    shown = preview(want.wanted, observed, limits)
+    gpus_of = {o.worker: o.gpus for o in observed} | {w.placement.worker: w.placement.gpus for w in want.wanted}
+    moved = {s.order.worker for s in shown}
+    now = {g: o.worker for o in observed if o.goal is not Goal.GONE for g in o.gpus}
+    then = {g: p.worker for p in want.layout.placements for g in p.gpus}
+    lowest = {str(m): min(s.ready[m] for s in shown) for m in (shown[0].ready if shown else {})}
+    return ChangePreview(
+        pattern=want.pattern,
+        previous=supervisor.want.pattern,
+        gpus=tuple((g.index, now.get(g.id, ""), then.get(g.id, "")) for g in inventory.gpus),
+        kept=tuple(w.placement.worker for w in want.wanted if w.placement.worker not in moved),
+        steps=tuple(
+            ChangeStep(
+                action="start and prove" if s.order.do is Do.START else "drain and stop",
+                worker=s.order.worker,
+                gpus=tuple(number[g] for g in gpus_of[s.order.worker] if g in number),
+                ready_after=min(s.ready.values(), default=1.0),
+                note=s.order.why,
+            )
+            for s in shown
+        ),
+        groups=groups(want.layout, want.config, inventory),
+        lowest_ready=lowest,
+        leftover=tuple(number[g] for g in want.layout.leftover if g in number),
+        warnings=want.layout.warnings,
+    )
+
+
+def _pattern_view(name: str, supervisor: Supervisor) -> PatternView:
+    inventory = supervisor.tools.host.inventory
+    pattern = patterns_of(supervisor.config, inventory)[name]
+    is_current = name == supervisor.want.pattern
+    try:
+        want = supervisor.design(name, supervisor.config)
+    except L40sError as error:
+        return PatternView(
+            name=name,
+            description=pattern.description,
+            is_current=is_current,
+            fits=False,
+            problem=error.what,
+            hint=error.hint,
+        )
+    number = {gpu.id: gpu.index for gpu in inventory.gpus}
+    return PatternView(
+        name=name,
+        description=pattern.description,
+        is_current=is_current,
+        fits=True,
+        summary=_summary(want.layout),
+        groups=groups(want.layout, want.config, inventory),
+        leftover=tuple(number[g] for g in want.layout.leftover if g in number),
+        warnings=want.layout.warnings,
+    )
+
+
+def _summary(layout: Layout) -> str:
+    """Return e.g. ``6 x smollm2 TP2``, one part a model and shape."""
+    counts: dict[str, int] = {}
+    for p in layout.placements:
+        shape = "external" if p.endpoint else " ".join(f"{k}{n}" for k, n in (("TP", p.tp), ("PP", p.pp)) if n > 1)
+        label = f"{p.model} {shape or 'TP1'}"
+        counts[label] = counts.get(label, 0) + 1
+    return ", ".join(f"{n} x {label}" for label, n in counts.items())
+
+
+def _letters(p: Placement) -> str:
+    return "" if p.worst_link is Link.X else p.worst_link.name
+
+
+def _in_order(supervisor: Supervisor) -> list[Worker]:
+    """Return the workers in the order of their first GPU; one on its way out before what takes its place."""
+    rank = {gpu.id: n for n, gpu in enumerate(supervisor.tools.host.inventory.gpus)}
+
+    def key(worker: Worker) -> tuple[int, bool, str]:
+        gpus = worker.wanted.placement.gpus
+        return (min((rank.get(g, 0) for g in gpus), default=len(rank)), worker.goal is not Goal.GONE, worker.id)
+
+    return sorted(supervisor.workers.values(), key=key)
+
+
+def _gpus(supervisor: Supervisor, memory: Mapping[GpuId, GpuMemory] | None) -> tuple[GpuStatus, ...]:
+    inventory = supervisor.tools.host.inventory
+    owner = {
+        g: w.id
+        for w in supervisor.workers.values()
+        if w.phase not in (Phase.STOPPED, Phase.WAITING)
+        for g in w.wanted.placement.gpus
+    }
+    stuck = supervisor.unusable()
+    silent = "unknown" if inventory.is_live else "recorded"
+    states = {g.id: "stuck" if g.id in stuck else "ok" for g in inventory.gpus}
+    return tuple(
+        GpuStatus(
+            index=g.index,
+            id=g.id,
+            pci=g.pci,
+            name=g.name,
+            numa_node=g.numa_node,
+            memory_bytes=g.memory_bytes,
+            used_bytes=memory[g.id].used_bytes if inventory.is_live and memory and g.id in memory else None,
+            worker=owner.get(g.id, ""),
+            state=states[g.id] if states[g.id] == "stuck" or (inventory.is_live and memory) else silent,
+        )
+        for g in inventory.gpus
+    )

@@ -1,0 +1,566 @@
+"""Drives one worker: events in, ``lifecycle.step``, actions out.
+
+The worker owns its process, its route and its record of failures; nobody else changes them. Events come into one queue
+(from its own jobs, the planner and the operator) and are handled one at a time. An action only starts a job or does
+something instant, so that a worker always listens; a job ends by posting an event. Jobs that make no sense in the phase
+now reached are cancelled: ``JOBS_IN`` says which remain.
+"""
+
+import asyncio
+import random
+import secrets
+import shutil
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from l40sd.adapters.clock import monotonic_s
+from l40sd.adapters.ports import HeldPort, PortPool
+from l40sd.adapters.probe import Prober
+from l40sd.adapters.process import ExitRecord, Instance, InstanceSpec, Processes
+from l40sd.core import launch as launching
+from l40sd.core.config import Config, ModelConfig, WorkersConfig
+from l40sd.core.errors import L40sError
+from l40sd.core.health import startup_timeout_s
+from l40sd.core.launch import Launch
+from l40sd.core.lifecycle import (
+    OCCUPIES_GPUS,
+    Action,
+    Event,
+    Goal,
+    Phase,
+    Record,
+    RestartLimits,
+    decide_restart,
+    forgiven,
+    step,
+)
+from l40sd.core.messages import plain
+from l40sd.core.model import InstanceId, ModelFacts, ModelName, WorkerId
+from l40sd.core.plan import Observed, Wanted
+from l40sd.services.gpus import wait_until_free
+from l40sd.services.host import Host
+from l40sd.services.routes import Backend, Routes
+from l40sd.services.watch import Watch
+
+JOBS_IN: Mapping[Phase, frozenset[str]] = {
+    Phase.SPAWNING: frozenset({"spawn"}),
+    Phase.STARTING: frozenset({"exit", "startup"}),
+    Phase.READY: frozenset({"exit", "follow"}),
+    Phase.UNREADY: frozenset({"exit", "follow"}),
+    Phase.DRAINING: frozenset({"exit", "follow", "drain"}),
+    Phase.DRAINED: frozenset({"exit", "follow"}),
+    Phase.STOPPING: frozenset({"exit", "terminate"}),
+    Phase.STUCK: frozenset({"exit"}),
+    Phase.BACKOFF: frozenset({"timer"}),
+}
+
+LAST_LINES = 12
+MAILBOX = 256
+PAST_LOADS = 20
+
+
+@dataclass(slots=True, kw_only=True)
+class Tools:
+    """What all workers share. ``changed`` tells the supervisor that an observation is new."""
+
+    host: Host
+    processes: Processes
+    ports: PortPool
+    prober: Prober
+    routes: Routes
+    facts: Mapping[ModelName, ModelFacts]
+    past_loads_s: dict[ModelName, list[float]]
+    python: str
+    log: structlog.stdlib.BoundLogger
+    changed: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """An event, what it says of the reason, and what a failure is filed under."""
+
+    event: Event
+    reason: str = ""
+    kind: str = ""
+    exit: ExitRecord | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Process:
+    """One run: its instance, launch and port; no instance when somebody else runs it."""
+
+    launch: Launch
+    instance: Instance | None = None
+    port: HeldPort | None = None
+    spawned_at_s: float = field(default_factory=monotonic_s)
+    ready_at_s: float | None = None
+    is_adopted: bool = False
+
+
+class Worker:
+    """One replica's slot, from WAITING to STOPPED."""
+
+    def __init__(self, wanted: Wanted, config: Config, tools: Tools) -> None:
+        self.wanted = wanted
+        self.config = config
+        self.phase = Phase.WAITING
+        self.goal = Goal.SERVE
+        self.reason = ""
+        self.last_lines: tuple[str, ...] = ()
+        self.record = Record()
+        self.restarts = 0
+        self.failed_starts = 0
+        self.since_s = monotonic_s()
+        self.next_start_at_s: float | None = None
+        self.process: Process | None = None
+        self.watch: Watch | None = None
+        self._tools = tools
+        self._mailbox: asyncio.Queue[Happening] = asyncio.Queue(MAILBOX)
+        self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._failure: Happening | None = None
+        placement = wanted.placement
+        self._log = tools.log.bind(worker=placement.worker, gpus=self.gpu_numbers)
+
+    @property
+    def id(self) -> WorkerId:
+        """The worker's id."""
+        return self.wanted.placement.worker
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model's configuration, as it was when this worker was wanted."""
+        return self.config.models[self.wanted.placement.model]
+
+    @property
+    def is_external(self) -> bool:
+        """Somebody else runs it: it is probed and routed to, never started or stopped."""
+        return bool(self.wanted.placement.endpoint)
+
+    @property
+    def gpu_numbers(self) -> tuple[int, ...]:
+        """nvidia-smi's numbers in rank order, for people; a GPU this host no longer has is left out."""
+        by_id = {gpu.id: gpu.index for gpu in self._tools.host.inventory.gpus}
+        return tuple(by_id[gpu] for gpu in self.wanted.placement.gpus if gpu in by_id)
+
+    def observed(self) -> Observed:
+        """Return this worker as the planner sees it."""
+        p = self.wanted.placement
+        return Observed(
+            worker=p.worker,
+            model=p.model,
+            gpus=p.gpus,
+            weight=p.weight,
+            shape=self.wanted.shape,
+            fingerprint=self.wanted.fingerprint,
+            phase=self.phase,
+            goal=self.goal,
+        )
+
+    def post(self, event: Event, reason: str = "", *, kind: str = "", exit_record: ExitRecord | None = None) -> None:
+        """Tell the worker what happened; it is handled after what was posted before it."""
+        self._mailbox.put_nowait(Happening(event, reason, kind, exit_record))
+
+    def adopt(self, instance: Instance) -> None:
+        """Take over a process that an earlier daemon started. Call before ``run``.
+
+        Raises:
+            L40sError: Its record lacks what is needed to talk to it.
+        """
+        meta = instance.spec.meta
+        try:
+            port, api_key, ready = int(meta["port"]), str(meta["api_key"]), bool(meta.get("was_ready", False))
+        except (KeyError, TypeError, ValueError) as error:
+            raise L40sError(
+                f"the record of {instance.spec.instance} lacks its port or key", where=str(self.id), code="bad_record"
+            ) from error
+        self.process = Process(
+            launch=self._launch(port, api_key),
+            instance=instance,
+            port=self._tools.ports.adopt(port),
+            is_adopted=True,
+        )
+        self._failure = None
+        self.post(Event.ADOPTED, "running since before this daemon" if not ready else "")
+
+    def died_meanwhile(self, record: ExitRecord) -> None:
+        """Count a run that ended while no daemon watched as the failure it was. Call before ``run``."""
+        self.phase = Phase.STARTING
+        self._ready_for_s = record.ran_s
+        kind, detail = describe_exit(record)
+        self.post(Event.EXITED, f"{detail}, while no daemon watched", kind=kind, exit_record=record)
+
+    def suspect(self) -> None:
+        """A request failed on this worker: have a look now rather than at the next interval."""
+        if self.watch is not None:
+            self.watch.suspect()
+
+    async def run(self) -> None:
+        """Handle events until the worker is STOPPED. Cancelling it leaves the process alone."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            try:
+                while self.phase is not Phase.STOPPED:
+                    self._handle(await self._mailbox.get())
+            finally:
+                for job in self._jobs.values():
+                    job.cancel()
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def _handle(self, happening: Happening) -> None:
+        """Step through the table, then act.
+
+        1. What a failure is filed under is decided by what came first: a hung worker that is then killed hung.
+        2. The goal may change where the phase does not.
+        """
+        after = step(self.phase, self.goal, happening.event)
+        if after is None:
+            self._log.debug("worker.late_event", phase=self.phase, happened=happening.event)
+            return
+        before = self.phase
+        if happening.kind and self._failure is None:  # 1
+            self._failure = happening
+        assert isinstance(after.phase, Phase)
+        assert after.goal is not None
+        self.goal = after.goal  # 2
+        self._enter(after.phase, happening.reason)
+        for action in after.actions:
+            self._act(action, happening)
+        self._report(before, happening)
+        self._tools.changed()
+
+    def _enter(self, phase: Phase, reason: str) -> None:
+        if phase is not self.phase:
+            self.since_s = monotonic_s()
+            self.phase = phase
+            self.next_start_at_s = None
+            self.reason = reason
+        elif reason:
+            self.reason = reason
+        remaining = JOBS_IN.get(phase, frozenset())
+        for name in [name for name in self._jobs if name not in remaining]:
+            self._jobs.pop(name).cancel()
+
+    def _report(self, before: Phase, happening: Happening) -> None:
+        """Tell the operator's story of the day, one line a change."""
+        if self.phase is before:
+            return
+        instance = self.process.instance if self.process else None
+        keys: dict[str, Any] = {"model": self.wanted.placement.model, "was": before}
+        if self.reason:
+            keys["reason"] = self.reason
+        if happening.exit is not None:
+            keys |= {"exit_code": happening.exit.code, "exit_signal": happening.exit.signal, "oom": happening.exit.oom}
+            keys |= {"ran_s": round(happening.exit.ran_s, 1)}
+        if instance is not None:
+            keys["instance"] = instance.spec.instance
+        match self.phase:
+            case Phase.READY:
+                assert self.process is not None
+                self._log.info("worker.ready", address=self._address(), after_s=self._load_s(), **keys)
+            case Phase.UNREADY:
+                self._log.warning("worker.unready", **keys)
+            case Phase.BACKOFF:
+                keys["delay_s"] = round(max(0.0, (self.next_start_at_s or 0.0) - monotonic_s()), 1)
+                self._log.warning("worker.backoff", last_lines=list(self.last_lines), **keys)
+            case Phase.QUARANTINED | Phase.FAILED:
+                self._log.error(f"worker.{self.phase}", last_lines=list(self.last_lines), **keys)
+            case Phase.STUCK:
+                self._log.error("worker.stuck", **keys)
+            case Phase.WAITING if before in OCCUPIES_GPUS:
+                self._log.warning("worker.exited", **keys)
+            case _:
+                self._log.info(f"worker.{self.phase}", **keys)
+
+    # -- actions ---------------------------------------------------------------------------------------------------
+
+    def _act(self, action: Action, happening: Happening) -> None:
+        match action:
+            case Action.SPAWN:
+                self._start_job("spawn", self._spawn())
+            case Action.WATCH_START:
+                self._begin_watch()
+            case Action.ADD_ROUTE:
+                self._add_route()
+            case Action.REMOVE_ROUTE:
+                self._tools.routes.remove(self.id)
+            case Action.WATCH:
+                assert self.watch is not None
+                self._start_job("follow", self.watch.follow(self.post))
+            case Action.DRAIN:
+                self._start_job("drain", self._drain())
+            case Action.TERMINATE:
+                self._start_job("terminate", self._terminate())
+            case Action.CLEAN_UP:
+                self._clean_up(happening.exit)
+            case Action.ASK_POLICY:
+                self._ask_policy(happening)
+            case Action.WAIT_BLOCKED:
+                self._retry_in(self.config.workers.backoff_never_ready_first_s)
+            case Action.FORGIVE:
+                self.record, self.failed_starts, self._failure, self.last_lines = Record(), 0, None, ()
+
+    def _start_job(self, name: str, job: Coroutine[Any, Any, None]) -> None:
+        assert self._group is not None
+        previous = self._jobs.pop(name, None)
+        if previous is not None:
+            previous.cancel()
+        self._jobs[name] = self._group.create_task(job, name=f"{self.id}:{name}")
+
+    async def _spawn(self) -> None:
+        """Make the process: GPUs free? program there? port, record, shim; posts how it went."""
+        self._failure, self.last_lines = None, ()
+        workers = self.config.workers
+        try:
+            if self.is_external:
+                self.process = Process(launch=self._launch(0, ""))
+                self.post(Event.SPAWNED)
+                return
+            self._check_configured()
+            holder = await wait_until_free(self._tools.host, self.wanted.placement.gpus, workers.gpu_free_timeout_s)
+            if self.goal is Goal.GONE or holder:
+                self.post(Event.BLOCKED, holder)
+                return
+            port = self._tools.ports.take()
+            if port.skipped:
+                self._log.warning("worker.port_taken", skipped=list(port.skipped), port=port.port)
+            self.process = Process(launch=self._launch(port.port, secrets.token_urlsafe(24)), port=port)
+            self.process.instance = await self._tools.processes.spawn(self._spec(), workers.spawn_timeout_s)
+        except L40sError as error:
+            if error.code in ("exec_failed", "misconfigured"):
+                self.post(Event.MISCONFIGURED, str(error), kind=error.code)
+            else:
+                self.post(Event.SPAWN_FAILED, str(error), kind=error.code)
+            return
+        self.post(Event.SPAWNED)
+
+    def _check_configured(self) -> None:
+        """Refuse what no try can mend.
+
+        Raises:
+            L40sError: With code ``misconfigured``: the program or the checkpoint is not there.
+        """
+        where = f"models.{self.model.name}"
+        if self._tools.facts.get(self.model.name, ModelFacts()).missing:
+            raise L40sError(
+                f"there is no checkpoint at {self.model.source}",
+                where=where,
+                hint="correct source, then `l40sctl reload`",
+                code="misconfigured",
+            )
+        launch = self._launch(0, "")
+        path = dict(launch.env).get("PATH")
+        for program in (launch.argv[0], launching.program_of(launch)):
+            if shutil.which(program, path=path) is None:
+                raise L40sError(
+                    f"there is no program {program!r} to run it with",
+                    where=where,
+                    hint="install it, or give its full path in command = [...] of its [engines] entry",
+                    code="misconfigured",
+                )
+
+    def _launch(self, port: int, api_key: str) -> Launch:
+        return launching.build(
+            self.wanted.placement,
+            self.config,
+            self._tools.host.inventory,
+            port=port,
+            api_key=api_key,
+            python=self._tools.python,
+        )
+
+    def _spec(self) -> InstanceSpec:
+        """Return the write-ahead record; ``meta`` is what the next daemon needs to adopt the process."""
+        assert self.process is not None
+        launch, workers, p = self.process.launch, self.config.workers, self.wanted.placement
+        return InstanceSpec(
+            instance=InstanceId(f"{self.id}-{secrets.token_hex(5)}"),
+            worker=self.id,
+            argv=launch.argv,
+            env=dict(launch.env),
+            term_timeout_s=launch.term_timeout_s,
+            orphan_grace_s=self.config.daemon.orphan_grace_s,
+            log_file_bytes=workers.log_file_bytes,
+            log_files=workers.log_files,
+            pids_limit=workers.pids_limit,
+            meta={
+                "port": launch.port,
+                "api_key": launch.api_key,
+                "fingerprint": self.wanted.fingerprint,
+                "placement": plain(p),
+            },
+        )
+
+    def _begin_watch(self) -> None:
+        assert self.process is not None
+        loads_s = self._tools.past_loads_s.setdefault(self.model.name, [])
+        facts = self._tools.facts.get(self.model.name)
+        self.watch = Watch(
+            launch=self.process.launch,
+            prober=self._tools.prober,
+            config=self.config.health,
+            deadline_s=startup_timeout_s(self.config, self.model.name, facts, loads_s),
+            past_loads_s=tuple(loads_s),
+            instance=self.process.instance,
+            log_path=self._tools.processes.log_path(self.id),
+            leases=lambda: self._tools.routes.in_flight(self.id),
+            replies=lambda: self._tools.routes.served(self.id),
+        )
+        if self.process.instance is not None:
+            self._start_job("exit", self._await_exit(self.process.instance))
+        self._start_job("startup", self.watch.startup(self.post))
+
+    async def _await_exit(self, instance: Instance) -> None:
+        record = await instance.exited()
+        kind, detail = describe_exit(record)
+        self.last_lines = tuple(await self._tools.processes.tail(self.id, LAST_LINES))
+        self.post(Event.EXITED, detail, kind=kind, exit_record=record)
+
+    def _add_route(self) -> None:
+        assert self.process is not None
+        launch = self.process.launch
+        if self.process.ready_at_s is None:
+            self.process.ready_at_s = monotonic_s()
+            self.reason = ""
+            if not self.process.is_adopted:
+                self._note_load(monotonic_s() - self.process.spawned_at_s)
+        self._tools.routes.add(
+            Backend(
+                worker=self.id,
+                model=self.model.name,
+                host=launch.host,
+                port=launch.port,
+                weight=self.wanted.placement.weight,
+                api_key=launch.api_key,
+                served_name=launch.served_name,
+            )
+        )
+
+    def _note_load(self, took_s: float) -> None:
+        loads_s = self._tools.past_loads_s.setdefault(self.model.name, [])
+        loads_s.append(took_s)
+        del loads_s[:-PAST_LOADS]
+
+    async def _drain(self) -> None:
+        """Wait until nothing is in flight, or the deadline; then the log says how many were cut (invariant 3)."""
+        try:
+            async with asyncio.timeout(self.config.workers.drain_timeout_s):
+                await self._tools.routes.drained(self.id)
+        except TimeoutError:
+            cut = self._tools.routes.in_flight(self.id)
+            self._log.warning("worker.drain_deadline", in_flight=cut, after_s=self.config.workers.drain_timeout_s)
+            self.post(Event.EMPTY, f"{cut} requests were still in flight at the drain's deadline")
+            return
+        self.post(Event.EMPTY)
+
+    async def _terminate(self) -> None:
+        """Ladder: the shim's own SIGTERM and kill, then ours, then give up for now."""
+        if self.process is None or self.process.instance is None:
+            self.post(Event.EXITED)
+            return
+        instance, workers = self.process.instance, self.config.workers
+        instance.terminate()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.process.launch.term_timeout_s + workers.kill_timeout_s):
+                await instance.exited()
+                return  # the exit watcher says the rest
+        if not await instance.kill(workers.kill_timeout_s):
+            self.post(Event.UNKILLABLE, "SIGKILL has not ended it: its GPUs stay out of use until it is gone")
+
+    def _clean_up(self, exit_record: ExitRecord | None) -> None:
+        process, self.process = self.process, None
+        self.watch = None
+        if process is None:
+            return
+        if process.ready_at_s is not None:
+            self.record = forgiven(
+                self.record, ready_for_s=monotonic_s() - process.ready_at_s, limits=restart_limits(self.config.workers)
+            )
+        if process.port is not None:
+            process.port.release()
+        if process.instance is not None and exit_record is not None:
+            self._tools.processes.forget(process.instance.spec.instance)
+        self._ready_for_s = None if process.ready_at_s is None else monotonic_s() - process.ready_at_s
+
+    _ready_for_s: float | None = None
+
+    def _ask_policy(self, happening: Happening) -> None:
+        failure = self._failure or happening
+        ready_for_s, self._ready_for_s = self._ready_for_s, None
+        if ready_for_s is None:
+            self.failed_starts += 1
+        self.restarts += 1
+        verdict = decide_restart(
+            self.record,
+            kind=failure.kind or "exit",
+            ready_for_s=ready_for_s,
+            is_oom=happening.exit is not None and happening.exit.oom,
+            now_s=monotonic_s(),
+            jitter=random.uniform(-1, 1),
+            limits=restart_limits(self.config.workers),
+        )
+        self.record = verdict.record
+        self.reason = failure.reason or failure.kind
+        if verdict.delay_s is None:
+            self.phase = Phase.QUARANTINED
+            self.reason = f"{verdict.why}: {self.reason}"
+        elif verdict.delay_s == 0.0:
+            self.phase = Phase.WAITING
+        else:
+            self._retry_in(verdict.delay_s)
+
+    def _retry_in(self, delay_s: float) -> None:
+        self.next_start_at_s = monotonic_s() + delay_s
+        self._start_job("timer", self._retry_later(delay_s))
+
+    async def _retry_later(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        self.post(Event.RETRY_DUE, self.reason)
+
+    # -- for people ------------------------------------------------------------------------------------------------
+
+    def _address(self) -> str:
+        assert self.process is not None
+        return f"{self.process.launch.host}:{self.process.launch.port}"
+
+    def _load_s(self) -> float | None:
+        process = self.process
+        if process is None or process.ready_at_s is None or process.is_adopted:
+            return None
+        return round(process.ready_at_s - process.spawned_at_s, 2)
+
+
+def restart_limits(workers: WorkersConfig) -> RestartLimits:
+    """Return the restart policy's figures from the configuration."""
+    return RestartLimits(
+        backoff_first_s=workers.backoff_first_s,
+        backoff_limit_s=workers.backoff_limit_s,
+        never_ready_first_s=workers.backoff_never_ready_first_s,
+        never_ready_limit_s=workers.backoff_never_ready_limit_s,
+        quarantine_alike=workers.quarantine_alike,
+        quarantine_per_hour=workers.quarantine_per_hour,
+        healthy_after_s=workers.healthy_after_s,
+    )
+
+
+def describe_exit(record: ExitRecord) -> tuple[str, str]:
+    """Return what an exit is filed under, and a sentence for the operator."""
+    if record.oom:
+        return "oom", "out of memory: the kernel killed a process of it"
+    match record.cause:
+        case "shim-lost":
+            return "shim-lost", "its shim was killed; what was left of it has been ended"
+        case "exec-failed":
+            return "exec_failed", record.detail
+        case "orphaned":
+            return "orphaned", "stopped itself: no daemon for longer than orphan_grace_s"
+        case _:
+            pass
+    if record.signal is not None:
+        return f"signal {record.signal}", f"ended by signal {record.signal}"
+    return f"exit {record.code}", f"exited with status {record.code}"
