@@ -1,0 +1,171 @@
+"""One run of one worker, as the daemon holds it: a pidfd of its shim, and its directory."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from l40sd.adapters.process.providers import reset_unit
+from l40sd.adapters.process.records import (
+    CorruptError,
+    ExitRecord,
+    Identity,
+    InstanceSpec,
+    RunRecord,
+    now_iso,
+    read_record,
+    write_exit,
+)
+from l40sd.adapters.process.remains import Remains, remove_group, trusted_group, unit_of
+from l40sd.shim import tree
+
+CLEAR_TIMEOUT_S = 5.0
+"""For the processes of a dead shim; who is left then is stuck, and ``Instance.kill`` says so."""
+
+
+class Instance:
+    """A shim that was identified through its pidfd, and all that is below it.
+
+    Its shim ends only when everything below it is gone: ``exited`` therefore means all of it, unless the
+    shim itself was killed; then the rest is killed from here.
+    """
+
+    def __init__(self, directory: Path, spec: InstanceSpec, run: RunRecord, pidfd: int | None) -> None:
+        """``pidfd`` is the shim's, and ours from now on; None: the shim is gone already."""
+        self.spec = spec
+        self.shim_pid = run.shim.pid
+        self.engine_pid = run.engine.pid
+        self.started_at = run.started_at
+        self.group = trusted_group(run.group, spec.instance)
+        self._directory = directory
+        self._engine = run.engine
+        self._pidfd = pidfd
+        self._gone = asyncio.Event()
+        self._settling = asyncio.Lock()
+        self._record: ExitRecord | None = None
+        self._was_killed = False
+        if pidfd is None:
+            self._gone.set()
+        else:
+            asyncio.get_running_loop().add_reader(pidfd, self._shim_gone)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its shim lives."""
+        return not self._gone.is_set()
+
+    async def exited(self) -> ExitRecord:
+        """Return how it ended, once it has. Any number may wait, and stop waiting, at any time."""
+        await self._gone.wait()
+        async with self._settling:
+            if self._record is None:
+                self._record = await self._settle()
+        return self._record
+
+    def terminate(self) -> None:
+        """Let the shim walk its ladder: SIGTERM and SIGCONT, then after ``term_timeout_s`` the kill.
+
+        It does so also when the daemon dies meanwhile. Nothing happens when it has ended.
+        """
+        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)
+
+    async def kill(self, timeout_s: float) -> bool:
+        """Kill everything now.
+
+        The first half of the time is the shim's, which finds everybody; then it is killed with the rest.
+
+        Returns:
+            Whether all is gone; False: the worker is stuck, its GPUs are not free.
+        """
+        self._was_killed = True
+        self._signal(signal.SIGQUIT)
+        self._signal(signal.SIGCONT)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s / 2):
+                await self._gone.wait()
+        self._signal(signal.SIGKILL)
+        remains = self._remains()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s / 2):
+                await self.exited()
+                return await remains.kill(timeout_s)
+        return False
+
+    def close(self) -> None:
+        """Stop watching; the worker goes on."""
+        if self._pidfd is not None:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    def clear(self) -> None:
+        """Stop watching and remove what is on disk and in the cgroup tree."""
+        self.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+        if self.group and Path(self.group).name == self.spec.instance:
+            remove_group(self.group)
+
+    def _signal(self, number: int) -> None:
+        if self._pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def _shim_gone(self) -> None:
+        self.close()
+        reap(self.shim_pid)
+        self._gone.set()
+
+    def _remains(self) -> Remains:
+        return Remains(instance=self.spec.instance, group=self.group, engine=self._engine)
+
+    async def _settle(self) -> ExitRecord:
+        """Read how it ended; a shim that left no word was lost, and what it watched is killed here."""
+        problem = "its shim was killed"
+        try:
+            record = read_record(self._directory, "exit.json", ExitRecord)
+        except CorruptError as error:
+            record, problem = None, str(error)
+        if record is not None:
+            return record
+        is_clear = await self._remains().kill(CLEAR_TIMEOUT_S)
+        detail = "" if is_clear else "; processes are left that cannot be killed"
+        record = ExitRecord(
+            instance=self.spec.instance,
+            cause="killed" if self._was_killed else "shim-lost",
+            detail=("killed with its shim" if self._was_killed else last_words(self._directory) or problem) + detail,
+            ended_at=now_iso(),
+        )
+        with contextlib.suppress(OSError):  # for the next daemon, should this one die first
+            await asyncio.to_thread(write_exit, self._directory, record)
+        if Path(self.group).name == unit_of(self.spec.instance):
+            await reset_unit(self.spec.instance)
+        return record
+
+
+def open_shim(identity: Identity) -> int | None:
+    """Return a pidfd of exactly this process; None when it is gone. Opened first, compared afterwards."""
+    try:
+        pidfd = os.pidfd_open(identity.pid)
+    except OSError:
+        return None
+    if identity.matches(tree.read_process(identity.pid)):
+        return pidfd
+    os.close(pidfd)
+    return None
+
+
+def reap(pid: int) -> None:
+    """Collect the zombie of a shim that we are the parent of; of another's child nothing is to do."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+def last_words(directory: Path) -> str:
+    """Return the last line that a shim wrote to its standard error, e.g. an exception; mostly empty."""
+    with contextlib.suppress(OSError):
+        lines = (directory / "shim.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f"its shim failed: {lines[-1]}" if lines else ""
+    return ""

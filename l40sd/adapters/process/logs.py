@@ -1,0 +1,110 @@
+"""Read a worker's rotating output: its end, or as it comes."""
+
+import asyncio
+import os
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+TAIL_BYTES = 1 << 20
+"""The most that is read for a tail, however long the lines are."""
+LINE_LIMIT = 2000
+"""Characters of one line that are shown."""
+CHUNK_BYTES = 64 << 10
+POLL_S = 0.2
+COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """Return the last lines, oldest first, from the current file and as many older ones as it takes.
+
+    Reads at most 1 MiB. Colours are taken out, other control characters and invalid UTF-8 are escaped, and
+    a line is cut at 2000 characters: the result may go to any terminal. Blocks on the disk.
+    """
+    data = b""
+    for file in generations(path):
+        data = read_end(file, TAIL_BYTES - len(data)) + data
+        if data.count(b"\n") > lines or len(data) >= TAIL_BYTES:
+            break
+    found = data.split(b"\n")
+    if found and not found[-1]:
+        found.pop()
+    return [printable(line) for line in found[-lines:]] if lines > 0 else []
+
+
+async def follow(path: Path, *, poll_s: float = POLL_S) -> AsyncIterator[bytes]:
+    """Yield what is written from now on, in chunks of at most 64 KiB, across rotations and restarts.
+
+    Looks every ``poll_s``; ends never. What is rotated away before it was read is lost, as with ``tail -F``.
+    """
+    descriptor = open_or_none(path)
+    if descriptor is not None:
+        os.lseek(descriptor, 0, os.SEEK_END)
+    try:
+        while True:
+            if descriptor is not None:
+                # First look whether there is a successor, then read: what came before it is not missed.
+                successor = await asyncio.to_thread(next_after, path, descriptor)
+                while data := await asyncio.to_thread(os.read, descriptor, CHUNK_BYTES):
+                    yield data
+                if successor is not None:
+                    os.close(descriptor)
+                    descriptor = open_or_none(successor)
+                    continue
+            else:
+                descriptor = open_or_none(path)
+            await asyncio.sleep(poll_s)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def generations(path: Path) -> list[Path]:
+    """Return the files of one log that exist, newest first."""
+    found = [path] if path.exists() else []
+    number = 1
+    while (older := path.with_name(f"{path.name}.{number}")).exists():
+        found.append(older)
+        number += 1
+    return found
+
+
+def next_after(path: Path, descriptor: int) -> Path | None:
+    """Return the file that follows an open one; None while it is the current one.
+
+    One that was rotated out altogether is followed by the oldest there is.
+    """
+    mine = os.fstat(descriptor)
+    files = generations(path)
+    for newer, file in zip([None, *files], files, strict=False):
+        try:
+            if os.path.samestat(file.stat(), mine):
+                return newer
+        except FileNotFoundError:  # rotated between the two looks: come again
+            return None
+    return files[-1] if files else None
+
+
+def open_or_none(path: Path) -> int | None:
+    """Open for reading; None when it is not there (yet)."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def read_end(path: Path, limit: int) -> bytes:
+    """Return at most the last ``limit`` bytes of a file; nothing when it is gone."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
+            return file.read(limit)
+    except OSError:
+        return b""
+
+
+def printable(line: bytes) -> str:
+    """Return a line that does nothing to a terminal."""
+    text = COLOURS.sub("", line[: 4 * LINE_LIMIT].decode("utf-8", "backslashreplace")).rstrip("\r")
+    text = "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= LINE_LIMIT else f"{text[:LINE_LIMIT]}..."

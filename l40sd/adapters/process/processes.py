@@ -1,0 +1,352 @@
+"""Start workers' shims, and find them again."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import l40sd
+from l40sd.adapters.process import logs
+from l40sd.adapters.process.instance import Instance, last_words, open_shim, reap
+from l40sd.adapters.process.providers import Provider, Unavailable, choose, start_unit
+from l40sd.adapters.process.records import (
+    Birth,
+    CorruptError,
+    ExitRecord,
+    InstanceSpec,
+    RunRecord,
+    read_record,
+    write_spec,
+)
+from l40sd.adapters.process.remains import Remains, mark_of, marked, remove_group, trusted_group
+from l40sd.core.errors import L40sError
+from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, tree
+
+FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.05
+"""Between two looks for run.json: a shim takes about 60 ms, and a poll needs no descriptor and cannot be missed."""
+CLEAR_TIMEOUT_S = 5.0
+CORRUPT_KEPT = 10
+LOCK_NAME = "l40sd.lock"
+SIGNALS_RESET = (signal.SIGPIPE, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGXFSZ)
+
+
+@dataclass(slots=True, kw_only=True)
+class Adoption:
+    """What a new daemon found.
+
+    Attributes:
+        running: Workers that go on, untouched.
+        ended: Workers that ended meanwhile; their records stay on disk until ``forget``.
+        killed: Instances that were half-born or nobody's.
+        notes: One sentence each for what was odd: corrupt records, another boot.
+    """
+
+    running: list[Instance] = field(default_factory=list)
+    ended: list[tuple[InstanceSpec, ExitRecord]] = field(default_factory=list)
+    killed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Processes:
+    """The one that starts and adopts instances, in ``runtime_dir``/instances.
+
+    The caller holds the daemon's lock: there is one of these per runtime directory.
+
+    Attributes:
+        provider: unit, cgroup or none.
+        note: What the provider cannot do here; empty when nothing is missing.
+    """
+
+    def __init__(self, runtime_dir: Path, log_dir: Path, provider: Provider) -> None:
+        self.provider = provider.name
+        self.note = provider.note
+        self._base = provider.base
+        self._runtime_dir = runtime_dir
+        self._instances_dir = runtime_dir / "instances"
+        self._log_dir = log_dir
+        self._instances: dict[str, Instance] = {}
+
+    @classmethod
+    async def open(cls, *, runtime_dir: Path, log_dir: Path, provider: str = "auto") -> Self:
+        """Make the directories and choose the provider.
+
+        Raises:
+            L40sError: A directory cannot be made or written; the provider asked for does not work here.
+        """
+        runtime_dir, log_dir = runtime_dir.absolute(), log_dir.absolute()
+        for path, mode in ((runtime_dir / "instances", 0o700), (log_dir, 0o750)):
+            try:
+                path.mkdir(mode=mode, parents=True, exist_ok=True)
+            except OSError as error:
+                raise not_writable(path, error.strerror) from error
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise not_writable(path, "not writable by this user")
+        return cls(runtime_dir, log_dir, await choose(provider, runtime_dir))
+
+    async def spawn(self, spec: InstanceSpec, timeout_s: float) -> Instance:
+        """Start an instance; it is on record before it is a process, and complete when this returns.
+
+        Raises:
+            L40sError: Its program cannot be run (``exec_failed``), or its shim did not come up within
+                ``timeout_s`` (``spawn_failed``). Nothing is left of it then, nor when this is cancelled.
+        """
+        directory = self._instances_dir / spec.instance
+        group = self._make_record(directory, spec)
+        pid: int | None = None
+        instance: Instance | None = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                if self.provider == "unit":
+                    await start_unit(spec.instance, timeout_s=timeout_s)
+                else:
+                    pid = start_shim(directory, spec.instance, self._runtime_dir)
+                instance = await self._born(directory, spec, pid)
+        except TimeoutError as error:
+            why = last_words(directory) or f"no answer within {timeout_s:g} s"
+            raise spawn_failed(spec, why) from error
+        except Unavailable as error:
+            raise spawn_failed(spec, str(error)) from error
+        finally:
+            if instance is None:
+                await self._withdraw(directory, Remains(instance=spec.instance, group=group))
+                if pid is not None:
+                    reap(pid)
+        self._instances[spec.instance] = instance
+        return instance
+
+    async def adopt(self) -> Adoption:
+        """Sort out what the last daemon left; call it once, before anything is spawned.
+
+        Per directory, first match wins:
+          1. a spec of another boot: dropped, nobody signalled
+          2. no spec, or a corrupt one: killed, moved aside
+          3. exit.json: ended
+          4. a complete record whose shim lives: adopted
+          5. a complete record whose shim is gone: the rest is killed, ended as shim-lost
+          6. no complete record: half-born, killed
+        Then cgroups and marked processes that no directory speaks of are killed.
+        """
+        adoption = Adoption()
+        for directory in sorted(self._instances_dir.iterdir()):
+            if ".corrupt-" in directory.name or directory.name in self._instances:
+                continue
+            try:
+                await self._sort_out(directory, adoption)
+            except CorruptError as error:
+                await self._set_aside(directory, adoption, str(error))
+        await self._kill_strays(adoption)
+        return adoption
+
+    def forget(self, instance_id: str) -> None:
+        """Remove the directory and the cgroup of an instance that has ended; a second call does nothing."""
+        instance = self._instances.pop(instance_id, None)
+        if instance is not None:
+            instance.clear()
+        else:
+            self._remove(self._instances_dir / instance_id)
+
+    def log_path(self, worker: str) -> Path:
+        """Return where a worker's output goes; older output is beside it in ``.1``, ``.2``, ..."""
+        return self._log_dir / f"{worker}.log"
+
+    async def tail(self, worker: str, lines: int) -> list[str]:
+        """Return the last lines of a worker's output, made printable; see ``logs.tail``."""
+        return await asyncio.to_thread(logs.tail, self.log_path(worker), lines)
+
+    def follow(self, worker: str) -> AsyncIterator[bytes]:
+        """Yield a worker's output from now on; see ``logs.follow``."""
+        return logs.follow(self.log_path(worker))
+
+    async def close(self) -> None:
+        """Let go of everything and leave the workers alone."""
+        for instance in self._instances.values():
+            instance.close()
+        self._instances.clear()
+        if self._base:
+            with contextlib.suppress(OSError):  # some are still running
+                Path(self._base).rmdir()
+
+    # Spawning
+
+    def _make_record(self, directory: Path, spec: InstanceSpec) -> str:
+        """Write what is about to run; return the cgroup made for it, if one was."""
+        group = {"unit": "own", "cgroup": f"{self._base}/{spec.instance}"}.get(self.provider, "")
+        birth = Birth(
+            boot_id=tree.boot_id(),
+            group=group,
+            lock=str(self._runtime_dir / LOCK_NAME),
+            log=str(self.log_path(spec.worker)),
+        )
+        try:
+            directory.mkdir(mode=0o700)
+            write_spec(directory, spec, birth)
+            if self.provider == "cgroup":
+                Path(group).mkdir(parents=True)
+        except OSError as error:
+            self._remove(directory)
+            raise spawn_failed(spec, f"{error.filename or directory}: {error.strerror}") from error
+        return group if self.provider == "cgroup" else ""
+
+    async def _born(self, directory: Path, spec: InstanceSpec, pid: int | None) -> Instance:
+        """Wait for the shim's first word.
+
+        Raises:
+            L40sError: It could not run the program, or died.
+        """
+        look_s = FIRST_LOOK_S
+        while True:
+            # In this order: what ends between the two looks has left exit.json for the second.
+            is_dead = pid is not None and has_ended(pid)
+            ended = read_record(directory, "exit.json", ExitRecord)
+            run = read_record(directory, "run.json", RunRecord)
+            if ended is not None and ended.cause == "exec-failed":
+                raise exec_failed(spec, ended.detail)
+            if run is not None:
+                return Instance(directory, spec, run, open_shim(run.shim))
+            if is_dead or ended is not None:
+                raise spawn_failed(spec, ended.detail if ended else last_words(directory) or "its shim was killed")
+            await asyncio.sleep(look_s)
+            look_s = min(LAST_LOOK_S, 2 * look_s)
+
+    async def _withdraw(self, directory: Path, remains: Remains) -> bool:
+        """Undo a birth: a shim that starts only now finds no spec and ends; whoever runs is killed."""
+        with contextlib.suppress(OSError):
+            (directory / "spec.json").rename(directory / "spec.withdrawn")
+        is_clear = await remains.kill(CLEAR_TIMEOUT_S)
+        self._remove(directory)
+        if remains.group:
+            remove_group(remains.group)
+        return is_clear
+
+    def _remove(self, directory: Path) -> None:
+        shutil.rmtree(directory, ignore_errors=True)
+        if self._base:
+            remove_group(f"{self._base}/{directory.name}")
+
+    # Adopting
+
+    async def _sort_out(self, directory: Path, adoption: Adoption) -> None:
+        birth = read_record(directory, "spec.json", Birth)
+        spec = read_record(directory, "spec.json", InstanceSpec)
+        if birth is not None and birth.boot_id != tree.boot_id():  # 1
+            adoption.notes.append(f"{directory.name}: of another boot, dropped")
+            self._remove(directory)
+            return
+        if birth is None or spec is None or spec.instance != directory.name:  # 2
+            await self._finish_off(directory, adoption, group="")
+            return
+        ended = read_record(directory, "exit.json", ExitRecord)
+        run = read_record(directory, "run.json", RunRecord)
+        if run is None:
+            if ended is not None:  # 3, of an engine that never ran
+                adoption.ended.append((spec, ended))
+            else:  # 6
+                await self._finish_off(directory, adoption, group=birth.group)
+            return
+        instance = Instance(directory, spec, run, open_shim(run.shim))
+        self._instances[spec.instance] = instance
+        if instance.is_running and ended is None:  # 4
+            adoption.running.append(instance)
+        else:  # 3, 5
+            adoption.ended.append((spec, await instance.exited()))
+
+    async def _finish_off(self, directory: Path, adoption: Adoption, *, group: str) -> None:
+        name = directory.name
+        remains = Remains(instance=name, group=trusted_group(group or f"{self._base}/{name}", name))
+        if not await self._withdraw(directory, remains):
+            adoption.notes.append(f"{name}: half-born, and processes are left that cannot be killed")
+        adoption.killed.append(name)
+
+    async def _set_aside(self, directory: Path, adoption: Adoption, problem: str) -> None:
+        """Kill what a corrupt record may be about, and keep the record for whoever wants to know."""
+        name = directory.name
+        adoption.notes.append(problem)
+        await Remains(instance=name, group=trusted_group(f"{self._base}/{name}", name)).kill(CLEAR_TIMEOUT_S)
+        adoption.killed.append(name)
+        for number in range(CORRUPT_KEPT):
+            aside = directory.with_name(f"{name}.corrupt-{number}")
+            if not aside.exists():
+                directory.rename(aside)
+                break
+        self._remove(directory)
+
+    async def _kill_strays(self, adoption: Adoption) -> None:
+        """Kill what carries our mark, or sits in our cgroup, and is on no record."""
+        known = set(self._instances) | {spec.instance for spec, _ in adoption.ended}
+        strays = dict.fromkeys(await asyncio.to_thread(marked_in, self._runtime_dir), "")
+        if self._base:
+            strays |= {path.name: str(path) for path in Path(self._base).iterdir() if path.is_dir()}
+        for name in sorted(strays.keys() - known):
+            remains = Remains(instance=name, group=strays[name])
+            if remains.is_empty():
+                remove_group(remains.group)
+                continue
+            await remains.kill(CLEAR_TIMEOUT_S)
+            remove_group(remains.group)
+            adoption.killed.append(name)
+
+
+def start_shim(directory: Path, instance: str, runtime_dir: Path) -> int:
+    """Spawn a shim in a session of its own and return its pid. Takes about 1 ms.
+
+    Not with asyncio's subprocess: from 3.12 on its teardown kills the child. No site packages: half the time
+    to start.
+    """
+    env = {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "PYTHONPATH": str(Path(l40sd.__file__).parent.parent),
+        "TZ": os.environ.get("TZ", ""),
+        INSTANCE_VARIABLE: instance,
+        RUNTIME_VARIABLE: str(runtime_dir),
+    }
+    if not env["TZ"]:
+        del env["TZ"]
+    shim_log = str(directory / "shim.log")
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-P", "-S", "-m", "l40sd.shim", str(directory)],
+        env,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, shim_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+        setsigmask=(),
+        setsigdef=SIGNALS_RESET,
+    )
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a child of ours is a zombie; it stays one."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def marked_in(runtime_dir: Path) -> set[str]:
+    """Return the instances of this runtime directory that living processes are marked with."""
+    marks = [mark_of(process) for process in marked()]
+    return {instance for instance, where in marks if where == str(runtime_dir)}
+
+
+def exec_failed(spec: InstanceSpec, detail: str) -> L40sError:
+    """Return the error for a program that cannot be run: starting it again would not help."""
+    return L40sError(
+        detail, where=spec.worker, hint="check the engine's command and the paths in it", code="exec_failed"
+    )
+
+
+def spawn_failed(spec: InstanceSpec, why: str) -> L40sError:
+    """Return the error for a shim that did not come up."""
+    return L40sError(f"{spec.instance} could not be started: {why}", where=spec.worker, code="spawn_failed")
+
+
+def not_writable(path: Path, why: str | None) -> L40sError:
+    """Return the error for a directory that cannot be used."""
+    return L40sError(f"{path}: {why}", hint=f"make it, owned by the user that runs l40sd (uid {os.geteuid()})",
+                     code="not_writable")  # fmt: skip

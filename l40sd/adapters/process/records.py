@@ -1,0 +1,145 @@
+"""What is known of an instance, as records and as the three files of its directory."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from l40sd.shim import PROTOCOL, tree
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceSpec:
+    """What to run once, and how to end it.
+
+    Attributes:
+        argv: Program and arguments; a program without a slash is looked up in ``env``'s PATH.
+        env: The whole environment, but for the two marks that are added here.
+        term_timeout_s: From SIGTERM to the kill.
+        orphan_grace_s: The engine is stopped when no daemon has held the lock for this long.
+        log_file_bytes: Size of one file of its output; ``log_files`` are kept.
+        pids_limit: Processes and threads at once, where the pids controller is there; 0: no limit.
+        memory_limit_bytes: Where the memory controller is there; 0: no limit.
+        meta: JSON, not looked at; comes back on adoption.
+    """
+
+    instance: str
+    worker: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    cwd: str = "/"
+    term_timeout_s: float = 20.0
+    orphan_grace_s: float = 600.0
+    log_file_bytes: int = 16 << 20
+    log_files: int = 4
+    pids_limit: int = 4096
+    memory_limit_bytes: int = 0
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitRecord:
+    """How an instance ended.
+
+    Attributes:
+        code: The leader's exit code; None when a signal ended it, or when nobody saw it.
+        signal: The signal's number; None likewise.
+        oom: The kernel killed for memory in its cgroup.
+        cause: exited (by itself), stopped, killed (both as asked), orphaned, exec-failed or shim-lost.
+        detail: One phrase for the operator.
+        ended_at: Wall clock, ISO 8601 with offset.
+        ran_s: From the shim's start to the last process's end; 0 when nobody saw it.
+    """
+
+    instance: str
+    code: int | None = None
+    signal: int | None = None
+    oom: bool = False
+    cause: str
+    detail: str = ""
+    ended_at: str
+    ran_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Birth:
+    """The daemon's part of spec.json beside the spec; ``group`` as ``watcher.join_group`` takes it."""
+
+    boot_id: str
+    group: str
+    lock: str
+    log: str
+    protocol: int = PROTOCOL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """A pid that is sure until the next boot."""
+
+    pid: int
+    start_ticks: int
+
+    def matches(self, process: tree.Process | None) -> bool:
+        """Whether this process is the one meant."""
+        return process is not None and process.start_ticks == self.start_ticks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """run.json: who runs."""
+
+    instance: str
+    shim: Identity
+    engine: Identity
+    boot_id: str
+    group: str = ""
+    started_at: str = ""
+    protocol: int = PROTOCOL
+
+
+class CorruptError(Exception):
+    """A record that is there and cannot be read."""
+
+
+def write_spec(directory: Path, spec: InstanceSpec, birth: Birth) -> None:
+    """Write the write-ahead record, readable to us only: the environment may hold keys. Raises OSError."""
+    record = {**asdict(spec), **asdict(birth)}
+    tree.write_file(str(directory / "spec.json"), msgspec.json.encode(record), mode=0o600)
+
+
+def write_exit(directory: Path, record: ExitRecord) -> None:
+    """Write exit.json in a dead shim's place. Raises OSError."""
+    tree.write_file(str(directory / "exit.json"), msgspec.json.encode(record))
+
+
+def read_record(directory: Path, name: str, kind: type[T]) -> T | None:
+    """Return what a record says; None when it is not there.
+
+    Raises:
+        CorruptError: It is there and does not say what it should.
+    """
+    try:
+        return msgspec.json.decode((directory / name).read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (msgspec.DecodeError, OSError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{directory / name}: {error}") from error
+
+
+def now_iso() -> str:
+    """Return the date and time with the local offset."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def is_ours(pid: int) -> bool:
+    """Whether the process with this pid now runs as our user."""
+    try:
+        return Path(f"/proc/{pid}").stat().st_uid == os.geteuid()
+    except OSError:
+        return False

@@ -1,0 +1,20 @@
+"""The shim: one small process per worker that outlives the daemon.
+
+``python -m l40sd.shim INSTANCE_DIR`` is parent and subreaper of one engine. It needs nothing but the standard
+library, keeps no connection to the daemon, and everything that the two tell each other goes through files:
+
+    spec.json   written by the daemon before anything else: what to run (the write-ahead record)
+    run.json    written by the shim once the engine's exec has succeeded: who runs
+    exit.json   written by the shim when nobody is left: how it ended
+    signals     SIGTERM: the stop ladder; SIGQUIT: kill everything now
+    lease       the daemon's lock file: free for longer than orphan_grace_s, and the engine is stopped
+
+``watcher`` is the process, ``output`` the log files, ``tree`` how processes are found and killed (the daemon
+uses that too, for what a dead shim left behind).
+"""
+
+INSTANCE_VARIABLE = "L40SD_INSTANCE"
+RUNTIME_VARIABLE = "L40SD_RUNTIME_DIR"
+"""In the environment of the shim and of its engine: whose they are, for when no other record is left."""
+PROTOCOL = 1
+"""Version of the three files; a daemon adopts shims of its own and of older versions."""

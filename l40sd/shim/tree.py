@@ -1,0 +1,180 @@
+# pathlib would cost every shim 5 ms and 1 MB.
+# ruff: noqa: PTH
+"""Processes by identity: read who runs, find all that came from one, kill them and nobody else.
+
+A pid alone is not an identity: it is used again. A pid with its start time is, until the next boot. Signals
+go only through a pidfd that was opened first and compared afterwards (invariant 8).
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+FREEZE_ROUNDS = 20
+"""A tree that still grows after so many rounds of SIGSTOP is killed as it is; the caller comes again."""
+
+
+class Process(NamedTuple):
+    """One process at one moment, from /proc/PID/stat; ``start_ticks`` since boot, ``state`` one letter."""
+
+    pid: int
+    state: str
+    parent: int
+    session: int
+    start_ticks: int
+
+    @property
+    def is_alive(self) -> bool:
+        """Not a zombie and not on its way out."""
+        return self.state not in "ZX"
+
+
+def boot_id() -> str:
+    """Return the kernel's id of this boot; start times of other boots mean nothing."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def read_process(pid: int) -> Process | None:
+    """Return who has this pid now; None when nobody has."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The command's name may hold spaces and brackets: fields count from the last ")".
+    fields = text[text.rindex(b")") + 2 :].split()
+    return Process(pid, fields[0].decode("ascii"), int(fields[1]), int(fields[3]), int(fields[19]))
+
+
+def all_processes() -> Iterator[Process]:
+    """Yield every process of the host, zombies too; what ends meanwhile is left out."""
+    for name in os.listdir("/proc"):
+        if name.isdigit() and (process := read_process(int(name))) is not None:
+            yield process
+
+
+def descendants(pid: int, *, session: int = 0) -> list[Process]:
+    """Return the living descendants of a process, without itself.
+
+    Args:
+        session: Members of this session and their descendants count too; 0: none.
+    """
+    children: dict[int, list[Process]] = {}
+    found: list[Process] = []
+    for process in all_processes():
+        children.setdefault(process.parent, []).append(process)
+        if session and process.session == session and process.pid != pid:
+            found.append(process)
+    found += children.get(pid, ())
+    seen = {process.pid for process in found}
+    for process in found:  # grows while we walk it
+        fresh = [child for child in children.get(process.pid, ()) if child.pid not in seen]
+        found += fresh
+        seen.update(child.pid for child in fresh)
+    return [process for process in {one.pid: one for one in found}.values() if process.is_alive]
+
+
+def send_signal(process: Process, number: int) -> bool:
+    """Signal exactly this process; False when it is gone, another has its pid now, or it is not ours to signal."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except (ProcessLookupError, OSError):
+        return False
+    try:
+        now = read_process(process.pid)
+        if now is None or now.start_ticks != process.start_ticks:
+            return False
+        signal.pidfd_send_signal(pidfd, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    finally:
+        os.close(pidfd)
+    return True
+
+
+def kill_all(find: Callable[[], Iterable[Process]]) -> None:
+    """Kill whoever ``find`` returns; stops them all first, so that nobody forks out of the net meanwhile.
+
+    Returns before they are gone: call again until ``find`` returns nobody.
+    """
+    stopped: set[tuple[int, int]] = set()
+    for _ in range(FREEZE_ROUNDS):
+        fresh = [process for process in find() if (process.pid, process.start_ticks) not in stopped]
+        if not fresh:
+            break
+        for process in fresh:
+            send_signal(process, signal.SIGSTOP)
+            stopped.add((process.pid, process.start_ticks))
+    for process in find():
+        send_signal(process, signal.SIGKILL)
+
+
+def kill_group(group: str) -> bool:
+    """Kill every process of a cgroup and of those below it; False when it is gone or not ours to kill."""
+    try:
+        write_text(f"{group}/cgroup.kill", "1")
+    except OSError:
+        return False
+    return True
+
+
+def group_is_populated(group: str) -> bool:
+    """Whether a living process is in this cgroup or below it; a cgroup that is gone has none."""
+    try:
+        with open(f"{group}/cgroup.events", encoding="ascii") as file:
+            return "populated 1" in file.read()
+    except OSError:
+        return False
+
+
+def own_group() -> str | None:
+    """Return the directory of this process's own cgroup2 group; None where there is no cgroup2 here.
+
+    The mount is found in /proc/self/mountinfo: /sys/fs/cgroup, or /sys/fs/cgroup/unified on hybrid hosts.
+    """
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        mounts = [line.split() for line in file if " - cgroup2 " in line]
+    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+        own = [line.rstrip("\n")[3:] for line in file if line.startswith("0::")]
+    if not mounts or not own:
+        return None
+    root, mount = mounts[0][3], mounts[0][4]
+    inside = own[0].removeprefix(root.rstrip("/")) if own[0].startswith(root) else own[0]
+    return f"{mount}{inside}".rstrip("/")
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a kernel file in one write; an OSError is the kernel's answer."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode("ascii"))
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: str, data: bytes, *, mode: int = 0o640) -> None:
+    """Replace a file so that a crash at any moment leaves the old or the new one, whole.
+
+    Temporary file, fsync, rename, fsync of the directory. Raises OSError; then the old file is untouched.
+    """
+    temporary = f"{path}.tmp-{os.getpid()}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

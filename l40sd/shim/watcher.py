@@ -1,0 +1,415 @@
+# pathlib would cost every shim 5 ms and 1 MB.
+# ruff: noqa: PTH
+"""The shim's one loop: start the engine, pass its output on, and leave nobody behind.
+
+    start ----exec fails----------------------------------------> exit.json (exec-failed)
+      | run.json
+    running --leader ends------------> kill stragglers ---------> exit.json (exited)
+      |  SIGTERM: SIGTERM + SIGCONT to the engine's process group
+      |  or lease lost                 |  leader ends, or term_timeout_s has passed
+      v                                v
+    stopping ----------------------> kill everything until nobody is left -> exit.json (stopped, orphaned)
+      |  SIGQUIT, from anywhere: the same at once ---------------> exit.json (killed)
+
+One thread, one poll; nothing here waits for the daemon or for the disk's free space. An engine that cannot be
+killed (state D: a lost GPU) keeps the shim alive and trying, so that "the shim is gone" means "all is gone".
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import select
+import signal
+import struct
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from l40sd.shim import INSTANCE_VARIABLE, PROTOCOL, RUNTIME_VARIABLE, tree
+from l40sd.shim.output import RotatingLog
+
+PIPE_BYTES = 1 << 20
+"""The engine's output waits here while the disk is slow: the most an unprivileged process may ask for."""
+READ_BYTES = 256 << 10
+TICK_S = 1.0
+"""Between two looks at the lease and two tries at a full disk."""
+FIRST_RETRY_S, LAST_RETRY_S = 0.01, 1.0
+"""Between two rounds of killing, doubling."""
+SHIM_OOM_SCORE = -900
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE)
+OBEYED = (signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD)
+
+
+def main(argv: list[str]) -> int:
+    """Run the instance described in ``argv[1]``/spec.json; 0 when its end is on record."""
+    directory = os.path.abspath(argv[1])
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.chdir("/")
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        with open(f"{directory}/spec.json", "rb") as file:
+            spec = json.load(file)
+    except FileNotFoundError:
+        return 0  # the daemon that wrote it has withdrawn it: see Processes.adopt
+    with contextlib.suppress(OSError):
+        tree.write_text("/proc/self/comm", "l40sd-shim")
+    with contextlib.suppress(OSError):  # lowering it needs CAP_SYS_RESOURCE
+        tree.write_text("/proc/self/oom_score_adj", str(SHIM_OOM_SCORE))
+    return Watcher(directory, spec).run()
+
+
+class Watcher:
+    """One instance from its engine's fork to its exit record."""
+
+    def __init__(self, directory: str, spec: dict[str, Any]) -> None:
+        self.directory = directory
+        self.spec = spec
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self.log = RotatingLog(spec["log"], spec["log_file_bytes"], spec["log_files"])
+        self.group = join_group(spec, self.log)
+        self.started_s = time.monotonic()
+        self.signals: set[int] = set()
+        self.poller = select.poll()
+        self.readers: dict[int, Callable[[], None]] = {}
+        self.status: int | None = None  # the leader's, as from wait(2)
+        self.has_children = True
+        self.cause = ""
+        self.detail = ""
+        self.is_killing = False
+        self.term_deadline_s: float | None = None
+        self.retry_s = FIRST_RETRY_S
+        self.retry_at_s = 0.0
+        self.tick_at_s = self.started_s
+        self.tick_s = min(TICK_S, spec["orphan_grace_s"] / 4)
+        self.free_since_s: float | None = None
+
+    def run(self) -> int:
+        """Start, watch, end; 0 when exit.json is written."""
+        wake_read, wake_write = os.pipe()
+        for descriptor in (wake_read, wake_write):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in OBEYED:
+            signal.signal(number, lambda number, _: self.signals.add(number))
+        self.on_readable(wake_read, lambda: discard(wake_read))
+        self.engine = self.fork_engine()
+        self.log.note(f"{self.spec['instance']} starts, pid {self.engine}, {wall_time_iso()}")
+        while not self.is_over():
+            for descriptor, _ in self.poller.poll(self.wait_s() * 1000):
+                self.readers[descriptor]()
+            self.reap()
+            self.obey_signals()
+            self.obey_clock()
+        if self.exec_fd in self.readers:  # it ended within one round of the loop
+            self.exec_answered()
+        while self.output_fd in self.readers and self.read_output():
+            pass  # all writers are dead: this ends with what is in the pipe
+        return self.write_exit()
+
+    def on_readable(self, descriptor: int, do: Callable[[], None]) -> None:
+        """Have the loop call ``do`` whenever there is something to read, or the other end is closed."""
+        self.readers[descriptor] = do
+        self.poller.register(descriptor, select.POLLIN)
+
+    def wait_s(self) -> float:
+        """Return how long nothing can be due."""
+        due = [self.tick_at_s]
+        if self.is_killing:
+            due.append(self.retry_at_s)
+        elif self.term_deadline_s is not None:
+            due.append(self.term_deadline_s)
+        return max(0.0, min(due) - time.monotonic())
+
+    # Starting
+
+    def fork_engine(self) -> int:
+        """Fork the engine; whether its exec succeeded shows later, on a pipe that exec closes."""
+        self.output_fd, output_write = os.pipe()
+        os.set_blocking(self.output_fd, False)
+        with contextlib.suppress(OSError):  # over /proc/sys/fs/pipe-user-pages-soft: the small one will do
+            fcntl.fcntl(output_write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        self.exec_fd, exec_write = os.pipe()
+        parent = os.getpid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        engine = os.fork()
+        if engine == 0:
+            self.become_engine(parent, output_write, exec_write)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.close(output_write)
+        os.close(exec_write)
+        self.on_readable(self.output_fd, lambda: void(self.read_output()))
+        self.on_readable(self.exec_fd, self.exec_answered)
+        return engine
+
+    def become_engine(self, parent: int, output: int, answer: int) -> NoReturn:
+        """In the child: cgroup, session, signals, directory, exec. A failure goes down the pipe as JSON."""
+        doing = "start a session"
+        try:
+            os.setsid()
+            doing = f"join the cgroup {self.group}/engine"
+            if self.group:
+                tree.write_text(f"{self.group}/engine/cgroup.procs", "0")
+            with contextlib.suppress(OSError):
+                tree.write_text("/proc/self/oom_score_adj", "0")
+            # A shim that dies alone takes its leader along; the daemon, or the next one, kills the rest.
+            self.libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != parent:
+                os._exit(127)
+            doing = f"enter the directory {self.spec['cwd']}"
+            os.chdir(self.spec["cwd"])
+            for descriptor in (1, 2):
+                os.dup2(output, descriptor)
+            for number in (*IGNORED, *OBEYED, signal.SIGXFSZ):
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            argv = self.spec["argv"]
+            doing = f"run {argv[0]}"
+            runtime_dir = os.path.dirname(os.path.dirname(self.directory))
+            marks = {INSTANCE_VARIABLE: self.spec["instance"], RUNTIME_VARIABLE: runtime_dir}
+            os.execvpe(argv[0], argv, self.spec["env"] | marks)
+        except (OSError, ValueError) as error:
+            code = getattr(error, "errno", None)
+            why = os.strerror(code) if code else str(error)
+            if code == errno.ENOENT and doing.startswith("run /") and os.path.exists(doing[4:]):
+                why = "its interpreter is missing"
+            os.write(answer, f"cannot {doing}: {why}".encode("utf-8", "surrogateescape"))
+        finally:
+            os._exit(127)
+
+    def exec_answered(self) -> None:
+        """Exec closed the pipe: on record now. Or it said why not."""
+        text = os.read(self.exec_fd, 4096).decode("utf-8", "replace")
+        self.poller.unregister(self.exec_fd)
+        del self.readers[self.exec_fd]
+        if text:
+            self.end("exec-failed", text)
+            return
+        record = {
+            "protocol": PROTOCOL,
+            "instance": self.spec["instance"],
+            "shim": identity(os.getpid()),
+            "engine": identity(self.engine),
+            "boot_id": tree.boot_id(),
+            "group": self.group,
+            "started_at": wall_time_iso(),
+        }
+        try:
+            self.write_record("run.json", record)
+        except OSError as error:  # nobody could ever adopt it
+            self.end("exec-failed", f"cannot write run.json: {error.strerror}")
+
+    # Watching
+
+    def read_output(self) -> bool:
+        """Move what the engine said into its log; False when there is nothing more at the moment."""
+        try:
+            data = os.read(self.output_fd, READ_BYTES)
+        except BlockingIOError:
+            return False
+        if data:
+            self.log.write(data)
+            return True
+        self.poller.unregister(self.output_fd)
+        del self.readers[self.output_fd]
+        return False
+
+    def reap(self) -> None:
+        """Collect the leader's status, and orphans of its tree: as subreaper we are their parent now."""
+        while self.has_children:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                self.has_children = False
+                return
+            if pid == 0:
+                return
+            if pid == self.engine:
+                self.status = status
+
+    def obey_signals(self) -> None:
+        """Do what the signals asked for that came since the last round."""
+        signals, self.signals = self.signals, set()
+        if signal.SIGTERM in signals:
+            self.stop("stopped")
+        if signal.SIGQUIT in signals and self.status is None:
+            self.cause = "killed"
+            self.is_killing = True
+
+    def obey_clock(self) -> None:
+        """Do what is due: look at the lease, climb the ladder."""
+        now_s = time.monotonic()
+        if now_s >= self.tick_at_s:
+            self.tick_at_s = now_s + self.tick_s
+            self.log.tick()
+            self.check_lease(now_s)
+        if self.term_deadline_s is not None and now_s >= self.term_deadline_s and not self.is_killing:
+            self.detail = f"did not end within {self.spec['term_timeout_s']:g} s of SIGTERM, killed"
+            self.is_killing = True
+
+    def check_lease(self, now_s: float) -> None:
+        """Stop the engine when no daemon has held the lock for ``orphan_grace_s`` on end."""
+        if not lock_is_free(self.spec["lock"]):
+            self.free_since_s = None
+        elif self.free_since_s is None:
+            self.free_since_s = now_s
+        elif now_s - self.free_since_s >= self.spec["orphan_grace_s"]:
+            self.stop("orphaned", f"no daemon for {self.spec['orphan_grace_s']:g} s")
+
+    # Ending
+
+    def stop(self, cause: str, detail: str = "") -> None:
+        """First rung of the ladder; a second call changes nothing.
+
+        The leader is our child and not reaped yet, so its pid, which is its process group's id, is its own.
+        SIGCONT after SIGTERM: a stopped process would otherwise not see it.
+        """
+        if self.cause or self.status is not None:
+            return
+        self.cause, self.detail = cause, detail
+        self.term_deadline_s = time.monotonic() + self.spec["term_timeout_s"]
+        self.log.note(f"stopping: {detail or 'asked to'}")
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            try:
+                os.killpg(self.engine, number)
+            except ProcessLookupError:  # it has not come to its setsid yet
+                os.kill(self.engine, number)
+
+    def end(self, cause: str, detail: str) -> None:
+        """Skip the ladder: it never got to run properly."""
+        self.cause, self.detail = cause, detail
+        self.is_killing = True
+
+    def is_over(self) -> bool:
+        """Once the leader is gone, or shall be: kill whoever is left. True when nobody is."""
+        if self.status is None and not self.is_killing:
+            return False
+        if not self.has_children and not (self.group and tree.group_is_populated(f"{self.group}/engine")):
+            return True
+        self.is_killing = True
+        now_s = time.monotonic()
+        if now_s >= self.retry_at_s:
+            self.retry_at_s = now_s + self.retry_s
+            self.retry_s = min(LAST_RETRY_S, 2 * self.retry_s)
+            if self.group:
+                tree.kill_group(f"{self.group}/engine")
+            if self.has_children:
+                tree.kill_all(lambda: tree.descendants(os.getpid()))
+        return False
+
+    def write_exit(self) -> int:
+        """Say how it ended; the disk gets a few tries, a directory that is gone needs no record."""
+        assert self.status is not None
+        code = os.WEXITSTATUS(self.status) if os.WIFEXITED(self.status) else None
+        number = os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else None
+        oom = was_oom_killed(self.group)
+        how = f"exit code {code}" if number is None else f"killed by {signal.Signals(number).name}"
+        record = {
+            "protocol": PROTOCOL,
+            "instance": self.spec["instance"],
+            "code": code,
+            "signal": number,
+            "oom": oom,
+            "cause": self.cause or "exited",
+            "detail": self.detail or ("out of memory: " if oom else "") + how,
+            "ended_at": wall_time_iso(),
+            "ran_s": round(time.monotonic() - self.started_s, 3),
+        }
+        self.log.tick()
+        self.log.note(f"{self.spec['instance']} ended: {record['cause']}, {record['detail']}, {record['ended_at']}")
+        for _ in range(10):
+            try:
+                self.write_record("exit.json", record)
+            except FileNotFoundError:
+                return 1
+            except OSError:
+                time.sleep(TICK_S)
+            else:
+                return 0
+        return 1
+
+    def write_record(self, name: str, record: dict[str, Any]) -> None:
+        """Write run.json or exit.json, whole or not at all. Raises OSError."""
+        tree.write_file(f"{self.directory}/{name}", json.dumps(record).encode("ascii"))
+
+
+def join_group(spec: dict[str, Any], log: RotatingLog) -> str:
+    """Move this process into ``shim`` below the instance's cgroup and make ``engine``; "" where that fails.
+
+    ``spec["group"]`` is the directory the daemon made, ``"own"`` for the one we were started in (a unit with
+    Delegate=yes), or empty. Controllers are used as far as they are there.
+    """
+    group = tree.own_group() or "" if spec["group"] == "own" else spec["group"]
+    if not group:
+        return ""
+    try:
+        for name in ("shim", "engine"):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(f"{group}/{name}")
+        tree.write_text(f"{group}/shim/cgroup.procs", "0")
+    except OSError as error:
+        log.note(f"no cgroup: {group}: {error.strerror}")
+        return ""
+    limits = {"pids.max": spec["pids_limit"], "memory.max": spec["memory_limit_bytes"], "memory.oom.group": 1}
+    for controller in ("+pids", "+memory"):
+        with contextlib.suppress(OSError):
+            tree.write_text(f"{group}/cgroup.subtree_control", controller)
+    for name, limit in limits.items():
+        with contextlib.suppress(OSError):
+            if limit:
+                tree.write_text(f"{group}/engine/{name}", str(limit))
+    return str(group)
+
+
+def was_oom_killed(group: str) -> bool:
+    """Whether the kernel killed for memory in this cgroup; False also where that cannot be known."""
+    if not group:
+        return False
+    try:
+        with open(f"{group}/engine/memory.events", encoding="ascii") as file:
+            counts = dict(line.split() for line in file)
+    except OSError:
+        return False
+    return int(counts.get("oom_kill", 0)) > 0
+
+
+def lock_is_free(path: str) -> bool:
+    """Whether no process holds the open-file-description lock on this file; a missing file is held by nobody."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
+    finally:
+        os.close(descriptor)
+    return bool(struct.unpack_from("h", answer)[0] == fcntl.F_UNLCK)
+
+
+def identity(pid: int) -> dict[str, int]:
+    """Return a pid with its start time; 0 for one that is gone already."""
+    process = tree.read_process(pid)
+    return {"pid": pid, "start_ticks": process.start_ticks if process else 0}
+
+
+def discard(descriptor: int) -> None:
+    """Empty the signal pipe."""
+    with contextlib.suppress(BlockingIOError):
+        while os.read(descriptor, 4096):
+            pass
+
+
+def void(_: object) -> None:
+    """Drop a result."""
+
+
+def wall_time_iso() -> str:
+    """Return the date and time with the local offset; no datetime, which costs 0.5 MB and 2 ms here."""
+    text = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return f"{text[:-2]}:{text[-2:]}"
