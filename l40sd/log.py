@@ -23,8 +23,8 @@ from typing import Any, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-EventSink = Callable[[str, str, str, Mapping[str, Any]], None]
-"""Called with (time, level, event, data); data is plain JSON. Must neither block nor log."""
+EventSink = Callable[[str, str, Mapping[str, Any]], None]
+"""Called with (level, event, data); data is plain JSON. Must neither block nor log."""
 
 _RANKS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}  # sd-daemon(3)
@@ -35,7 +35,7 @@ _level = "info"
 _sink: EventSink | None = None
 
 
-def setup(
+def configure(
     level: str = "info",
     *,
     stream: TextIO | None = None,
@@ -136,7 +136,7 @@ def _add_times(_logger: WrappedLogger, _method: str, event: EventDict) -> EventD
 def _hand_to_sink(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     if _sink is not None and _RANKS[event["level"]] >= _RANKS["info"]:
         data = {key: plain(value) for key, value in event.items() if key not in _OURS}
-        _sink(event["time"], event["level"], str(event["event"]), data)
+        _sink(event["level"], str(event["event"]), data)
     return event
 
 
