@@ -1,5 +1,5 @@
 # pathlib would cost every shim 5 ms and 1 MB.
-# ruff: noqa: PTH
+# ruff: noqa: PTH105, PTH108
 """An engine's output in size-capped, rotating files: bytes as they are, never an exception, never growth."""
 
 import contextlib

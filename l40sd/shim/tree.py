@@ -1,5 +1,5 @@
 # pathlib would cost every shim 5 ms and 1 MB.
-# ruff: noqa: PTH
+# ruff: noqa: PTH105, PTH108, PTH120
 """Processes by identity: read who runs, find all that came from one, kill them and nobody else.
 
 A pid alone is not an identity: it is used again. A pid with its start time is, until the next boot. Signals
