@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -103,12 +103,18 @@ class Container:
         """Return what a command prints, without the white space around it; it must succeed."""
         return self.run(command, user=user, timeout_s=timeout_s).stdout.strip()
 
-    def background(self, command: str, *, user: str = "root") -> subprocess.Popen[str]:
-        """Start a command inside and return its process; the caller ends it."""
-        return subprocess.Popen(
+    @contextlib.contextmanager
+    def background(self, command: str, *, user: str = "root") -> Iterator[subprocess.Popen[str]]:
+        """Run a command inside for as long as the context lasts; its standard input ends with it."""
+        process = subprocess.Popen(
             self._argv(command, user), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True,
         )  # fmt: skip
+        with process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def write(self, path: str, text: str) -> None:
         """Write a file inside, and the folders above it."""

@@ -23,7 +23,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE = REPOSITORY / ".cache" / "systemd"
 BUILD_TIMEOUT_S = 600.0
-PACKAGES = "systemd,systemd-sysv,dbus,polkitd,python3,python3-venv,numactl,procps,ca-certificates"  # what a server has
+PACKAGES = "systemd,systemd-sysv,dbus,polkitd,python3,python3-venv,numactl,procps,curl"  # what a server has
 PYTHONS = {"bookworm": "3.11", "trixie": "3.13", "noble": "3.12"}
 """The release's own python3: wheels are fetched for it, whatever runs these tests."""
 
