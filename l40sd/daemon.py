@@ -8,9 +8,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
@@ -19,8 +17,8 @@ import structlog
 import uvloop
 
 from l40sd import __version__, log
-from l40sd.adapters import configfiles, systemd
-from l40sd.adapters.clock import monotonic_s
+from l40sd.adapters import configfiles, handover, systemd
+from l40sd.adapters.clock import now_s
 from l40sd.adapters.lock import DaemonLock
 from l40sd.adapters.ports import PortPool
 from l40sd.adapters.probe import Prober
@@ -47,7 +45,9 @@ EXIT_BAD_CONFIG = 78  # EX_CONFIG: systemd does not try again (RestartPreventExi
 TICK_S = 5.0
 ADOPT_TIMEOUT_S = 30.0
 PROXY_GRACE_S = 5.0
-INHERITED = "L40SD_INHERITED"  # "lock=3 listen=4,5": descriptors kept over an upgrade in place
+PASSED_ON = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "HF_HOME", "CUDA_HOME")
+"""What workers see of the daemon's own environment; the rest is theirs to be given in the configuration."""
+STATE_VERSION = 1
 
 
 class Ending(StrEnum):
@@ -74,7 +74,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
         click.echo(f"{path}: good")
         return
     events = Events(loaded.config.daemon.events_kept)
-    log.configure(loaded.config.daemon.log_level, on_event=events.add)
+    log.setup(loaded.config.daemon.log_level, on_event=events.add)
     try:
         ending = uvloop.run(run(path, loaded, events))
     except ConfigError as error:
@@ -84,7 +84,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
         structlog.get_logger().error("daemon.failed", reason=error.what, where=error.where, hint=error.hint)
         sys.exit(EXIT_BAD_CONFIG if error.code in ("bad_config", "does_not_fit", "unknown_pattern") else EXIT_FAILED)
     if ending is Ending.UPGRADE:
-        become_the_next_daemon()
+        handover.exec_again()
 
 
 async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
@@ -100,14 +100,18 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         # 1. Nobody else is in charge of this host.
         prepare_directories(config)
         runtime_dir = Path(config.daemon.runtime_dir)
-        lock = stack.enter_context(DaemonLock.acquire(runtime_dir / "l40sd.lock", inherited_fd=inherited("lock")))
+        kept = handover.take()
+        lock_path = runtime_dir / "l40sd.lock"
+        lock = DaemonLock.resume(lock_path, kept.lock) if kept else DaemonLock.acquire(lock_path)
+        stack.callback(lock.release)
         # 2. What the host is made of.
         host = await Host.open(config.host)
         stack.push_async_callback(host.close)
         # 3. The endpoint listens before any worker is looked at: requests wait, none is refused.
         routes = Routes(queue_limit=config.proxy.queue_limit, in_flight_limit=config.proxy.in_flight_limit)
         proxy = Proxy(config.proxy, routes)
-        await proxy.start(listeners())
+        inherited = kept.listeners if kept else systemd.listen_sockets().get("proxy", [])
+        await proxy.start(inherited)
         stack.push_async_callback(proxy.stop, PROXY_GRACE_S)
         # 4. Workers: those of an earlier daemon first.
         processes = await Processes.open(
@@ -126,20 +130,25 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
             facts=await host.facts(config),
             past_loads_s={},
             python=sys.executable,
+            base_env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
             log=logger,
         )
-        supervisor = Supervisor(tools, config, Store(Path(config.daemon.state_dir) / "state.json"))
+        supervisor = Supervisor(
+            tools, config, Store(Path(config.daemon.state_dir) / "state.json", version=STATE_VERSION)
+        )
         routes.on_failure = supervisor.on_request_failure
         async with asyncio.timeout(ADOPT_TIMEOUT_S):
             adoption = await processes.adopt()
-        supervisor.begin(adoption)
+        await supervisor.begin(adoption)
+        for note in (*adoption.notes, *supervisor.store.notes):
+            logger.warning("daemon.found", note=note)
         # 5. The operator.
-        daemon = Daemon(path, loaded, supervisor, proxy, events)
+        daemon = Daemon(path, loaded, supervisor, proxy)
         control = Control(control_socket(config), config.daemon.control_group, supervisor, events, daemon.doors())
         await control.start()
         stack.push_async_callback(control.close)
         # 6. Go.
-        systemd.notify("READY=1", f"STATUS={daemon.summary()}")
+        daemon.notifier.ready(daemon.summary())
         logger.info("daemon.ready", adopted=len(adoption.running), listen=list(proxy.addresses), **daemon.facts())
         ending = await daemon.live(control)
         if ending is Ending.UPGRADE:
@@ -150,13 +159,13 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
 class Daemon:
     """The running whole: answers signals, keeps systemd informed, ends as it is told to."""
 
-    def __init__(self, path: Path, loaded: Loaded, supervisor: Supervisor, proxy: Proxy, events: Events) -> None:
+    def __init__(self, path: Path, loaded: Loaded, supervisor: Supervisor, proxy: Proxy) -> None:
+        self.notifier = systemd.Notifier()
         self._path = path
         self._loaded = loaded
         self._supervisor = supervisor
         self._proxy = proxy
-        self._events = events
-        self._began_at_s = monotonic_s()
+        self._began_at_s = now_s()
         self._ending: asyncio.Future[Ending | None] = asyncio.get_running_loop().create_future()
         self._reload_wanted = asyncio.Event()
         self._log = structlog.get_logger()
@@ -173,11 +182,14 @@ class Daemon:
                 group.create_task(self._supervisor.run(), name="supervisor"),
                 group.create_task(self._tick(control), name="tick"),
                 group.create_task(self._reload_on_hup(), name="reload"),
-                group.create_task(systemd.feed_watchdog(), name="watchdog"),
+                group.create_task(self._feed_watchdog(), name="watchdog"),
             ]
             ending = await self._ending or await self._ending_by_signal()
             self._log.info("daemon.stopping", because=ending)
-            systemd.notify("STOPPING=1" if ending is not Ending.UPGRADE else systemd.reloading())
+            if ending is Ending.UPGRADE:
+                self.notifier.reloading("upgrading")
+            else:
+                self.notifier.stopping(str(ending))
             if ending is Ending.STOP:
                 await self._stop_workers()
             for task in tasks:
@@ -205,7 +217,7 @@ class Daemon:
             self._proxy,
             await host.memory(),
             began_at_s=self._began_at_s,
-            degraded=(*host.degraded, *store.degraded, *self._supervisor.degraded),
+            degraded=(*host.degraded, *filter(None, [store.degraded]), *self._supervisor.degraded),
         )
 
     async def reload(self) -> list[str]:
@@ -214,7 +226,7 @@ class Daemon:
         Raises:
             L40sError: The configuration is bad or does not fit this host.
         """
-        systemd.notify(systemd.reloading())
+        self.notifier.reloading()
         try:
             loaded = load(configfiles.read(self._path))
             changed = list(configshow.diff(self._loaded.config, loaded.config))
@@ -224,7 +236,7 @@ class Daemon:
             self._log.error("config.reload.failed", reason=str(error))
             raise
         finally:
-            systemd.notify("READY=1", f"STATUS={self.summary()}")
+            self.notifier.ready(self.summary())
         self._loaded = loaded
         self._proxy.configure(loaded.config.proxy)
         log.set_level(loaded.config.daemon.log_level)
@@ -256,8 +268,7 @@ class Daemon:
         drain_s = self._loaded.config.workers.drain_timeout_s
         cut = await self._proxy.finish_open_requests(drain_s)
         self._log.info("daemon.handing_over", requests_cut=cut)
-        listen = ",".join(str(_kept(sock.fileno())) for sock in self._proxy.sockets)
-        os.environ[INHERITED] = f"lock={_kept(lock.fd)} listen={listen}"
+        handover.give(lock.keep_over_exec(), self._proxy.sockets)
 
     def _told_to_end(self, ending: Ending | None) -> None:
         if not self._ending.done():
@@ -265,11 +276,11 @@ class Daemon:
 
     async def _ending_by_signal(self) -> Ending:
         """Tell a stop from a restart: at SIGTERM systemd knows which job it is doing."""
-        return Ending.RESTART if await systemd.job_type() == "restart" else Ending.STOP
+        return Ending.RESTART if await systemd.stop_reason() == "restart" else Ending.STOP
 
     async def _stop_workers(self) -> None:
         timeout_s = self._loaded.config.daemon.stop_timeout_s
-        systemd.notify(f"EXTEND_TIMEOUT_USEC={int((timeout_s + 2 * PROXY_GRACE_S) * 1e6)}")
+        self.notifier.extend_timeout(timeout_s + 2 * PROXY_GRACE_S)
         left = await self._supervisor.stop(timeout_s)
         if left:
             self._log.error("daemon.workers_left", count=left, workers=sorted(self._supervisor.workers))
@@ -286,8 +297,14 @@ class Daemon:
         while True:
             await asyncio.sleep(TICK_S)
             await control.rebind_if_lost()
-            self._supervisor.store.retry()
-            systemd.notify(f"STATUS={self.summary()}")
+            await self._supervisor.store.retry()
+            self.notifier.status(self.summary())
+
+    async def _feed_watchdog(self) -> None:
+        interval_s = self.notifier.watchdog_interval_s
+        while interval_s is not None:
+            self.notifier.watchdog()
+            await asyncio.sleep(interval_s)
 
     def _config_diff(self) -> str:
         fresh = load(configfiles.read(self._path)).config
@@ -305,7 +322,7 @@ def prepare_directories(config: Config) -> None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if not os.access(directory, os.W_OK | os.X_OK):
-                raise PermissionError(13, "not writable")  # noqa: TRY301
+                raise PermissionError(13, "not writable")
         except OSError as error:
             raise L40sError(
                 f"cannot be used: {error.strerror}",
@@ -318,34 +335,3 @@ def prepare_directories(config: Config) -> None:
 def control_socket(config: Config) -> Path:
     """Return the control socket's path."""
     return Path(config.daemon.control_socket or f"{config.daemon.runtime_dir}/control.sock")
-
-
-def listeners() -> Sequence[int]:
-    """Return descriptors that already listen for the proxy: 1. kept over an upgrade, 2. from systemd's socket unit."""
-    kept = os.environ.get(INHERITED, "").partition("listen=")[2]
-    if kept:
-        os.environ.pop(INHERITED, None)
-        return [int(number) for number in kept.split(",")]
-    return systemd.listen_fds()
-
-
-def inherited(name: str) -> int | None:
-    """Return the descriptor of this name kept over an upgrade in place; None for none."""
-    for part in os.environ.get(INHERITED, "").split():
-        key, _, value = part.partition("=")
-        if key == name:
-            return int(value)
-    return None
-
-
-def become_the_next_daemon() -> None:
-    """Replace this process's program with the one now installed: same pid, children, listener and lock."""
-    structlog.get_logger().info("daemon.exec")
-    os.execv(sys.executable, [sys.executable, "-m", "l40sd", *sys.argv[1:]])
-
-
-def _kept(fd: int) -> int:
-    """Return a copy of a descriptor that survives both the end of this daemon and exec."""
-    copy = os.dup(fd)
-    os.set_inheritable(copy, True)  # noqa: FBT003
-    return copy

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from l40sd.adapters.clock import monotonic_s
+from l40sd.adapters.clock import now_s
 from l40sd.core.model import GpuId
 from l40sd.services.host import GpuMemory, Host
 
@@ -19,7 +19,7 @@ async def wait_until_free(host: Host, gpus: Sequence[GpuId], timeout_s: float) -
     A host file has no memory to wait for, and an NVML that does not answer is no reason to keep a worker waiting: its
     engine will say what it lacks.
     """
-    deadline_s = monotonic_s() + timeout_s
+    deadline_s = now_s() + timeout_s
     before: list[int] | None = None
     while True:
         memory = await host.memory() if host.inventory.is_live else None
@@ -29,7 +29,7 @@ async def wait_until_free(host: Host, gpus: Sequence[GpuId], timeout_s: float) -
         holder = next((h for g in gpus if g in memory and (h := _holder(host, g, memory[g]))), "")
         if not holder and (before is None or before == used):
             return ""
-        if monotonic_s() >= deadline_s:
+        if now_s() >= deadline_s:
             return holder
         before = used
         await asyncio.sleep(POLL_S)

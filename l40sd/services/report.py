@@ -3,29 +3,24 @@
 from collections.abc import Mapping
 
 from l40sd import __version__
-from l40sd.adapters.clock import monotonic_s
-from l40sd.core import launch as launching
-from l40sd.core.config import Config
+from l40sd.adapters.clock import now_s
+from l40sd.core import views
 from l40sd.core.cpus import format_cpu_list
 from l40sd.core.errors import L40sError
-from l40sd.core.hostfile import format_host_file
 from l40sd.core.lifecycle import Goal, Phase
 from l40sd.core.messages import (
     ChangePreview,
     ChangeStep,
     GpuStatus,
-    GroupView,
     PatternView,
     ProxyStatus,
     Status,
     Topology,
-    TopologyGpu,
     WorkerStatus,
 )
-from l40sd.core.model import GpuId, Inventory, Layout, Link, Placement
+from l40sd.core.model import GpuId, Layout, Link, Placement
 from l40sd.core.pattern import patterns_of
 from l40sd.core.plan import Do, Limits, capacity, preview
-from l40sd.core.topology import switches_of
 from l40sd.services.host import GpuMemory
 from l40sd.services.proxy import Proxy
 from l40sd.services.supervisor import Supervisor, Want
@@ -36,7 +31,7 @@ def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
     """Return one worker as `l40sctl status` shows it."""
     p, process, tools = worker.wanted.placement, worker.process, supervisor.tools
     instance = process.instance if process else None
-    now_s = monotonic_s()
+    now = now_s()
     is_coming = worker.phase is Phase.STARTING and worker.watch is not None
     return WorkerStatus(
         id=worker.id,
@@ -59,10 +54,10 @@ def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
         restarts=worker.restarts,
         reason=worker.watch.startup_reason if is_coming and worker.watch else worker.reason,
         last_lines=worker.last_lines,
-        since_s=now_s - worker.since_s,
-        ready_s=None if process is None or process.ready_at_s is None else now_s - process.ready_at_s,
+        since_s=now - worker.since_s,
+        ready_s=None if process is None or process.ready_at_s is None else now - process.ready_at_s,
         progress=worker.watch.startup_fraction() if is_coming and worker.watch else None,
-        next_start_s=None if worker.next_start_at_s is None else max(0.0, worker.next_start_at_s - now_s),
+        next_start_s=None if worker.next_start_at_s is None else max(0.0, worker.next_start_at_s - now),
     )
 
 
@@ -82,7 +77,7 @@ def status(
         host=tools.host.inventory.host,
         inventory=tools.host.inventory.source,
         is_live=tools.host.inventory.is_live,
-        uptime_s=monotonic_s() - began_at_s,
+        uptime_s=now_s() - began_at_s,
         pattern=supervisor.want.pattern,
         operation=supervisor.operations.get(change.id) if change else None,
         provider=tools.processes.provider,
@@ -116,52 +111,8 @@ def patterns(supervisor: Supervisor) -> list[PatternView]:
 
 def topology(supervisor: Supervisor) -> Topology:
     """Return the link matrix, and the GPU groups in force with the reason for each."""
-    inventory = supervisor.tools.host.inventory
-    number = {gpu.id: gpu.index for gpu in inventory.gpus}
-    return Topology(
-        host=inventory.host,
-        source=inventory.source,
-        is_live=inventory.is_live,
-        gpus=tuple(
-            TopologyGpu(
-                index=g.index,
-                id=g.id,
-                pci=g.pci,
-                name=g.name,
-                memory_bytes=g.memory_bytes,
-                numa_node=g.numa_node,
-                cpus=format_cpu_list(g.cpus),
-                path=g.path,
-            )
-            for g in inventory.gpus
-        ),
-        matrix=tuple(tuple(inventory.link(a.id, b.id).name for b in inventory.gpus) for a in inventory.gpus),
-        switches=tuple((name, tuple(number[g] for g in gpus)) for name, gpus in switches_of(inventory)),
-        numa_nodes=tuple((n.id, format_cpu_list(n.cpus), n.memory_bytes) for n in inventory.numa_nodes),
-        pattern=supervisor.want.pattern,
-        groups=groups(supervisor.want.layout, supervisor.want.config, inventory),
-        record=format_host_file(inventory),
-    )
-
-
-def groups(layout: Layout, config: Config, inventory: Inventory) -> tuple[GroupView, ...]:
-    """Return a layout's replicas for people."""
-    number = {gpu.id: gpu.index for gpu in inventory.gpus}
-    return tuple(
-        GroupView(
-            worker=p.worker,
-            model=p.model,
-            tp=p.tp,
-            pp=p.pp,
-            gpus=tuple(number[g] for g in p.gpus if g in number),
-            link=_letters(p),
-            numa=p.memory_nodes,
-            cpus=format_cpu_list(p.cpus),
-            pinning=launching.build(p, config, inventory, port=0, api_key="").pinning,
-            reason=p.reason,
-        )
-        for p in layout.placements
-    )
+    want, inventory = supervisor.want, supervisor.tools.host.inventory
+    return views.topology(inventory, pattern=want.pattern, groups=views.groups(want.layout, want.config, inventory))
 
 
 def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:
@@ -199,7 +150,7 @@ def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:
             )
             for s in shown
         ),
-        groups=groups(want.layout, want.config, inventory),
+        groups=views.groups(want.layout, want.config, inventory),
         lowest_ready=lowest,
         leftover=tuple(number[g] for g in want.layout.leftover if g in number),
         warnings=want.layout.warnings,
@@ -228,7 +179,7 @@ def _pattern_view(name: str, supervisor: Supervisor) -> PatternView:
         is_current=is_current,
         fits=True,
         summary=_summary(want.layout),
-        groups=groups(want.layout, want.config, inventory),
+        groups=views.groups(want.layout, want.config, inventory),
         leftover=tuple(number[g] for g in want.layout.leftover if g in number),
         warnings=want.layout.warnings,
     )

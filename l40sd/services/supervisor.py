@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from l40sd.adapters.clock import monotonic_s
+from l40sd.adapters.clock import now_s
 from l40sd.adapters.process import Adoption, ExitRecord, Instance, InstanceSpec
 from l40sd.adapters.store import Store
 from l40sd.core import launch as launching
@@ -72,7 +72,7 @@ class Change:
     why: str = ""
     step: str = ""
     lowest_ready: float = 1.0
-    began_at_s: float = field(default_factory=monotonic_s)
+    began_at_s: float = field(default_factory=now_s)
 
     @property
     def previous_pattern(self) -> str:
@@ -94,6 +94,7 @@ class Supervisor:
         self._wake = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
         self._is_stopping = False
+        self._is_unsaved = False
         self._log = tools.log
         tools.changed = self._wake.set
 
@@ -216,19 +217,19 @@ class Supervisor:
             for worker in self.workers.values():
                 self._run_worker(worker)
             while True:
-                self._turn()
                 self._wake.clear()
+                await self._turn()
                 try:
                     async with asyncio.timeout(TURN_AT_LEAST_EVERY_S):
                         await self._wake.wait()
                 except TimeoutError:
                     continue
 
-    def _turn(self) -> None:
+    async def _turn(self) -> None:
         """One look, then what follows from it.
 
         1. Judge the change: did what is on trial prove itself, or does everything go back?
-        2. Plan, and carry out.
+        2. What is wanted is on disk before anything is done about it. Plan, and carry out.
         3. Is it reached?
         """
         if self._is_stopping:
@@ -236,6 +237,7 @@ class Supervisor:
             return
         if self.change is not None:
             self._judge(self.change)  # 1
+        await self._write_down()
         for order in plan(self.want.wanted, [w.observed() for w in self.workers.values()], self._limits()):  # 2
             self._carry_out(order)
         if self.change is not None and self._is_reached():  # 3
@@ -320,7 +322,7 @@ class Supervisor:
         assert self.change is not None
         change = self.change
         change.state, change.why, change.step = state, why, ""
-        duration_s = round(monotonic_s() - change.began_at_s, 2)
+        duration_s = round(now_s() - change.began_at_s, 2)
         keys: dict[str, Any] = {"pattern": change.pattern, "operation": change.id, "duration_s": duration_s}
         if state == "done":
             self._log.info("pattern.apply.complete", lowest_ready=round(change.lowest_ready, 2), **keys)
@@ -400,7 +402,7 @@ class Supervisor:
 
     # -- start and stop --------------------------------------------------------------------------------------------
 
-    def begin(self, adoption: Adoption) -> None:
+    async def begin(self, adoption: Adoption) -> None:
         """Take up what an earlier daemon left: what it wanted, the change it was at, its workers. Before ``run``.
 
         1. Running instances become workers as they were recorded, wanted or not: the planner sorts them out.
@@ -410,7 +412,7 @@ class Supervisor:
         """
         for instance in adoption.running:  # 1
             self._adopt(instance)
-        self._recall()  # 2, 3
+        self._recall(await self.store.load() or {})  # 2, 3
         for spec, record in adoption.ended:  # 4
             self._note_ended(spec, record)
 
@@ -434,8 +436,7 @@ class Supervisor:
         if placement.worker in self.workers:
             raise L40sError("its worker has another instance already", where=placement.worker, code="bad_record")
 
-    def _recall(self) -> None:
-        state = self.store.load() or {}
+    def _recall(self, state: Mapping[str, Any]) -> None:
         pattern = str(state.get("pattern") or self.config.daemon.pattern)
         stored = self._placements(state.get("placements"))
         try:
@@ -494,13 +495,13 @@ class Supervisor:
         """Drain and stop every worker within ``timeout_s``; return how many could not be stopped."""
         self._is_stopping = True
         workers = self.want.config.workers
-        drain_until_s = monotonic_s() + max(0.0, timeout_s - workers.term_timeout_s - 2 * workers.kill_timeout_s)
+        drain_until_s = now_s() + max(0.0, timeout_s - workers.term_timeout_s - 2 * workers.kill_timeout_s)
         for worker in self.workers.values():
             worker.post(Event.RETIRE, "the daemon was told to stop")
         try:
             async with asyncio.timeout(timeout_s):
                 while any(w.phase is not Phase.STUCK for w in self.workers.values()):
-                    if monotonic_s() >= drain_until_s:
+                    if now_s() >= drain_until_s:
                         for worker in self.workers.values():
                             if worker.phase is Phase.DRAINING:
                                 worker.post(Event.EMPTY, "the time for the stop was up")
@@ -512,7 +513,16 @@ class Supervisor:
     # -- disk and views --------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Write down what is wanted and the change under way, before anything is done about it."""
+        self._is_unsaved = True
+        self._wake.set()
+
+    async def _write_down(self) -> None:
+        """Write what is wanted and the change under way; a full disk degrades, it does not stop the work."""
+        while self._is_unsaved:
+            self._is_unsaved = False
+            await self.store.save(self._state())
+
+    def _state(self) -> dict[str, Any]:
         change = self.change
         state: dict[str, Any] = {
             "pattern": self.want.pattern,
@@ -531,7 +541,7 @@ class Supervisor:
                 "state": change.state,
                 "why": change.why,
             }
-        self.store.save(state)
+        return state
 
     def _note_step(self, text: str) -> None:
         if self.change is not None:
@@ -557,7 +567,7 @@ class Supervisor:
             step=change.step,
             lowest_ready=change.lowest_ready,
             why=change.why,
-            duration_s=monotonic_s() - change.began_at_s,
+            duration_s=now_s() - change.began_at_s,
         )
         while len(self.operations) > OPERATIONS_KEPT:
             self.operations.pop(next(iter(self.operations)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from l40sd.adapters.activity import activity_of
-from l40sd.adapters.clock import monotonic_s
+from l40sd.adapters.clock import now_s
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Instance
 from l40sd.core.config import HealthConfig
@@ -55,7 +55,7 @@ class Watch:
             launch.probes,
             deadline_s=deadline_s,
             stall_s=config.startup_stall_s,
-            now_s=monotonic_s(),
+            now_s=now_s(),
             past_loads_s=past_loads_s,
         )
 
@@ -66,7 +66,7 @@ class Watch:
 
     def startup_fraction(self) -> float | None:
         """Return how far the start is, 0 to 1, judged by past loads; None without any."""
-        return self._startup.fraction(monotonic_s())
+        return self._startup.fraction(now_s())
 
     def suspect(self) -> None:
         """Look now: a request has failed on it."""
@@ -89,19 +89,19 @@ class Watch:
         startup, launch = self._startup, self._launch
         match startup.stage:
             case Stage.PORT | Stage.HEALTH:
-                startup.feed_health(await self._health(), monotonic_s())
+                startup.feed_health(await self._health(), now_s())
             case Stage.MODEL:
                 names = await self._prober.models(*self._target, self._config.probe_timeout_s)
-                startup.feed_models(names, launch.served_name, monotonic_s())
+                startup.feed_models(names, launch.served_name, now_s())
             case Stage.TOKEN:
                 timeout_s = max(self._config.canary_timeout_s, self._config.probe_timeout_s)
-                startup.feed_token(await self._one_token(timeout_s), monotonic_s())
+                startup.feed_token(await self._one_token(timeout_s), now_s())
             case Stage.READY:
                 pass
         if self._instance is None:
-            return startup.check(monotonic_s())
+            return startup.check(now_s())
         activity = await asyncio.to_thread(activity_of, self._instance.engine_pid, self._log_path)
-        return startup.feed_activity(activity, monotonic_s())
+        return startup.feed_activity(activity, now_s())
 
     async def follow(self, post: Post) -> None:
         """Probe readiness and progress for as long as the worker lives.
@@ -113,7 +113,7 @@ class Watch:
            for, because an engine's front may say 200 while what is behind it is dead.
         """
         readiness = Readiness(fall=self._config.fall, rise=self._config.rise)
-        progress = Progress(self._config, now_s=monotonic_s())
+        progress = Progress(self._config, now_s=now_s())
         async with asyncio.TaskGroup() as canaries:
             canary: asyncio.Task[None] | None = None
             while True:
@@ -138,7 +138,7 @@ class Watch:
             post(Event.FELL, f"health: {result.error}")
         elif turn is Turn.ROSE:
             post(Event.ROSE)
-        pace = progress.feed(counters, leases=self._leases(), replies=self._replies(), now_s=monotonic_s())  # 2
+        pace = progress.feed(counters, leases=self._leases(), replies=self._replies(), now_s=now_s())  # 2
         if pace is Pace.STALLED:
             self._stalled(post, f"no token for {self._config.stall_timeout_s:.0f} s although requests are running")
         return pace

@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from l40sd.adapters.clock import monotonic_s
+from l40sd.adapters.clock import now_s
 from l40sd.adapters.ports import HeldPort, PortPool
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import ExitRecord, Instance, InstanceSpec, Processes
@@ -75,6 +75,7 @@ class Tools:
     facts: Mapping[ModelName, ModelFacts]
     past_loads_s: dict[ModelName, list[float]]
     python: str
+    base_env: Mapping[str, str]
     log: structlog.stdlib.BoundLogger
     changed: Callable[[], None] = lambda: None
 
@@ -96,7 +97,7 @@ class Process:
     launch: Launch
     instance: Instance | None = None
     port: HeldPort | None = None
-    spawned_at_s: float = field(default_factory=monotonic_s)
+    spawned_at_s: float = field(default_factory=now_s)
     ready_at_s: float | None = None
     is_adopted: bool = False
 
@@ -114,7 +115,7 @@ class Worker:
         self.record = Record()
         self.restarts = 0
         self.failed_starts = 0
-        self.since_s = monotonic_s()
+        self.since_s = now_s()
         self.next_start_at_s: float | None = None
         self.process: Process | None = None
         self.watch: Watch | None = None
@@ -236,7 +237,7 @@ class Worker:
 
     def _enter(self, phase: Phase, reason: str) -> None:
         if phase is not self.phase:
-            self.since_s = monotonic_s()
+            self.since_s = now_s()
             self.phase = phase
             self.next_start_at_s = None
             self.reason = reason
@@ -266,7 +267,7 @@ class Worker:
             case Phase.UNREADY:
                 self._log.warning("worker.unready", **keys)
             case Phase.BACKOFF:
-                keys["delay_s"] = round(max(0.0, (self.next_start_at_s or 0.0) - monotonic_s()), 1)
+                keys["delay_s"] = round(max(0.0, (self.next_start_at_s or 0.0) - now_s()), 1)
                 self._log.warning("worker.backoff", last_lines=list(self.last_lines), **keys)
             case Phase.QUARANTINED | Phase.FAILED:
                 self._log.error(f"worker.{self.phase}", last_lines=list(self.last_lines), **keys)
@@ -327,8 +328,6 @@ class Worker:
                 self.post(Event.BLOCKED, holder)
                 return
             port = self._tools.ports.take()
-            if port.skipped:
-                self._log.warning("worker.port_taken", skipped=list(port.skipped), port=port.port)
             self.process = Process(launch=self._launch(port.port, secrets.token_urlsafe(24)), port=port)
             self.process.instance = await self._tools.processes.spawn(self._spec(), workers.spawn_timeout_s)
         except L40sError as error:
@@ -354,7 +353,7 @@ class Worker:
                 code="misconfigured",
             )
         launch = self._launch(0, "")
-        path = dict(launch.env).get("PATH")
+        path = self._environment(launch).get("PATH")
         for program in (launch.argv[0], launching.program_of(launch)):
             if shutil.which(program, path=path) is None:
                 raise L40sError(
@@ -382,7 +381,7 @@ class Worker:
             instance=InstanceId(f"{self.id}-{secrets.token_hex(5)}"),
             worker=self.id,
             argv=launch.argv,
-            env=dict(launch.env),
+            env=self._environment(launch),
             term_timeout_s=launch.term_timeout_s,
             orphan_grace_s=self.config.daemon.orphan_grace_s,
             log_file_bytes=workers.log_file_bytes,
@@ -395,6 +394,11 @@ class Worker:
                 "placement": plain(p),
             },
         )
+
+    def _environment(self, launch: Launch) -> dict[str, str]:
+        """Return the whole environment: ours in small part, the launch's laid over it; an empty value removes one."""
+        merged = {**self._tools.base_env, **launch.env}
+        return {name: value for name, value in merged.items() if value}
 
     def _begin_watch(self) -> None:
         assert self.process is not None
@@ -425,10 +429,10 @@ class Worker:
         assert self.process is not None
         launch = self.process.launch
         if self.process.ready_at_s is None:
-            self.process.ready_at_s = monotonic_s()
+            self.process.ready_at_s = now_s()
             self.reason = ""
             if not self.process.is_adopted:
-                self._note_load(monotonic_s() - self.process.spawned_at_s)
+                self._note_load(now_s() - self.process.spawned_at_s)
         self._tools.routes.add(
             Backend(
                 worker=self.id,
@@ -479,13 +483,13 @@ class Worker:
             return
         if process.ready_at_s is not None:
             self.record = forgiven(
-                self.record, ready_for_s=monotonic_s() - process.ready_at_s, limits=restart_limits(self.config.workers)
+                self.record, ready_for_s=now_s() - process.ready_at_s, limits=restart_limits(self.config.workers)
             )
         if process.port is not None:
             process.port.release()
         if process.instance is not None and exit_record is not None:
             self._tools.processes.forget(process.instance.spec.instance)
-        self._ready_for_s = None if process.ready_at_s is None else monotonic_s() - process.ready_at_s
+        self._ready_for_s = None if process.ready_at_s is None else now_s() - process.ready_at_s
 
     _ready_for_s: float | None = None
 
@@ -500,7 +504,7 @@ class Worker:
             kind=failure.kind or "exit",
             ready_for_s=ready_for_s,
             is_oom=happening.exit is not None and happening.exit.oom,
-            now_s=monotonic_s(),
+            now_s=now_s(),
             jitter=random.uniform(-1, 1),
             limits=restart_limits(self.config.workers),
         )
@@ -515,7 +519,7 @@ class Worker:
             self._retry_in(verdict.delay_s)
 
     def _retry_in(self, delay_s: float) -> None:
-        self.next_start_at_s = monotonic_s() + delay_s
+        self.next_start_at_s = now_s() + delay_s
         self._start_job("timer", self._retry_later(delay_s))
 
     async def _retry_later(self, delay_s: float) -> None:
