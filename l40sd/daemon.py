@@ -74,7 +74,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
         click.echo(f"{path}: good")
         return
     events = Events(loaded.config.daemon.events_kept)
-    log.setup(loaded.config.daemon.log_level, on_event=events.add)
+    log.configure(loaded.config.daemon.log_level, on_event=events.add)
     try:
         ending = uvloop.run(run(path, loaded, events))
     except ConfigError as error:

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+from l40sd.adapters.clock import wall_time_iso
 from l40sd.core.messages import Event
 
 
@@ -16,10 +17,10 @@ class Events:
         self._seq = 0
         self._more = asyncio.Event()
 
-    def add(self, time: str, level: str, event: str, data: Mapping[str, Any]) -> None:
+    def add(self, level: str, event: str, data: Mapping[str, Any]) -> None:
         """Append one event; the log hands them in, info and above."""
         self._seq += 1
-        self._ring.append(Event(seq=self._seq, time=time, level=level, event=event, data=dict(data)))
+        self._ring.append(Event(seq=self._seq, time=wall_time_iso(), level=level, event=event, data=dict(data)))
         self._more.set()
         self._more = asyncio.Event()
 
