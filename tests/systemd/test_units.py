@@ -90,6 +90,7 @@ FORBIDDEN = (
     "systemctl daemon-reload",
     "systemctl daemon-reexec",
     "systemctl isolate rescue.target",
+    "systemctl start --job-mode=isolate l40s-worker@b.service",  # would stop everything else
     "systemctl poweroff",
     "systemctl set-environment A=b",
     "script -qec 'EDITOR=true systemctl edit l40s-worker@a.service' /dev/null",  # edit wants a terminal
@@ -105,15 +106,22 @@ FORBIDDEN = (
 )
 
 
+# The last three are not polkit's words. systemd 257 does name a transient unit to polkit, and our rule would let it
+# pass; it may not be made because the template has that name. `edit` has its own way to say that a folder is not ours.
+REFUSED = re.compile(
+    "denied|authentication required"
+    "|already loaded or has a fragment file|may not be isolated|failed to create directories",
+    re.IGNORECASE,
+)
+
+
 @pytest.mark.parametrize("command", FORBIDDEN)
 def test_the_daemon_user_may_do_nothing_else(stand_in: Container, command: str) -> None:
     stand_in.run("systemctl start l40s-worker@a.service", user="l40sd")
     before = stand_in.output("systemctl list-units --all --no-legend --plain | awk '{print $1, $3}' | sort")
     refused = stand_in.run(f"{command} </dev/null", user="l40sd", check=False)
     assert refused.returncode != 0, refused.stdout
-    assert re.search(
-        "denied|authentication required|failed to create directories", refused.stdout + refused.stderr, re.IGNORECASE
-    )
+    assert REFUSED.search(refused.stdout + refused.stderr), refused
     after = stand_in.output("systemctl list-units --all --no-legend --plain | awk '{print $1, $3}' | sort")
     assert after == before
 
