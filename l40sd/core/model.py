@@ -57,11 +57,16 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NumaNode:
-    """CPUs and memory at one distance. Ids may have gaps; a node may have no CPUs."""
+    """CPUs and memory at one distance. Ids may have gaps; a node may have no CPUs.
+
+    Attributes:
+        cores: The logical CPUs of each physical core, in order of the lowest; empty when the host does not say.
+    """
 
     id: int
     cpus: frozenset[int]
     memory_bytes: int = 0
+    cores: tuple[frozenset[int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,91 @@
+"""Which workers can stay where they are, in a layout that is as good as any."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from l40sd.core.ground import Counts, Ground, Kind, positions_of
+from l40sd.core.grouping import Cost, Replica, Shape, cost_of
+from l40sd.core.model import Placement
+
+TRIES = 400
+"""Groupings looked at. Enough for every subset of 8 workers, and on any host for the usual change, where all or none
+can stay; beyond it the best found so far is taken. A count and not a time: the same question has the same answer."""
+
+Kept = tuple[Kind, Replica]
+
+
+class Keeper:
+    """Finds the most GPUs that can keep their worker in a layout of the least cost.
+
+    If a set of workers can stay, so can each of its subsets. So the search takes or leaves one worker after another,
+    largest first, and a set that cannot stay ends its branch.
+    """
+
+    def __init__(self, counts: Counts, ground: Ground, best: Cost) -> None:
+        self._counts = counts
+        self._ground = ground
+        self._best = best
+        self._tries = TRIES
+        self._most: list[Kept] = []
+
+    def keep(self, current: Sequence[Placement]) -> list[Kept]:
+        """Return the replicas of ``current`` that stay."""
+        candidates = self._candidates(current)
+        if candidates and self._can_stay(candidates):
+            return candidates
+        self._search([], candidates)
+        return self._most
+
+    def _candidates(self, current: Sequence[Placement]) -> list[Kept]:
+        """Return what runs now and is of a wanted kind on usable GPUs, largest first."""
+        position = {gpu: number for number, gpu in enumerate(self._ground.gpus)}
+        candidates = [
+            ((p.model, p.tp, p.pp), _stages([position[gpu] for gpu in p.gpus], p.tp))
+            for p in current
+            if self._counts.get((p.model, p.tp, p.pp))
+            and len(p.gpus) == p.tp * p.pp
+            and all(gpu in position for gpu in p.gpus)
+        ]
+        return sorted(candidates, key=lambda candidate: (-_size(candidate[0]), candidate))
+
+    def _search(self, kept: list[Kept], rest: Sequence[Kept]) -> None:
+        if _size_of(kept) > _size_of(self._most):
+            self._most = kept
+        if not rest or _size_of(kept) + self._at_most(kept, rest) <= _size_of(self._most):
+            return
+        if self._tries > 0 and self._can_stay([*kept, rest[0]]):
+            self._search([*kept, rest[0]], rest[1:])
+        if self._tries > 0:
+            self._search(kept, rest[1:])
+
+    def _at_most(self, kept: Sequence[Kept], rest: Sequence[Kept]) -> int:
+        """Return how many more GPUs could stay, were there only the numbers to respect."""
+        have, more = Counter(kind for kind, _ in kept), Counter(kind for kind, _ in rest)
+        return sum(min(number, self._counts[kind] - have[kind]) * _size(kind) for kind, number in more.items())
+
+    def _can_stay(self, kept: Sequence[Kept]) -> bool:
+        """Return whether the rest can still be placed so that the whole costs no more than the best."""
+        self._tries -= 1
+        number = Counter(kind for kind, _ in kept)
+        used = positions_of(replica for _, replica in kept)
+        if any(number[kind] > self._counts[kind] for kind in number) or len(set(used)) < len(used):
+            return False
+        cost = Cost()
+        for (_, tp, pp), replica in kept:
+            if tp * pp > 1:
+                cost = cost.plus(cost_of(self._ground.tree, Shape(tp, pp), replica))
+        grouping = self._ground.grouping({kind: count - number[kind] for kind, count in self._counts.items()}, used)
+        rest = grouping.cost_within(self._best.worst_tp, self._best.worst_pp) if grouping else None
+        return rest is not None and cost.plus(rest) == self._best
+
+
+def _stages(gpus: Sequence[int], tp: int) -> Replica:
+    return tuple(tuple(gpus[first : first + tp]) for first in range(0, len(gpus), tp))
+
+
+def _size(kind: Kind) -> int:
+    return kind[1] * kind[2]
+
+
+def _size_of(kept: Sequence[Kept]) -> int:
+    return sum(_size(kind) for kind, _ in kept)
