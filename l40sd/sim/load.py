@@ -13,6 +13,7 @@ as one of three:
 
 import argparse
 import asyncio
+import itertools
 import json
 import sys
 import time
@@ -52,7 +53,13 @@ class Mix:
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """What came back so far. ``examples`` holds the first few of what went wrong, in words."""
+    """What came back so far.
+
+    Attributes:
+        open: Requests that are waiting for their answer, or for the rest of it.
+        by_worker: Whole answers of each worker (``x-l40s-worker``); ``truncated_on``: those that it did not finish.
+        examples: The first few of what went wrong, in words.
+    """
 
     answered: int = 0
     failed: int = 0
@@ -60,6 +67,7 @@ class Tally:
     tokens: int = 0
     open: int = 0
     by_worker: Counter[str] = field(default_factory=Counter)
+    truncated_on: Counter[str] = field(default_factory=Counter)
     durations_s: list[float] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
 
@@ -81,7 +89,7 @@ class Tally:
         """Return the account as plain data: counts, tokens, seconds, requests of each worker."""
         plain = asdict(self)
         times = sorted(plain.pop("durations_s"))
-        plain["by_worker"] = dict(sorted(self.by_worker.items()))
+        plain |= {"by_worker": dict(sorted(self.by_worker.items())), "truncated_on": dict(self.truncated_on)}
         plain["median_s"] = round(times[len(times) // 2], 3) if times else None
         plain["longest_s"] = round(self.longest_s(), 3)
         return plain
@@ -109,37 +117,62 @@ async def load(mix: Mix) -> AsyncIterator[Tally]:
             stop.set()
 
 
-async def _lane(session: aiohttp.ClientSession, mix: Mix, tally: Tally, stop: asyncio.Event, number: int) -> None:
+@dataclass(slots=True, kw_only=True)
+class _Request:
+    """One request of a lane; ``worker`` and ``tokens`` become known as the reply comes."""
+
+    lane: int
+    number: int
+    model: str
+    kind: str
+    worker: str = "?"
+    tokens: int = 0
+
+    @property
+    def label(self) -> str:
+        """What it is, for the examples."""
+        return f"{self.kind} {self.lane}.{self.number} of {self.model} on {self.worker}"
+
+    def body(self, tokens: int) -> dict[str, Any]:
+        """Return a request for exactly so many tokens: ``ignore_eos`` is what llama.cpp, vLLM and SGLang all take."""
+        question = f"Lane {self.lane}, question {self.number}: what is a GPU?"
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+        }
+
+
+async def _lane(session: aiohttp.ClientSession, mix: Mix, tally: Tally, stop: asyncio.Event, lane: int) -> None:
     """Ask, wait for the whole answer, ask again, until told to stop."""
-    ask = _stream if number < mix.streams else _short
-    model = mix.models[number % len(mix.models)]
-    asked = 0
-    while not stop.is_set():
+    kind, ask = ("stream", _stream) if lane < mix.streams else ("short", _short)
+    for number in itertools.count():
+        if stop.is_set():
+            return
+        request = _Request(lane=lane, number=number, model=mix.models[lane % len(mix.models)], kind=kind)
         began_s = time.monotonic()
         tally.open += 1
-        label = f"{ask.__name__.strip('_')} {number}.{asked} of {model}"
         try:
-            worker, tokens = await ask(session, mix, model, f"Lane {number}, question {asked}: what is a GPU?")
-        except TruncatedError as error:
+            await ask(session, mix, request)
+        except (TruncatedError, aiohttp.ClientPayloadError, ConnectionResetError) as error:
             tally.truncated += 1
-            tally.note(f"{label}: truncated: {error}")
-        except (aiohttp.ClientPayloadError, ConnectionResetError) as error:
-            tally.truncated += 1
-            tally.note(f"{label}: truncated: {error!r}")
+            tally.truncated_on[request.worker] += 1
+            tally.note(f"{request.label}: truncated: {error!r}")
         except (RefusedError, aiohttp.ClientError, TimeoutError, ValueError) as error:
             tally.failed += 1
-            tally.note(f"{label}: failed after {time.monotonic() - began_s:.1f} s: {error!r}")
+            tally.note(f"{request.label}: failed after {time.monotonic() - began_s:.1f} s: {error!r}")
             # An endpoint that is down answers at once: do not turn that into a busy loop.
             await _pause(stop, 0.2)
         else:
             tally.answered += 1
-            tally.tokens += tokens
-            tally.by_worker[worker] += 1
+            tally.tokens += request.tokens
+            tally.by_worker[request.worker] += 1
             if len(tally.durations_s) < TIMES_KEPT:
                 tally.durations_s.append(time.monotonic() - began_s)
         finally:
             tally.open -= 1
-        asked += 1
 
 
 async def _pause(stop: asyncio.Event, seconds: float) -> None:
@@ -151,44 +184,36 @@ async def _pause(stop: asyncio.Event, seconds: float) -> None:
         return
 
 
-async def _short(session: aiohttp.ClientSession, mix: Mix, model: str, question: str) -> tuple[str, int]:
-    """Ask for one whole reply; return who answered and how many tokens came.
+async def _short(session: aiohttp.ClientSession, mix: Mix, request: _Request) -> None:
+    """Ask for one whole reply.
 
     Raises:
         RefusedError: The status is not 200.
         TruncatedError: The reply is not what was asked for.
     """
-    body = _body(model, question, mix.short_tokens)
-    async with session.post(f"{mix.url}/v1/chat/completions", json=body) as reply:
+    async with session.post(f"{mix.url}/v1/chat/completions", json=request.body(mix.short_tokens)) as reply:
+        await _accept(reply, request)
         text = await reply.text()
-        if reply.status != 200:
-            raise RefusedError(f"{reply.status} {text[:300]}")
         try:
-            answer = json.loads(text)
-            tokens = answer["usage"]["completion_tokens"]
+            request.tokens = json.loads(text)["usage"]["completion_tokens"]
         except (ValueError, KeyError, TypeError) as error:
             raise TruncatedError(f"no usage in {text[:300]!r}") from error
-        if tokens != mix.short_tokens:
-            raise TruncatedError(f"{tokens} tokens of {mix.short_tokens}")
-        return reply.headers.get("x-l40s-worker", "?"), tokens
+        if request.tokens != mix.short_tokens:
+            raise TruncatedError(f"{request.tokens} tokens of {mix.short_tokens}")
 
 
-async def _stream(session: aiohttp.ClientSession, mix: Mix, model: str, question: str) -> tuple[str, int]:
-    """Ask for a stream and read it to its end; return who answered and how many tokens came.
+async def _stream(session: aiohttp.ClientSession, mix: Mix, request: _Request) -> None:
+    """Ask for a stream and read it to its end.
 
     Raises:
         RefusedError: The status is not 200.
         TruncatedError: The stream ended without all of its parts, or is spliced from two.
     """
-    body = _body(model, question, mix.stream_tokens) | {
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    wish = {"stream": True, "stream_options": {"include_usage": True}}
     pieces, usage, finish, ended = 0, None, None, False
     ids: set[str] = set()
-    async with session.post(f"{mix.url}/v1/chat/completions", json=body) as reply:
-        if reply.status != 200:
-            raise RefusedError(f"{reply.status} {(await reply.text())[:300]}")
+    async with session.post(f"{mix.url}/v1/chat/completions", json=request.body(mix.stream_tokens) | wish) as reply:
+        await _accept(reply, request)
         async for line in reply.content:
             data = line.removeprefix(b"data: ").strip()
             if not line.startswith(b"data: "):
@@ -204,25 +229,20 @@ async def _stream(session: aiohttp.ClientSession, mix: Mix, model: str, question
             for choice in chunk["choices"]:
                 pieces += bool(choice["delta"].get("content"))
                 finish = choice.get("finish_reason") or finish
-        # A token may be half a character and make no piece of its own: usage counts where there is one.
-        tokens = pieces if usage is None else usage
-        if not (ended and finish == "length" and tokens == mix.stream_tokens and len(ids) == 1):
-            raise TruncatedError(
-                f"{tokens} tokens of {mix.stream_tokens}, finish_reason {finish}, "
-                f"{'' if ended else 'no '}[DONE], {len(ids)} ids"
-            )
-        return reply.headers.get("x-l40s-worker", "?"), tokens
+    # A token may be half a character and make no piece of its own: usage counts where there is one.
+    request.tokens = pieces if usage is None else usage
+    if not (ended and finish == "length" and request.tokens == mix.stream_tokens and len(ids) == 1):
+        raise TruncatedError(
+            f"{request.tokens} tokens of {mix.stream_tokens}, finish_reason {finish}, "
+            f"{'' if ended else 'no '}[DONE], {len(ids)} ids"
+        )
 
 
-def _body(model: str, question: str, tokens: int) -> dict[str, Any]:
-    """Return a request for exactly so many tokens: ``ignore_eos`` is what llama.cpp, vLLM and SGLang all take."""
-    return {
-        "model": model,
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": tokens,
-        "ignore_eos": True,
-        "temperature": 0,
-    }
+async def _accept(reply: aiohttp.ClientResponse, request: _Request) -> None:
+    """Note who answers; a reply that is no 200 has failed."""
+    request.worker = reply.headers.get("x-l40s-worker", "?")
+    if reply.status != 200:
+        raise RefusedError(f"{reply.status} {(await reply.text())[:300]}")
 
 
 async def _run(mix: Mix, seconds: float) -> Tally:

@@ -17,19 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-import aiohttp
 import psutil
 
+from l40sd.client import UNREACHABLE, Client
 from l40sd.core.errors import L40sError
-from l40sd.core.messages import (
-    ErrorBody,
-    Event,
-    OperationStatus,
-    PatternRequest,
-    Status,
-    decode,
-    encode,
-)
+from l40sd.core.messages import Event, OperationStatus, PatternRequest, Status, encode
 
 T = TypeVar("T")
 
@@ -185,6 +177,11 @@ class Site:
         """The control socket."""
         return self.folder / "run" / "control.sock"
 
+    @property
+    def client(self) -> Client:
+        """A client of the control socket."""
+        return Client(str(self.socket), timeout_s=10.0)
+
     def tail(self, lines: int = 20) -> str:
         """Return the end of the daemon's log."""
         if not self.log_file.exists():
@@ -201,8 +198,7 @@ class Site:
 
     async def events(self) -> list[Event]:
         """Return every event that the daemon still knows."""
-        lines = (await self._ask("GET", "/v1/events?since=0")).splitlines()
-        return [decode(Event, line) for line in lines if line]
+        return await asyncio.to_thread(lambda: list(self.client.events(since=0)))
 
     async def until(self, holds: Callable[[Status], bool], what: str, timeout_s: float) -> Status:
         """Return the first status for which ``holds``.
@@ -219,7 +215,9 @@ class Site:
                 )
             try:
                 status = await self.status()
-            except (aiohttp.ClientError, OSError):
+            except L40sError as error:
+                if error.code != UNREACHABLE:
+                    raise
                 status = None
             if status is not None and holds(status):
                 return status
@@ -243,8 +241,8 @@ class Site:
     async def request(self, pattern: str, *, force: bool = False) -> str:
         """Ask for a pattern; return the operation's id."""
         request = PatternRequest(name=pattern, force=force)
-        answer: dict[str, str] = decode(dict, await self._ask("POST", "/v1/pattern", encode(request)))
-        return answer["operation"]
+        answer = await asyncio.to_thread(self.client.post, "/v1/pattern", request)
+        return str(answer["operation"])
 
     async def operation(self, operation: str, timeout_s: float) -> OperationStatus:
         """Return how a pattern change ended.
@@ -271,20 +269,7 @@ class Site:
         Raises:
             L40sError: It refused; the words are the daemon's own.
         """
-        return decode(kind, await self._ask("GET", path))
-
-    async def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        async with (
-            aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(path=str(self.socket)), timeout=aiohttp.ClientTimeout(total=10)
-            ) as session,
-            session.request(method, f"http://l40sd{path}", data=body) as reply,
-        ):
-            answer = await reply.read()
-            if reply.status >= 400:
-                error = decode(dict[str, ErrorBody], answer)["error"]
-                raise L40sError(error.what, where=error.where, hint=error.hint, code=error.code)
-            return answer
+        return await asyncio.to_thread(self.client.get, path, kind)
 
 
 def _toml(value: str | float) -> str:
