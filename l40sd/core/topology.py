@@ -9,6 +9,7 @@ The two sources disagree in the field, so each fact has one order of trust:
 """
 
 import re
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -99,6 +100,19 @@ def normal_pci(text: str) -> PciAddress:
 def pci_order(pci: PciAddress) -> tuple[int, ...]:
     """Return a sort key: domain, bus, device, function as numbers (a domain can have more than four digits)."""
     return tuple(int(part, 16) for part in re.split("[:.]", pci))
+
+
+def invented_id(host: str, index: int) -> GpuId:
+    """Return a UUID for a GPU of a host that gives none: always the same for the same host and number."""
+    return GpuId(f"GPU-{uuid.uuid5(uuid.NAMESPACE_DNS, f'{index}.gpu.{host}')}")
+
+
+def invented_pci(index: int) -> PciAddress:
+    """Return a PCI address for a GPU of a host that gives none, in the order of the numbers.
+
+    Domain ``f0de`` is beyond those that hosts use, so that it cannot be taken for a device of this machine.
+    """
+    return PciAddress(f"f0de:{index // 32:02x}:{index % 32:02x}.0")
 
 
 def switches_of(inventory: Inventory) -> tuple[tuple[str, tuple[GpuId, ...]], ...]:
