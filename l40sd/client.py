@@ -54,14 +54,22 @@ class Client:
         data = self._call("GET", path, query)
         return self._decoded(kind, data, path)
 
-    def post(self, path: str, body: object = None, *, timeout_s: float | None = None) -> dict[str, Any]:
+    def post(self, path: str, body: object = None) -> dict[str, Any]:
         """Send a request that changes something; return the reply's JSON object.
 
         Raises:
             L40sError: As ``get``.
         """
-        data = self._call("POST", path, {}, encode({} if body is None else body), timeout_s)
-        return self._decoded(dict[str, Any], data or b"{}", path)
+        return self.ask(path, body, dict[str, Any])
+
+    def ask(self, path: str, body: object, kind: type[T]) -> T:
+        """Post a request; return the reply as a record.
+
+        Raises:
+            L40sError: As ``get``.
+        """
+        data = self._call("POST", path, {}, encode({} if body is None else body))
+        return self._decoded(kind, data or b"{}", path)
 
     def stream(self, path: str, **query: object) -> Iterator[bytes]:
         """Yield the reply's bytes as they come, until the daemon ends it.
@@ -93,9 +101,8 @@ class Client:
         path: str,
         query: Mapping[str, object],
         body: bytes | None = None,
-        timeout_s: float | None = None,
     ) -> bytes:
-        with self._open(method, path, query, body, timeout_s) as (_, reply):
+        with self._open(method, path, query, body) as (_, reply):
             data = reply.read(REPLY_LIMIT_BYTES + 1)
             if reply.length and len(data) <= REPLY_LIMIT_BYTES:  # read(n) says nothing of a cut-off body
                 raise http.client.IncompleteRead(data, reply.length)
@@ -121,9 +128,8 @@ class Client:
         path: str,
         query: Mapping[str, object],
         body: bytes | None = None,
-        timeout_s: float | None = None,
     ) -> Iterator[tuple[http.client.HTTPConnection, http.client.HTTPResponse]]:
-        connection = _UnixConnection(self.path, timeout_s or self.timeout_s)
+        connection = _UnixConnection(self.path, self.timeout_s)
         target = path + (f"?{urlencode(query)}" if query else "")
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:

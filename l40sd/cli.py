@@ -1,0 +1,278 @@
+"""`l40sctl`: the operator's command line. Talks to the daemon's control socket and to nothing else.
+
+Exit status: 0 done; 1 failed; 2 misuse; 3 `status WORKER`: not serving; 4 no such worker; 5 daemon not reachable;
+130 Ctrl-C.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import click
+from click.shell_completion import get_completion_class
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from l40sd import __version__
+from l40sd.cli_base import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_SERVING,
+    Session,
+    common,
+    complete_worker,
+    exit_code_of,
+    known_workers,
+    leave,
+    save_picture,
+    show_error,
+)
+from l40sd.cli_change import switch_pattern
+from l40sd.cli_config import config
+from l40sd.cli_layout import patterns_view
+from l40sd.cli_status import checks_view, event_line, status_view, worker_view
+from l40sd.cli_topology import topology
+from l40sd.client import UNREACHABLE, worker_path
+from l40sd.core.errors import L40sError
+from l40sd.core.messages import Check, PatternView, Status, encode
+
+PROGRAM = "l40sctl"
+WATCH_TERMINAL_S = 0.5
+WATCH_PIPED_S = 2.0
+UPGRADE_LIMIT_S = 60.0
+
+
+def main() -> None:
+    """Run l40sctl and end with its exit status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; return its exit status."""
+    session = Session()
+    try:
+        code = cli.main(args=list(arguments), prog_name=PROGRAM, obj=session, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:  # Ctrl-C
+        return EXIT_INTERRUPTED
+    except L40sError as error:
+        show_error(session, error)
+        return exit_code_of(error)
+    save_picture(session, f"{PROGRAM} {' '.join(arguments)}")
+    return code if isinstance(code, int) else 0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@common
+def cli() -> None:
+    """Watch and steer l40sd, the daemon that runs this host's inference workers."""
+
+
+cli.add_command(switch_pattern)
+cli.add_command(topology)
+cli.add_command(config)
+
+
+@cli.command()
+@click.argument("worker", required=False, shell_complete=complete_worker)
+@click.option("--watch", "-w", is_flag=True, help="Go on until Ctrl-C.")
+@common
+@click.pass_obj
+def status(session: Session, worker: str | None, *, watch: bool) -> None:
+    """Show the pattern, the workers, the GPUs and the endpoint; or everything of one WORKER.
+
+    With WORKER the exit status is 3 when it is not serving.
+    """
+    if watch:
+        _watch(session, worker)
+    elif worker is None:
+        found = session.client.get("/v1/status", Status)
+        session.show(found, status_view(found))
+    else:
+        [one] = known_workers(session, [worker])
+        session.show(one, worker_view(one))
+        if one.phase != "ready":
+            leave(EXIT_NOT_SERVING)
+
+
+def _watch(session: Session, worker: str | None) -> None:
+    """Show the status again and again; a daemon that goes away meanwhile is waited for."""
+    last = _glance(session, worker)  # not reachable from the start: exit 5
+    try:
+        if session.is_json or not session.out.is_terminal:
+            while True:
+                session.show(last[0], Group(last[1], Text("")))
+                time.sleep(WATCH_PIPED_S)
+                last = _glance(session, worker)
+        with Live(last[1], console=session.out, screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(WATCH_TERMINAL_S)
+                try:
+                    last = _glance(session, worker)
+                    live.update(last[1], refresh=True)
+                except L40sError as error:
+                    if error.code != UNREACHABLE:
+                        raise
+                    away = Text(f"! {error.what}; trying again. Last seen:", style="bold red")
+                    live.update(Group(away, last[1]), refresh=True)
+    except KeyboardInterrupt:
+        if session.out.is_terminal and not session.is_json:
+            session.out.print(last[1])
+
+
+def _glance(session: Session, worker: str | None) -> tuple[object, RenderableType]:
+    if worker is None:
+        found = session.client.get("/v1/status", Status)
+        return found, status_view(found)
+    [one] = known_workers(session, [worker])
+    return one, worker_view(one)
+
+
+@cli.command()
+@common
+@click.pass_obj
+def patterns(session: Session) -> None:
+    """Show every pattern: what it would be on this host, and whether it fits."""
+    found = session.client.get("/v1/patterns", tuple[PatternView, ...])
+    session.show(found, patterns_view(found))
+
+
+def _worker_command(verb: str, doing: str, text: str) -> None:
+    """Add ``l40sctl VERB WORKER...``: every name is checked before the first worker is touched."""
+
+    def command(session: Session, workers: tuple[str, ...]) -> None:
+        known_workers(session, workers)
+        for name in workers:
+            session.client.post(worker_path(name, verb))
+            if not session.is_json:
+                session.say(f"{name}: {doing}")
+        if session.is_json:
+            session.data(encode({"workers": workers}))
+
+    command.__doc__ = text
+    argument = click.argument("workers", nargs=-1, required=True, metavar="WORKER...", shell_complete=complete_worker)
+    cli.command(verb)(argument(common(click.pass_obj(command))))
+
+
+_worker_command("restart", "drains, then starts anew", "Drain each WORKER, stop it and start it anew.")
+_worker_command("drain", "drains", "Send each WORKER no more requests; it stays up.")
+_worker_command("undrain", "receives requests again", "Send each drained WORKER requests again.")
+_worker_command("reset", "failures forgotten", "Forget each WORKER's failures and start it at once.")
+
+
+@cli.command()
+@click.argument("worker", shell_complete=complete_worker)
+@click.option("--follow", "-f", is_flag=True, help="Go on until Ctrl-C, over restarts of the worker.")
+@click.option("--lines", "-n", type=click.IntRange(0), default=100, show_default=True, help="Begin so many lines back.")
+@common
+@click.pass_obj
+def logs(session: Session, worker: str, lines: int, *, follow: bool) -> None:
+    """Print the WORKER's output."""
+    known_workers(session, [worker])
+    query = {"tail": lines} | ({"follow": 1} if follow else {})
+    with suppress(KeyboardInterrupt):
+        for data in session.client.stream(worker_path(worker, "logs"), **query):
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+
+
+@cli.command()
+@click.option("--follow", "-f", is_flag=True, help="Go on until Ctrl-C.")
+@click.option("--since", type=click.IntRange(0), default=0, metavar="SEQ", help="Only what came after this number.")
+@common
+@click.pass_obj
+def events(session: Session, since: int, *, follow: bool) -> None:
+    """Print what happened: numbered, oldest first; with -o json one object a line."""
+    query = {"since": since} | ({"follow": 1} if follow else {})
+    with suppress(KeyboardInterrupt):
+        for event in session.client.events(**query):
+            session.show(event, event_line(event))
+
+
+@cli.command()
+@common
+@click.pass_obj
+def doctor(session: Session) -> None:
+    """Check what an operator would check by hand; ends with 1 when something failed."""
+    try:
+        checks = session.client.get("/v1/doctor", tuple[Check, ...])
+    except L40sError as error:
+        if error.code == UNREACHABLE:
+            found = Check(name="daemon", state="failed", found=f"{error.where}: {error.what}", hint=error.hint)
+            session.show((found,), checks_view([found]))
+            leave(exit_code_of(error))
+        raise
+    checks = (Check(name="daemon", state="ok", found=f"answers on {session.client.path}"), *checks)
+    session.show(checks, checks_view(checks))
+    if any(check.state == "failed" for check in checks):
+        leave(EXIT_FAILED)
+
+
+@cli.command()
+@common
+@click.pass_obj
+def version(session: Session) -> None:
+    """Show the versions of l40sctl and of the running daemon."""
+    failure: L40sError | None = None
+    daemon: str | None = None
+    try:
+        daemon = session.client.get("/v1/version", dict[str, str]).get("version")
+    except L40sError as error:
+        failure = error
+    session.show(
+        {"client": __version__, "daemon": daemon},
+        Text(f"l40sctl {__version__}\nl40sd   {daemon or 'not reachable'}"),
+    )
+    if failure is not None:
+        raise failure
+
+
+@cli.command()
+@common
+@click.pass_obj
+def reload(session: Session) -> None:
+    """Read the configuration again; a bad one changes nothing and is told here."""
+    changed = session.client.post("/v1/reload").get("changed", [])
+    if session.is_json:
+        session.data(encode({"changed": changed}))
+    else:
+        click.echo("\n".join(changed)) if changed else session.say("nothing changed")
+
+
+@cli.command()
+@common
+@click.pass_obj
+def upgrade(session: Session) -> None:
+    """Let the daemon replace itself with the version now installed, without losing a connection or a worker."""
+    session.client.post("/v1/upgrade")
+    before_s = time.monotonic()
+    uptime_s = float("inf")
+    while time.monotonic() - before_s < UPGRADE_LIMIT_S:  # over when a daemon younger than our request answers
+        try:
+            uptime_s = session.client.get("/v1/status", Status).uptime_s
+        except L40sError as error:
+            if error.code != UNREACHABLE:
+                raise
+        if uptime_s < time.monotonic() - before_s:
+            running = session.client.get("/v1/version", dict[str, str])
+            session.show(running, Text(f"l40sd {running.get('version', '?')} has taken over"))
+            return
+        time.sleep(0.2)
+    raise L40sError(
+        f"no new daemon answered within {UPGRADE_LIMIT_S:g} s",
+        hint="it may still be letting streams finish: l40sctl events -f",
+        code="upgrade_slow",
+    )
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script for SHELL, e.g. for bash: eval "$(l40sctl completion bash)"."""
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, PROGRAM, "_L40SCTL_COMPLETE").source())

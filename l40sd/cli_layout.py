@@ -1,0 +1,221 @@
+"""Topology, patterns and previews of a change: records of the control API -> what a terminal shows."""
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from l40sd.cli_grid import Column, Grid, Row, indented
+from l40sd.cli_status import GIB, numbers, percent
+from l40sd.core.messages import ChangePreview, GroupView, PatternView, Topology
+
+LINK_STYLES = {"NV": "bold green", "PIX": "green", "PXB": "cyan", "PHB": "blue", "NODE": "yellow", "SYS": "red"}
+LINK_WORDS = {
+    "NV": "NVLink",
+    "PIX": "one PCIe switch",
+    "PXB": "several PCIe switches",
+    "PHB": "a PCIe host bridge",
+    "NODE": "host bridges of one NUMA node",
+    "SYS": "across sockets",
+}
+ACTION_STYLES = {"start": "green", "drain": "yellow", "stop": "yellow"}
+
+
+def topology_view(topology: Topology) -> RenderableType:
+    """Return the link matrix, what the GPUs hang on, and the GPU groups with their reasons."""
+    kind = "this machine" if topology.is_live else "recorded: pinning is shown, not applied"
+    head = Text.assemble((topology.host, "bold"), f" · {len(topology.gpus)} GPUs · {topology.source} · {kind}")
+    parts: list[RenderableType] = [head, Text(""), *_matrix(topology), Text("")]
+    parts += [_gpus(topology), Text("")]
+    if topology.switches:
+        rows = [Row((name, numbers(gpus))) for name, gpus in topology.switches]
+        parts += [Grid((Column(title="SHARED"), Column(title="GPUS")), rows), Text("")]
+    nodes = [
+        Row((str(number), cpus, f"{size / GIB:.0f} GiB" if size else "")) for number, cpus, size in topology.numa_nodes
+    ]
+    if nodes:
+        parts += [Grid((Column(title="NUMA"), Column(title="CPUS"), Column(title="MEMORY", is_right=True)), nodes)]
+    if topology.groups:
+        parts += [Text(""), Text.assemble("pattern ", (topology.pattern, "bold")), groups_view(topology.groups)]
+    return Group(*parts)
+
+
+def groups_view(groups: Sequence[GroupView]) -> RenderableType:
+    """Return one line a GPU group, and the reason below it."""
+    columns = (
+        Column(title="WORKER"),
+        Column(title="SHAPE"),
+        Column(title="GPU"),
+        Column(title="LINK"),
+        Column(title="NUMA"),
+        Column(title="PINNING", dropped=1),
+    )
+    rows = [
+        Row(
+            (
+                group.worker,
+                _shape(group),
+                numbers(group.gpus),
+                Text(group.link, style=LINK_STYLES.get(group.link, "")),
+                numbers(group.numa),
+                Text(group.pinning, style="dim"),
+            ),
+            [Text(group.reason, style="dim")] if group.reason else [],
+        )
+        for group in groups
+    ]
+    return Grid(columns, rows)
+
+
+def patterns_view(patterns: Sequence[PatternView]) -> RenderableType:
+    """Return every pattern: what it would be on this host, or why it does not fit."""
+    rows = []
+    for pattern in patterns:
+        mark = Text("*" if pattern.is_current else " ", style="bold green")
+        name = Text(pattern.name, style="bold" if pattern.is_current else "")
+        verdict = Text("fits", style="green") if pattern.fits else Text("no", style="red")
+        left = f"{numbers(pattern.leftover)} left over" if pattern.leftover else ""
+        notes = [Text(f"! {warning}", style="yellow") for warning in pattern.warnings]
+        if pattern.problem:
+            notes.append(Text(pattern.problem, style="red"))
+        if pattern.hint:
+            notes.append(Text(f"hint: {pattern.hint}", style="cyan"))
+        rows.append(Row((mark, name, verdict, pattern.summary, left, Text(pattern.description, style="dim")), notes))
+    columns = (
+        Column(title=""),
+        Column(title="PATTERN"),
+        Column(title="FITS"),
+        Column(title="REPLICAS"),
+        Column(title="GPUS"),
+        Column(title="FOR", dropped=1),
+    )
+    return Grid(columns, rows)
+
+
+def preview_view(preview: ChangePreview) -> RenderableType:
+    """Return `switch-pattern --dry-run`: each GPU before and after, the order, and the lowest capacity."""
+    changed = [row for row in preview.gpus if row[1] != row[2]]
+    head = Text.assemble(
+        "pattern ",
+        (preview.previous or "none", "bold"),
+        " → ",
+        (preview.pattern, "bold"),
+        " · nothing is changed yet · ",
+    )
+    head.append(f"{len(changed)} of {len(preview.gpus)} GPUs change hands")
+    parts: list[RenderableType] = [head, Text(""), _difference(preview), Text("")]
+    if preview.steps:
+        parts += [_steps(preview)]
+    else:
+        parts += [Text("nothing to do", style="green")]
+    parts += [Text("")]
+    if preview.kept:
+        parts.append(indented(Text(f"not touched: {', '.join(preview.kept)}"), 0, 100))
+    for model, share in preview.lowest_ready.items():
+        style = "green" if share >= 0.5 else "yellow" if share > 0 else "bold red"
+        parts.append(Text.assemble(f"{model}: never below ", (percent(share), style), " of its ready capacity"))
+    if preview.leftover:
+        parts.append(Text(f"left over: GPU {numbers(preview.leftover)}", style="yellow"))
+    parts += [Text(f"! {warning}", style="yellow") for warning in preview.warnings]
+    return Group(*parts)
+
+
+def _difference(preview: ChangePreview) -> RenderableType:
+    rows = []
+    for index, before, after in preview.gpus:
+        is_kept = before == after
+        arrow = "" if is_kept else "→"
+        rows.append(
+            Row(
+                (
+                    str(index),
+                    Text(before or "-", style="dim" if is_kept else "red"),
+                    Text(arrow, style="dim"),
+                    Text("stays" if is_kept else after or "-", style="dim" if is_kept else "green"),
+                )
+            )
+        )
+    return Grid((Column(title="GPU", is_right=True), Column(title="NOW"), Column(title=""), Column(title="THEN")), rows)
+
+
+def _steps(preview: ChangePreview) -> RenderableType:
+    rows = [
+        Row(
+            (
+                Text(str(place), style="dim"),
+                Text(step.action, style=ACTION_STYLES.get(step.action.split()[0], "")),
+                step.worker,
+                numbers(step.gpus),
+                percent(step.ready_after),
+            ),
+            [Text(step.note, style="dim")] if step.note else [],
+        )
+        for place, step in enumerate(preview.steps, 1)
+    ]
+    columns = (
+        Column(title="", is_right=True),
+        Column(title="STEP"),
+        Column(title="WORKER"),
+        Column(title="GPU"),
+        Column(title="READY", is_right=True),
+    )
+    return Grid(columns, rows)
+
+
+def _matrix(topology: Topology) -> list[RenderableType]:
+    """Return the matrix as nvidia-smi draws it; links within a GPU group are underlined."""
+    together = {(a, b) for group in topology.groups for a in group.gpus for b in group.gpus}
+    indices = [gpu.index for gpu in topology.gpus]
+    columns = [Column(title=""), *(Column(title=str(index)) for index in indices), Column(title="NUMA")]
+    rows = []
+    for place, gpu in enumerate(topology.gpus):
+        cells: list[str | Text] = [Text(f"GPU{gpu.index}", style="bold")]
+        for other, letters in zip(indices, topology.matrix[place], strict=True):
+            style = LINK_STYLES.get(letters.rstrip("0123456789"), "dim")
+            is_chosen = (gpu.index, other) in together and gpu.index != other
+            cells.append(Text(letters, style=f"{style} underline" if is_chosen else style))
+        cells.append("" if gpu.numa_node is None else str(gpu.numa_node))
+        rows.append(Row(cells))
+    seen = {letters.rstrip("0123456789") for row in topology.matrix for letters in row}
+    legend = Text("  ").join(
+        [
+            Text.assemble((letters, LINK_STYLES[letters]), " ", words)
+            for letters, words in LINK_WORDS.items()
+            if letters in seen
+        ]
+    )
+    if together:
+        legend.append("  ").append("underlined", style="underline").append(" in one GPU group")
+    legend.stylize("dim")
+    return [Grid(columns, rows, gap=1), legend]
+
+
+def _gpus(topology: Topology) -> RenderableType:
+    rows = [
+        Row(
+            (
+                str(gpu.index),
+                gpu.pci,
+                gpu.name,
+                f"{gpu.memory_bytes / GIB:.0f} GiB",
+                "" if gpu.numa_node is None else str(gpu.numa_node),
+                gpu.cpus,
+                Text(" > ".join(gpu.path), style="dim"),
+            )
+        )
+        for gpu in topology.gpus
+    ]
+    columns = (
+        Column(title="GPU", is_right=True),
+        Column(title="PCI"),
+        Column(title="NAME", dropped=1),
+        Column(title="MEMORY", is_right=True),
+        Column(title="NUMA", is_right=True),
+        Column(title="CPUS"),
+        Column(title="BELOW", dropped=2),
+    )
+    return Grid(columns, rows)
+
+
+def _shape(group: GroupView) -> str:
+    return f"TP{group.tp}" + (f" PP{group.pp}" if group.pp > 1 else "")

@@ -1,0 +1,453 @@
+"""l40sctl against a control server on a real Unix socket: what it prints, what it asks for, how it ends."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import canned
+import pytest
+from fakecontrol import FakeControl, refusal, serving
+
+from l40sd import cli, cli_change, cli_status
+from l40sd.core.messages import Check, OperationStatus, encode
+
+HOST_FILES = Path(cli.__file__).parent / "sim" / "hosts"
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeControl]:
+    answers = {
+        "GET /v1/version": (200, {"version": "9.9.9"}),
+        "GET /v1/status": (200, canned.STATUS),
+        "GET /v1/workers": (200, canned.WORKERS),
+        "GET /v1/patterns": (200, canned.PATTERNS),
+        "GET /v1/topology": (200, canned.TOPOLOGY),
+        "GET /v1/doctor": (200, canned.CHECKS),
+        "GET /v1/config": (200, {"toml": "[daemon]\n", "files": ["/etc/l40sd/l40sd.toml"]}),
+        "GET /v1/config/diff": (200, {"diff": "proxy.retries: 2 -> 5"}),
+        "GET /v1/events": (200, b"".join(encode(event) + b"\n" for event in canned.EVENTS)),
+        "GET /v1/workers/smollm2-gpu0-1/logs": (200, b"first\nsecond \xff\n"),
+        "POST /v1/pattern": (202, {"operation": "op1"}),
+        "POST /v1/reload": (200, {"changed": ["proxy.retries: 2 -> 5"]}),
+    }
+    with serving(tmp_path / "control.sock", answers) as control:
+        yield control
+
+
+class Run:
+    """One command: its exit status, stdout and stderr."""
+
+    def __init__(self, fake: FakeControl, capfd: pytest.CaptureFixture[str], *arguments: str) -> None:
+        self.code = cli.run(["--socket", fake.path, *arguments])
+        self.out, self.err = capfd.readouterr()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "L40SD_SOCKET", "L40SD_CONFIG", "L40SCTL_SVG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+# --- what is shown ------------------------------------------------------------------------------------------------
+
+
+def test_status_shows_every_worker_and_why(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    run = Run(fake, capfd, "status")
+    assert run.code == 0
+    assert "pattern B · 2 of 6 ready · 6 in flight · up 2 h 10 min" in run.out
+    lines = run.out.splitlines()
+    row = next(place for place, line in enumerate(lines) if line.startswith("smollm2-gpu6-7"))
+    assert lines[row].split()[1:6] == ["backoff", "TP2", "6,7", "PIX", "1"]
+    assert lines[row + 1].strip() == "exited with status 1 after 2.1 s: out of memory, next start in 12 s"
+    assert "free: 10 · stuck: 11" in run.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("status",),
+        ("status", "smollm2-gpu0-1"),
+        ("patterns",),
+        ("topology",),
+        ("switch-pattern", "B", "--dry-run"),
+        ("doctor",),
+        ("events",),
+        ("version",),
+        ("config", "show"),
+    ],
+)
+def test_piped_output_has_neither_escapes_nor_cut_lines(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str], arguments: Sequence[str]
+) -> None:
+    fake.answers["POST /v1/pattern"] = (200, canned.PREVIEW)
+    run = Run(fake, capfd, *arguments)
+    assert run.out
+    assert "\x1b" not in run.out + run.err
+    assert "…" not in run.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "record"),
+    [
+        (("status",), canned.STATUS),
+        (("patterns",), canned.PATTERNS),
+        (("topology",), canned.TOPOLOGY),
+        (("status", "smollm2-gpu0-1"), canned.WORKERS[0]),
+    ],
+)
+def test_json_is_the_record_itself(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str], arguments: Sequence[str], record: Any
+) -> None:
+    for run in (Run(fake, capfd, *arguments, "-o", "json"), Run(fake, capfd, "-o", "json", *arguments)):
+        assert run.json == json.loads(encode(record))
+        assert run.err == ""
+
+
+def test_events_are_one_object_a_line_for_programs(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    run = Run(fake, capfd, "events", "--since", "0", "-o", "json")
+    assert [json.loads(line)["seq"] for line in run.out.splitlines()] == [1, 2]
+    assert fake.asked[-1][0] == "GET /v1/events?since=0"
+
+
+def test_logs_reach_stdout_byte_for_byte(fake: FakeControl, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert cli.run(["--socket", fake.path, "logs", "smollm2-gpu0-1", "-n", "2"]) == 0
+    assert capfdbinary.readouterr().out == b"first\nsecond \xff\n"
+    assert fake.asked[-1][0] == "GET /v1/workers/smollm2-gpu0-1/logs?tail=2"
+
+
+def test_a_workers_last_lines_cannot_drive_the_terminal(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    run = Run(fake, capfd, "status", "smollm2-gpu6-7")
+    assert "CUDA error: out of memory" in run.out
+    assert "\x1b" not in run.out
+
+
+def test_a_dry_run_shows_gpus_order_and_lowest_capacity(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    fake.answers["POST /v1/pattern"] = (200, canned.PREVIEW)
+    run = Run(fake, capfd, "switch-pattern", "B", "--dry-run", "--force")
+    assert json.loads(fake.asked[-1][1]) == {"name": "B", "dry_run": True, "force": True}
+    assert "11 of 12 GPUs change hands" in run.out
+    assert "smollm2: never below 50 % of its ready capacity" in run.out
+    assert "not touched: far" in run.out
+
+
+def test_the_topology_can_be_recorded(fake: FakeControl, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert Run(fake, capfd, "topology", "--record", str(tmp_path / "host.toml")).code == 0
+    assert (tmp_path / "host.toml").read_text() == canned.TOPOLOGY.record
+    assert Run(fake, capfd, "topology", "--record", "-").out == canned.TOPOLOGY.record
+
+
+@pytest.mark.parametrize("pattern", ["A", "B", "C", "D"])
+def test_a_host_file_can_be_tried_without_a_daemon(capfd: pytest.CaptureFixture[str], pattern: str) -> None:
+    for host_file in HOST_FILES.glob("l40s-12*.toml"):
+        assert cli.run(["topology", "--from", str(host_file), "--pattern", pattern]) == 0
+        out = capfd.readouterr().out
+        assert "GPU11" in out
+        assert f"pattern {pattern}" in out
+
+
+# --- exit statuses ------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_does_not_serve_ends_with_3(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    assert Run(fake, capfd, "status", "smollm2-gpu0-1").code == 0
+    assert Run(fake, capfd, "status", "smollm2-gpu6-7").code == 3
+    assert Run(fake, capfd, "status", "smollm2-gpu6-7", "-o", "json").code == 3
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "restart", "drain", "undrain", "reset"])
+def test_an_unknown_worker_ends_with_4_and_the_nearest_name(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str], command: str
+) -> None:
+    run = Run(fake, capfd, command, "smollm2-gpu0-2")
+    assert run.code == 4
+    assert "no worker smollm2-gpu0-2" in run.err
+    assert "did you mean smollm2-gpu0-1?" in run.err
+    assert run.out == ""
+
+
+def test_no_worker_is_touched_when_one_of_several_is_unknown(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(fake, capfd, "restart", "smollm2-gpu0-1", "nobody")
+    assert run.code == 4
+    assert not [asked for asked, _ in fake.asked if asked.startswith("POST")]
+
+
+def test_several_workers_are_asked_in_turn(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    names = ["smollm2-gpu0-1", "smollm2-gpu2-3"]
+    for name in names:
+        fake.answers[f"POST /v1/workers/{name}/drain"] = (202, {})
+    run = Run(fake, capfd, "drain", *names)
+    assert (run.code, run.out) == (0, "")
+    assert [asked for asked, _ in fake.asked[1:]] == [f"POST /v1/workers/{name}/drain" for name in names]
+    assert Run(fake, capfd, "drain", *names, "-o", "json").json == {"workers": names}
+
+
+@pytest.mark.parametrize(
+    "arguments", [("nonsense",), ("status", "--nonsense"), ("restart",), ("topology", "--pattern", "A"), ("-o", "xml")]
+)
+def test_misuse_ends_with_2(fake: FakeControl, capfd: pytest.CaptureFixture[str], arguments: Sequence[str]) -> None:
+    run = Run(fake, capfd, *arguments)
+    assert (run.code, run.out) == (2, "")
+    assert "Error: " in run.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("status",), ("patterns",), ("switch-pattern", "B"), ("doctor",), ("version",), ("logs", "x")]
+)
+def test_a_daemon_that_is_not_there_ends_with_5(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: Sequence[str]
+) -> None:
+    assert cli.run(["--socket", str(tmp_path / "none"), *arguments]) == 5
+    out, err = capfd.readouterr()
+    assert "not running" in out + err
+    assert "systemctl status l40sd" in out + err
+
+
+def test_version_shows_the_clients_even_without_a_daemon(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cli.run(["--socket", str(tmp_path / "none"), "version", "-o", "json"])
+    assert json.loads(capfd.readouterr().out) == {"client": "0.1.0", "daemon": None}
+
+
+def test_a_refusal_is_shown_with_its_hint_and_ends_with_1(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    fake.answers["POST /v1/pattern"] = refusal(
+        409, "does_not_fit", "12 x TP3 needs 36 GPUs", where="pattern wide", hint="3 x TP4 would fit"
+    )
+    run = Run(fake, capfd, "switch-pattern", "wide")
+    assert run.code == 1
+    assert run.err == "l40sctl: pattern wide: 12 x TP3 needs 36 GPUs\n  hint: 3 x TP4 would fit\n"
+    run = Run(fake, capfd, "switch-pattern", "wide", "-o", "json")
+    assert json.loads(run.err)["error"]["code"] == "does_not_fit"
+
+
+def test_a_reply_of_another_version_is_no_traceback(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    fake.answers["GET /v1/status"] = (200, {"version": "9"})
+    run = Run(fake, capfd, "status")
+    assert run.code == 1
+    assert "has another shape" in run.err
+
+
+def test_doctor_ends_with_1_when_something_failed(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    assert Run(fake, capfd, "doctor").code == 0
+    fake.answers["GET /v1/doctor"] = (200, [Check(name="model m", state="failed", found="missing", hint="fetch it")])
+    run = Run(fake, capfd, "doctor")
+    assert run.code == 1
+    assert "hint: fetch it" in run.out
+
+
+# --- the change of a pattern --------------------------------------------------------------------------------------
+
+
+def ending(state: str, why: str = "") -> OperationStatus:
+    return replace(canned.OPERATION, state=state, done=6 if state == "done" else 2, why=why, step="", duration_s=12.3)
+
+
+def test_a_change_is_followed_to_its_end(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    fake.answers["GET /v1/operations/op1"] = [(200, canned.OPERATION), (200, canned.OPERATION), (200, ending("done"))]
+    run = Run(fake, capfd, "switch-pattern", "B")
+    assert run.code == 0
+    assert run.out == "pattern B: 6 of 6 workers ready after 12 s, never below 50 % of the ready capacity\n"
+    assert run.err.splitlines() == ["B: 2 of 6 ready: draining smollm2-gpu8", "B: 6 of 6 ready"]
+
+
+@pytest.mark.parametrize("state", ["rolled_back", "failed", "replaced"])
+def test_a_change_that_did_not_happen_ends_with_1_and_says_why(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str], state: str
+) -> None:
+    fake.answers["GET /v1/operations/op1"] = (200, ending(state, "smollm2-gpu0-1 did not load"))
+    run = Run(fake, capfd, "switch-pattern", "B")
+    assert run.code == 1
+    assert "smollm2-gpu0-1 did not load" in run.err
+    run = Run(fake, capfd, "switch-pattern", "B", "-o", "json")
+    assert (run.code, run.json["state"]) == (1, state)
+
+
+def test_no_wait_prints_the_operation(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    assert Run(fake, capfd, "switch-pattern", "B", "--no-wait").out == "op1\n"
+
+
+def test_a_timeout_leaves_the_change_running(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    fake.answers["GET /v1/operations/op1"] = (200, canned.OPERATION)
+    run = Run(fake, capfd, "switch-pattern", "B", "--timeout", "0")
+    assert run.code == 1
+    assert "it goes on" in run.err
+
+
+def test_a_change_that_outlives_its_daemon_is_followed_at_the_next_one(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_change, "POLL_S", 0.0)
+    unknown = refusal(404, "unknown_operation", "no operation op1")
+    fake.answers["GET /v1/operations/op1"] = [(200, canned.OPERATION), unknown]
+    carried_on = replace(canned.OPERATION, id="op2")
+    fake.answers["GET /v1/status"] = (200, replace(canned.STATUS, operation=carried_on))
+    fake.answers["GET /v1/operations/op2"] = (200, ending("done"))
+    assert Run(fake, capfd, "switch-pattern", "B").code == 0
+    fake.answers["GET /v1/operations/op1"] = unknown
+    fake.answers["GET /v1/status"] = (200, replace(canned.STATUS, pattern="A"))
+    run = Run(fake, capfd, "switch-pattern", "B")
+    assert (run.code, "is at pattern A" in run.err) == (1, True)
+
+
+# --- at a real terminal -------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """l40sctl on a pseudo-terminal of 80 columns."""
+
+    def __init__(self, fake: FakeControl, *arguments: str, **environ: str) -> None:
+        self._ours, theirs = pty.openpty()
+        settled = {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "40", **environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from l40sd.cli import main; main()", "--socket", fake.path, *arguments],
+            env={**os.environ, **settled},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self.text = ""
+
+    def read_until(self, wanted: str) -> None:
+        while wanted not in self.text:
+            self.text += os.read(self._ours, 65536).decode(errors="replace")
+
+    def end(self) -> int:
+        """Read to the end; return the exit status."""
+        try:
+            while data := os.read(self._ours, 65536):
+                self.text += data.decode(errors="replace")
+        except OSError:  # EIO: nobody holds the other end any more
+            pass
+        os.close(self._ours)
+        return self.process.wait(30)
+
+
+@pytest.mark.parametrize(("no_color", "has_colour"), [("", True), ("1", False)])
+def test_a_terminal_gets_colour_unless_no_color_is_set(fake: FakeControl, no_color: str, has_colour: bool) -> None:
+    terminal = Terminal(fake, "status", NO_COLOR=no_color)
+    assert terminal.end() == 0
+    assert ("\x1b[" in terminal.text) == has_colour
+
+
+def test_json_has_no_colour_on_a_terminal_either(fake: FakeControl) -> None:
+    terminal = Terminal(fake, "-o", "json", "status")
+    assert terminal.end() == 0
+    assert json.loads(terminal.text)["pattern"] == "B"
+
+
+def test_every_view_fits_80_columns(fake: FakeControl) -> None:
+    fake.answers["POST /v1/pattern"] = (200, canned.PREVIEW)
+    for arguments in (("status",), ("patterns",), ("switch-pattern", "B", "--dry-run"), ("doctor",), ("topology",)):
+        terminal = Terminal(fake, *arguments, NO_COLOR="1")
+        terminal.end()
+        assert max(len(line) for line in terminal.text.splitlines()) <= 80, arguments
+
+
+def test_ctrl_c_leaves_a_change_running_and_says_so(fake: FakeControl) -> None:
+    fake.answers["GET /v1/operations/op1"] = (200, canned.OPERATION)
+    terminal = Terminal(fake, "switch-pattern", "B")
+    terminal.read_until("2/6")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 130
+    assert "goes on without this command" in terminal.text
+
+
+def test_watching_goes_on_over_a_daemon_that_is_away_until_ctrl_c(fake: FakeControl) -> None:
+    away = refusal(500, "unreachable", "gone")  # as the client calls it when the socket is silent
+    fake.answers["GET /v1/status"] = [(200, canned.STATUS), away, (200, replace(canned.STATUS, pattern="later"))]
+    terminal = Terminal(fake, "status", "--watch", NO_COLOR="1")
+    terminal.read_until("trying again")
+    terminal.read_until("pattern later")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 0
+
+
+# --- configuration, completion ------------------------------------------------------------------------------------
+
+
+def test_config_check_tells_all_problems_without_a_daemon(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "l40sd.toml"
+    file.write_text("[proxy]\nretries = 99\nqueue_limitt = 1\n")
+    assert cli.run(["config", "check", str(file)]) == 1
+    err = capfd.readouterr().err
+    assert "proxy.retries: must be from 0 to 10, not 99" in err
+    assert "did you mean queue_limit?" in err
+    assert "models: no model" in err
+
+
+def test_config_check_reads_conf_d_and_approves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "l40sd.toml").write_text("[proxy]\n")
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "10.toml").write_text("[models.m]\nsource = '/m'\n")
+    assert cli.run(["config", "check", str(tmp_path / "l40sd.toml")]) == 0
+    assert "with 1 more from conf.d: good: 1 model, 0 patterns" in capfd.readouterr().out
+
+
+def test_config_check_of_a_missing_file_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["config", "check", str(tmp_path / "none.toml")]) == 1
+    assert "no such file" in capfd.readouterr().err
+
+
+def test_config_show_diff_and_reload_print_the_daemons_words(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert Run(fake, capfd, "config", "show").out == "[daemon]\n"
+    assert Run(fake, capfd, "config", "diff").out == "proxy.retries: 2 -> 5\n"
+    assert Run(fake, capfd, "reload").out == "proxy.retries: 2 -> 5\n"
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_scripts_are_printed(capfd: pytest.CaptureFixture[str], shell: str) -> None:
+    assert cli.run(["completion", shell]) == 0
+    assert "_L40SCTL_COMPLETE" in capfd.readouterr().out
+
+
+def test_the_shell_completes_workers_and_patterns(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def completed(words: str) -> list[str]:
+        monkeypatch.setenv("_L40SCTL_COMPLETE", "bash_complete")
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split(" ")) - 1))
+        monkeypatch.setenv("L40SD_SOCKET", fake.path)
+        with pytest.raises(SystemExit):
+            cli.run([])
+        return [line.split(",")[1] for line in capfd.readouterr().out.splitlines()]
+
+    assert completed("l40sctl restart smollm2-gpu1") == ["smollm2-gpu10-11"]
+    assert "smollm2-gpu0-1" not in completed("l40sctl restart smollm2-gpu0-1 smoll")
+    assert completed("l40sctl switch-pattern w") == ["wide"]
+    monkeypatch.setenv("L40SD_SOCKET", "/none")
+    assert "switch-pattern" in completed("l40sctl sw")
+
+
+# --- small words --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0.0 s"),
+        (9.94, "9.9 s"),
+        (59.6, "1 min"),
+        (185, "3 min 5 s"),
+        (7800, "2 h 10 min"),
+        (3600, "1 h"),
+        (273_600, "3 d 4 h"),
+    ],
+)
+def test_durations_are_told_in_their_two_largest_units(seconds: float, text: str) -> None:
+    assert cli_status.span(seconds) == text
