@@ -18,6 +18,7 @@ import uvloop
 
 from l40sd import __version__, log
 from l40sd.adapters import configfiles, handover, systemd
+from l40sd.adapters.apikeys import read_keys
 from l40sd.adapters.clock import now_s
 from l40sd.adapters.lock import DaemonLock
 from l40sd.adapters.ports import PortPool
@@ -109,7 +110,7 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         stack.push_async_callback(host.close)
         # 3. The endpoint listens before any worker is looked at: requests wait, none is refused.
         routes = Routes(queue_limit=config.proxy.queue_limit, in_flight_limit=config.proxy.in_flight_limit)
-        proxy = Proxy(config.proxy, routes)
+        proxy = Proxy(config.proxy, routes, api_keys=read_keys(config.proxy.api_keys_file))
         inherited = kept.listeners if kept else systemd.listen_sockets().get("proxy", [])
         await proxy.start(inherited)
         stack.push_async_callback(proxy.stop, PROXY_GRACE_S)
@@ -230,6 +231,7 @@ class Daemon:
         try:
             loaded = load(configfiles.read(self._path))
             changed = list(configshow.diff(self._loaded.config, loaded.config))
+            keys = read_keys(loaded.config.proxy.api_keys_file)
             facts = await self._supervisor.tools.host.facts(loaded.config)
             self._supervisor.reconfigure(loaded.config, facts)
         except L40sError as error:
@@ -239,6 +241,9 @@ class Daemon:
             self.notifier.ready(self.summary())
         self._loaded = loaded
         self._proxy.configure(loaded.config.proxy)
+        self._proxy.set_api_keys(keys)
+        proxy = loaded.config.proxy
+        self._supervisor.tools.routes.configure(queue_limit=proxy.queue_limit, in_flight_limit=proxy.in_flight_limit)
         log.set_level(loaded.config.daemon.log_level)
         self._log.info("config.reloaded", changed=changed)
         return changed
@@ -264,9 +269,9 @@ class Daemon:
 
         New connections are not refused meanwhile: they wait in the listener's backlog.
         """
-        self._proxy.pause_accepting()
+        await self._proxy.pause_accepting()
         drain_s = self._loaded.config.workers.drain_timeout_s
-        cut = await self._proxy.finish_open_requests(drain_s)
+        cut = await self._proxy.drain(drain_s)
         self._log.info("daemon.handing_over", requests_cut=cut)
         handover.give(lock.keep_over_exec(), self._proxy.sockets)
 

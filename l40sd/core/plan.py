@@ -138,7 +138,8 @@ def _starts(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limi
     on_trial = {o.shape for o in coming} & limits.unproven
     by_id = {w.placement.worker: w for w in wanted}
     waiting = [o for o in observed if o.phase is Phase.WAITING and _is_kept(o, by_id.get(o.worker))]
-    waiting.sort(key=lambda o: (ready_share(o.model, wanted, observed, limits), o.worker))
+    order = {w.placement.worker: n for n, w in enumerate(wanted)}
+    waiting.sort(key=lambda o: (ready_share(o.model, wanted, observed, limits), order[o.worker]))
     for o in waiting:
         if room <= 0:
             return
