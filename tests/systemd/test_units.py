@@ -8,7 +8,14 @@ from container import Container, until
 
 pytestmark = pytest.mark.systemd
 
-UNITS = ("l40sd.service", "l40sd.socket", "l40sd-down.target", "l40s-worker@.service", "l40s-workers.slice")
+UNITS = (
+    "l40sd.service",
+    "l40sd-up.service",
+    "l40sd.socket",
+    "l40sd-down.target",
+    "l40s-worker@.service",
+    "l40s-workers.slice",
+)
 STAND_IN = """\
 [Service]
 ExecStart=
