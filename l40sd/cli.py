@@ -83,7 +83,7 @@ cli.add_command(config)
 @common
 @click.pass_obj
 def status(session: Session, worker: str | None, *, watch: bool) -> None:
-    """Show the pattern, the workers, the GPUs and the endpoint; or everything of one WORKER.
+    """Show pattern, workers, GPUs and endpoint, or one WORKER.
 
     With WORKER the exit status is 3 when it is not serving.
     """
@@ -136,7 +136,7 @@ def _glance(session: Session, worker: str | None) -> tuple[object, RenderableTyp
 @common
 @click.pass_obj
 def patterns(session: Session) -> None:
-    """Show every pattern: what it would be on this host, and whether it fits."""
+    """Show what every pattern would be on this host."""
     found = session.client.get("/v1/patterns", tuple[PatternView, ...])
     session.show(found, patterns_view(found))
 
@@ -186,7 +186,10 @@ def logs(session: Session, worker: str, lines: int, *, follow: bool) -> None:
 @common
 @click.pass_obj
 def events(session: Session, since: int, *, follow: bool) -> None:
-    """Print what happened: numbered, oldest first; with -o json one object a line."""
+    """Print what happened, oldest first.
+
+    With -o json: one object a line.
+    """
     query = {"since": since} | ({"follow": 1} if follow else {})
     with suppress(KeyboardInterrupt):
         for event in session.client.events(**query):
@@ -197,7 +200,10 @@ def events(session: Session, since: int, *, follow: bool) -> None:
 @common
 @click.pass_obj
 def doctor(session: Session) -> None:
-    """Check what an operator would check by hand; ends with 1 when something failed."""
+    """Check what an operator would check by hand.
+
+    Ends with 1 when something failed, with 5 when the daemon does not answer.
+    """
     try:
         checks = session.client.get("/v1/doctor", tuple[Check, ...])
     except L40sError as error:
@@ -216,7 +222,7 @@ def doctor(session: Session) -> None:
 @common
 @click.pass_obj
 def version(session: Session) -> None:
-    """Show the versions of l40sctl and of the running daemon."""
+    """Show the versions of l40sctl and of the daemon."""
     failure: L40sError | None = None
     daemon: str | None = None
     try:
@@ -235,7 +241,10 @@ def version(session: Session) -> None:
 @common
 @click.pass_obj
 def reload(session: Session) -> None:
-    """Read the configuration again; a bad one changes nothing and is told here."""
+    """Make the daemon read its configuration again.
+
+    A bad one changes nothing and is told here.
+    """
     changed = session.client.post("/v1/reload").get("changed", [])
     if session.is_json:
         session.data(encode({"changed": changed}))
@@ -247,7 +256,10 @@ def reload(session: Session) -> None:
 @common
 @click.pass_obj
 def upgrade(session: Session) -> None:
-    """Let the daemon replace itself with the version now installed, without losing a connection or a worker."""
+    """Make the daemon become the version now installed.
+
+    Workers and the endpoint's listener are kept; open streams are let finish first.
+    """
     session.client.post("/v1/upgrade")
     before_s = time.monotonic()
     uptime_s = float("inf")
@@ -272,7 +284,10 @@ def upgrade(session: Session) -> None:
 @cli.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the completion script for SHELL, e.g. for bash: eval "$(l40sctl completion bash)"."""
+    """Print the completion script for SHELL.
+
+    For bash: eval "$(l40sctl completion bash)"
+    """
     kind = get_completion_class(shell)
     assert kind is not None
     click.echo(kind(cli, {}, PROGRAM, "_L40SCTL_COMPLETE").source())

@@ -33,7 +33,7 @@ Show = Callable[[OperationStatus], None]
 def switch_pattern(
     session: Session, name: str, *, dry_run: bool, no_wait: bool, timeout_s: float | None, force: bool
 ) -> None:
-    """Change the host to pattern NAME, replica by replica, while it serves.
+    """Change the host to pattern NAME while it serves.
 
     Ctrl-C, --timeout and --no-wait leave the change running. Ends with 0 when the pattern is in force and with 1
     when it went back to the old one.

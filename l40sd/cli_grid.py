@@ -79,6 +79,26 @@ class Grid:
         return line
 
 
+class Flow:
+    """Items one after the other; a line is broken only between two of them."""
+
+    def __init__(self, items: Sequence[str | Text], *, between: str = " · ", style: str = "") -> None:
+        self._items = [_text(item) for item in items]
+        self._between = between
+        self._style = style
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = Text(style=self._style)
+        for item in self._items:
+            if line.plain and line.cell_len + len(self._between) + item.cell_len > options.max_width:
+                yield line
+                line = Text("  ", style=self._style)  # what goes on is indented
+            elif line.plain:
+                line.append(self._between)
+            line.append_text(item)
+        yield line
+
+
 def indented(text: Text, indent: int, width: int) -> Text:
     """Return a text wrapped to the width with every line indented."""
     lines = text.wrap(_MEASURE, max(20, width - indent))

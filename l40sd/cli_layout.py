@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from l40sd.cli_grid import Column, Grid, Row, indented
+from l40sd.cli_grid import Column, Flow, Grid, Row
 from l40sd.cli_status import GIB, numbers, percent
 from l40sd.core.messages import ChangePreview, GroupView, PatternView, Topology
 
@@ -24,11 +24,11 @@ ACTION_STYLES = {"start": "green", "drain": "yellow", "stop": "yellow"}
 def topology_view(topology: Topology) -> RenderableType:
     """Return the link matrix, what the GPUs hang on, and the GPU groups with their reasons."""
     kind = "this machine" if topology.is_live else "recorded: pinning is shown, not applied"
-    head = Text.assemble((topology.host, "bold"), f" · {len(topology.gpus)} GPUs · {topology.source} · {kind}")
+    head = Flow([Text(topology.host, style="bold"), f"{len(topology.gpus)} GPUs", topology.source, kind])
     parts: list[RenderableType] = [head, Text(""), *_matrix(topology), Text("")]
     parts += [_gpus(topology), Text("")]
     if topology.switches:
-        rows = [Row((name, numbers(gpus))) for name, gpus in topology.switches]
+        rows = [Row((name, numbers(gpus))) for name, gpus in topology.switches if gpus]
         parts += [Grid((Column(title="SHARED"), Column(title="GPUS")), rows), Text("")]
     nodes = [
         Row((str(number), cpus, f"{size / GIB:.0f} GiB" if size else "")) for number, cpus, size in topology.numa_nodes
@@ -37,6 +37,7 @@ def topology_view(topology: Topology) -> RenderableType:
         parts += [Grid((Column(title="NUMA"), Column(title="CPUS"), Column(title="MEMORY", is_right=True)), nodes)]
     if topology.groups:
         parts += [Text(""), Text.assemble("pattern ", (topology.pattern, "bold")), groups_view(topology.groups)]
+    parts += [Text(f"! {warning}", style="yellow") for warning in topology.warnings]
     return Group(*parts)
 
 
@@ -74,19 +75,17 @@ def patterns_view(patterns: Sequence[PatternView]) -> RenderableType:
         mark = Text("*" if pattern.is_current else " ", style="bold green")
         name = Text(pattern.name, style="bold" if pattern.is_current else "")
         verdict = Text("fits", style="green") if pattern.fits else Text("no", style="red")
-        left = f"{numbers(pattern.leftover)} left over" if pattern.leftover else ""
         notes = [Text(f"! {warning}", style="yellow") for warning in pattern.warnings]
         if pattern.problem:
             notes.append(Text(pattern.problem, style="red"))
         if pattern.hint:
             notes.append(Text(f"hint: {pattern.hint}", style="cyan"))
-        rows.append(Row((mark, name, verdict, pattern.summary, left, Text(pattern.description, style="dim")), notes))
+        rows.append(Row((mark, name, verdict, pattern.summary, Text(pattern.description, style="dim")), notes))
     columns = (
         Column(title=""),
         Column(title="PATTERN"),
         Column(title="FITS"),
         Column(title="REPLICAS"),
-        Column(title="GPUS"),
         Column(title="FOR", dropped=1),
     )
     return Grid(columns, rows)
@@ -95,14 +94,8 @@ def patterns_view(patterns: Sequence[PatternView]) -> RenderableType:
 def preview_view(preview: ChangePreview) -> RenderableType:
     """Return `switch-pattern --dry-run`: each GPU before and after, the order, and the lowest capacity."""
     changed = [row for row in preview.gpus if row[1] != row[2]]
-    head = Text.assemble(
-        "pattern ",
-        (preview.previous or "none", "bold"),
-        " → ",
-        (preview.pattern, "bold"),
-        " · nothing is changed yet · ",
-    )
-    head.append(f"{len(changed)} of {len(preview.gpus)} GPUs change hands")
+    change = Text.assemble("pattern ", (preview.previous or "none", "bold"), " → ", (preview.pattern, "bold"))
+    head = Flow([change, "nothing is changed yet", f"{len(changed)} of {len(preview.gpus)} GPUs change hands"])
     parts: list[RenderableType] = [head, Text(""), _difference(preview), Text("")]
     if preview.steps:
         parts += [_steps(preview)]
@@ -110,12 +103,10 @@ def preview_view(preview: ChangePreview) -> RenderableType:
         parts += [Text("nothing to do", style="green")]
     parts += [Text("")]
     if preview.kept:
-        parts.append(indented(Text(f"not touched: {', '.join(preview.kept)}"), 0, 100))
+        parts.append(Flow([f"not touched: {preview.kept[0]}", *preview.kept[1:]], between=", "))
     for model, share in preview.lowest_ready.items():
         style = "green" if share >= 0.5 else "yellow" if share > 0 else "bold red"
         parts.append(Text.assemble(f"{model}: never below ", (percent(share), style), " of its ready capacity"))
-    if preview.leftover:
-        parts.append(Text(f"left over: GPU {numbers(preview.leftover)}", style="yellow"))
     parts += [Text(f"! {warning}", style="yellow") for warning in preview.warnings]
     return Group(*parts)
 
@@ -177,17 +168,14 @@ def _matrix(topology: Topology) -> list[RenderableType]:
         cells.append("" if gpu.numa_node is None else str(gpu.numa_node))
         rows.append(Row(cells))
     seen = {letters.rstrip("0123456789") for row in topology.matrix for letters in row}
-    legend = Text("  ").join(
-        [
-            Text.assemble((letters, LINK_STYLES[letters]), " ", words)
-            for letters, words in LINK_WORDS.items()
-            if letters in seen
-        ]
-    )
+    legend = [
+        Text.assemble((letters, LINK_STYLES[letters]), " ", (words, "dim"))
+        for letters, words in LINK_WORDS.items()
+        if letters in seen
+    ]
     if together:
-        legend.append("  ").append("underlined", style="underline").append(" in one GPU group")
-    legend.stylize("dim")
-    return [Grid(columns, rows, gap=1), legend]
+        legend.append(Text.assemble(("underlined", "underline"), (" in one GPU group", "dim")))
+    return [Grid(columns, rows, gap=1), Flow(legend, between="  ")]
 
 
 def _gpus(topology: Topology) -> RenderableType:

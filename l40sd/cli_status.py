@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from l40sd.cli_grid import Column, Grid, Row
+from l40sd.cli_grid import Column, Flow, Grid, Row
 from l40sd.core.lifecycle import Phase
 from l40sd.core.messages import Check, Event, GpuStatus, OperationStatus, Status, WorkerStatus
 
@@ -157,36 +157,26 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def _header(status: Status) -> list[Text]:
+def _header(status: Status) -> list[RenderableType]:
     ready = sum(worker.phase == Phase.READY for worker in status.workers)
     total = len(status.workers)
-    busy = status.proxy.in_flight
     style = "green" if ready == total and total else "bold yellow" if ready else "bold red"
-    head = Text.assemble(
-        (status.host, "bold"),
-        " · pattern ",
-        (status.pattern or "none", "bold"),
-        " · ",
-        (f"{ready} of {total} ready", style),
-        f" · {busy} in flight · up {span(status.uptime_s)}",
-    )
-    proxy = status.proxy
-    counts = [
-        f"{count} {name}"
-        for name, count in (
-            ("connections", proxy.connections),
-            ("waiting", proxy.waiting),
-            ("served", proxy.served),
-            ("failed", proxy.failed),
-            ("retried", proxy.retried),
-        )
-        if count or name in ("served", "failed")
+    head: list[str | Text] = [
+        Text(status.host, style="bold"),
+        Text.assemble("pattern ", (status.pattern or "none", "bold")),
+        Text(f"{ready} of {total} ready", style=style),
+        f"{status.proxy.in_flight} in flight",
+        f"up {span(status.uptime_s)}",
     ]
-    endpoint = Text(f"endpoint {' '.join(proxy.listen) or 'none'} · {' · '.join(counts)}", style="dim")
-    provider = f"workers in {_PROVIDERS.get(status.provider, status.provider)}"
+    proxy = status.proxy
+    endpoint = [f"endpoint {' '.join(proxy.listen) or 'none'}", f"{proxy.served} served", f"{proxy.failed} failed"]
+    for count, name in ((proxy.retried, "retried"), (proxy.waiting, "waiting"), (proxy.connections, "connections")):
+        endpoint += [f"{count} {name}"] if count else []
     note = f" ({status.provider_note})" if status.provider_note else ""
-    recorded = "" if status.is_live else f" · recorded host {status.inventory}: pinning is shown, not applied"
-    return [head, endpoint, Text(f"{provider}{note}{recorded}", style="dim")]
+    rest = [f"workers in {_PROVIDERS.get(status.provider, status.provider)}{note}"]
+    if not status.is_live:
+        rest += [f"recorded host {status.inventory}", "pinning is shown, not applied"]
+    return [Flow(head), Flow(endpoint, style="dim"), Flow(rest, style="dim")]
 
 
 _PROVIDERS = {"unit": "units of their own", "cgroup": "cgroups of their own", "none": "no cgroup"}
@@ -224,7 +214,7 @@ def _phase(worker: WorkerStatus) -> Text:
     return Text(worker.phase + progress, style=styles.get(worker.phase, ""))
 
 
-def _gpu_lines(gpus: Sequence[GpuStatus]) -> list[Text]:
+def _gpu_lines(gpus: Sequence[GpuStatus]) -> list[RenderableType]:
     """Return the GPUs: what they are, which are free or out of use, and how full their memory is."""
     kinds = dict.fromkeys((gpu.name, gpu.memory_bytes) for gpu in gpus)
     count = {kind: sum((gpu.name, gpu.memory_bytes) == kind for gpu in gpus) for kind in kinds}
@@ -240,7 +230,7 @@ def _gpu_lines(gpus: Sequence[GpuStatus]) -> list[Text]:
         for gpu in gpus
         if gpu.used_bytes is not None and gpu.memory_bytes
     ]
-    memory = [Text(f"memory in use, %: {'  '.join(used)}", style="dim")] if used else []
+    memory = [Flow(["memory in use, %:", *used], between="  ", style="dim")] if used else []
     return [line, *memory] if gpus else []
 
 

@@ -31,7 +31,7 @@ FILE_LIMIT_BYTES = 1 << 22
 def topology(
     session: Session, *, record_to: str | None, read_from: str | None, pattern: str | None, force: bool
 ) -> None:
-    """Show how the GPUs are linked, what they hang on, and the chosen GPU groups with their reasons.
+    """Show how the GPUs are linked, and the GPU groups.
 
     With --from no daemon is asked: try a pattern on a machine before you have it.
     """
@@ -66,7 +66,7 @@ def _placed(inventory: Inventory, name: str, *, force: bool) -> Topology:
     if name not in patterns:
         raise L40sError(f'no pattern "{name}"', hint=f"there are {', '.join(patterns)}", code="unknown_pattern")
     layout = place(patterns[name], config, inventory, facts={}, force=force)
-    return views.topology(inventory, pattern=name, groups=views.groups(layout, config, inventory))
+    return views.topology(inventory, layout, config)
 
 
 def _read(source: str) -> str:

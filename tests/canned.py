@@ -180,7 +180,7 @@ PATTERNS = (
         fits=True,
         summary="2 x smollm2 TP4",
         leftover=(4, 5, 10, 11),
-        warnings=("every layer of a TP=4 group talks over PCIe; measure it",),
+        warnings=("every layer of a TP=4 group talks over PCIe; measure it", "GPU4 GPU5 GPU10 GPU11 are left over"),
     ),
     PatternView(
         name="wide",

@@ -135,4 +135,14 @@ def _shown(name: str, value: Any, secrets: bool) -> Any:  # noqa: FBT001 - passe
         return value
     if isinstance(value, Mapping):
         return {key: _shown(key, item, secrets) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_shown_argument(before, each) for before, each in zip(("", *value), value, strict=False))
     return _HIDDEN if isinstance(value, str) and _SECRET_KEY.search(name) else value
+
+
+def _shown_argument(before: str, argument: str) -> str:
+    """Return one argument of a command line; hidden after ``--api-key`` or in ``--api-key=...``."""
+    name, sign, _ = argument.partition("=")
+    if before.startswith("-") and "=" not in before and _SECRET_KEY.search(before):
+        return argument if argument.startswith("{") else _HIDDEN
+    return f"{name}={_HIDDEN}" if sign and name.startswith("-") and _SECRET_KEY.search(name) else argument

@@ -186,6 +186,8 @@ class Topology:
         matrix: Letters as nvidia-smi prints them, row and column order as ``gpus``.
         switches: GPU numbers below each common PCIe switch, host bridge and NUMA node, with its name.
         record: The whole inventory as a host file (TOML), for ``--record``.
+        leftover: GPU numbers that no replica of the pattern uses.
+        warnings: What the pattern's layout warns of.
     """
 
     host: str
@@ -198,6 +200,8 @@ class Topology:
     pattern: str
     groups: tuple[GroupView, ...]
     record: str
+    leftover: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,5 @@
 """An inventory and a layout on it, as the records that people are shown."""
 
-from collections.abc import Sequence
-
 from l40sd.core import launch as launching
 from l40sd.core.config import Config
 from l40sd.core.cpus import format_cpu_list
@@ -11,8 +9,9 @@ from l40sd.core.model import Inventory, Layout, Link
 from l40sd.core.topology import switches_of
 
 
-def topology(inventory: Inventory, *, pattern: str = "", groups: Sequence[GroupView] = ()) -> Topology:
-    """Return the link matrix, what the GPUs hang on, and the GPU groups of a pattern."""
+def topology(inventory: Inventory, layout: Layout | None = None, config: Config | None = None) -> Topology:
+    """Return the link matrix, what the GPUs hang on, and the GPU groups of a layout made with ``config``."""
+    layout = layout or Layout(pattern="", placements=())
     number = {gpu.id: gpu.index for gpu in inventory.gpus}
     return Topology(
         host=inventory.host,
@@ -34,9 +33,11 @@ def topology(inventory: Inventory, *, pattern: str = "", groups: Sequence[GroupV
         matrix=tuple(tuple(inventory.link(a.id, b.id).name for b in inventory.gpus) for a in inventory.gpus),
         switches=tuple((name, tuple(number[gpu] for gpu in gpus)) for name, gpus in switches_of(inventory)),
         numa_nodes=tuple((n.id, format_cpu_list(n.cpus), n.memory_bytes) for n in inventory.numa_nodes),
-        pattern=pattern,
-        groups=tuple(groups),
+        pattern=layout.pattern,
+        groups=groups(layout, config or Config(), inventory),
         record=format_host_file(inventory),
+        leftover=tuple(number[gpu] for gpu in layout.leftover if gpu in number),
+        warnings=layout.warnings,
     )
 
 

@@ -207,6 +207,7 @@ def test_the_names_of_engines_and_placeholders_are_those_of_the_engine_table() -
 
 SECRETS = MODEL + (
     "env = { HF_TOKEN = 'hf_abc', OTHER = 'seen' }\n"
+    "args = ['--api-key', 'abc', '--hf-token=abc', '--seed', '7']\n"
     "[models.x]\nengine = 'external'\nendpoints = ['http://a:1']\nendpoint_key = 'sk-abc'\n"
 )
 
@@ -218,6 +219,7 @@ def test_show_names_each_values_file_and_hides_secrets() -> None:
     assert re.search(r"(?m)^queue_limit = 1000 +# default$", text)
     assert "abc" not in text
     assert 'OTHER = "seen"' in text
+    assert 'args = ["--api-key", "***", "--hf-token=***", "--seed", "7"]' in text
     parse([("shown", text)])  # hidden secrets are still TOML
 
 
