@@ -95,13 +95,19 @@ class Supervisor:
         self._group: asyncio.TaskGroup | None = None
         self._is_stopping = False
         self._is_unsaved = False
+        self._trouble = ""
         self._log = tools.log
         tools.changed = self._wake.set
 
     # -- what is wanted --------------------------------------------------------------------------------------------
 
-    def design(self, pattern_name: str, config: Config, *, force: bool = False) -> Want:
+    def design(
+        self, pattern_name: str, config: Config, *, force: bool = False, current: Sequence[Placement] | None = None
+    ) -> Want:
         """Return the pattern placed on this host, whole and checked; changes nothing (invariant 6).
+
+        Args:
+            current: Where things are, for the placement to move as little as possible; by default the workers'.
 
         Raises:
             L40sError: No such pattern (hint: the nearest known one), or it does not fit.
@@ -118,11 +124,14 @@ class Supervisor:
             config,
             self.tools.host.inventory,
             facts=self.tools.facts,
-            current=[w.wanted.placement for w in self.workers.values() if w.goal is not Goal.GONE],
+            current=self._current() if current is None else current,
             force=force,
             unusable=self.unusable(),
         )
         return self._want(layout, config, force=force)
+
+    def _current(self) -> list[Placement]:
+        return [w.wanted.placement for w in self.workers.values() if w.goal is not Goal.GONE]
 
     def unusable(self) -> frozenset[GpuId]:
         """Return the GPUs that a worker holds which cannot be killed."""
@@ -133,20 +142,26 @@ class Supervisor:
 
         What a replaced change would have gone back to stays what this one goes back to: the last layout that served.
         """
+        observed = [w.observed() for w in self.workers.values()]
         previous: Want | None = self.want
+        baseline = capacity(observed)
+        on_trial: set[WorkerId] = set()
         if self.change is not None:
             self._end("replaced", f"replaced by a change to {want.pattern}")
-            previous = self.change.previous
-        observed = [w.observed() for w in self.workers.values()]
-        serving = {(o.worker, o.fingerprint): o.shape for o in observed if o.is_serving}
-        proven = {shape for w in want.wanted if (shape := serving.get((w.placement.worker, w.fingerprint))) is not None}
+            previous, baseline = self.change.previous, {**baseline, **self.change.baseline}
+            on_trial = self.change.created & {w.placement.worker for w in want.wanted}
+        there = {(o.worker, o.fingerprint): o for o in observed}
+        kept = [o for w in want.wanted if (o := there.get((w.placement.worker, w.fingerprint))) is not None]
         self.change = Change(
             id=secrets.token_hex(4),
             pattern=want.pattern,
             previous=previous,
-            baseline=capacity(observed),
-            proven=proven,
+            baseline=baseline,
+            # What was there before has nothing to prove, whatever state it is in: it is not this change's doing.
+            proven={o.shape for o in kept if o.is_serving or o.worker not in on_trial},
+            created=on_trial,
         )
+        self._trouble = ""
         self._set_want(want)
         self._log.info(
             "pattern.apply.started",
@@ -202,11 +217,9 @@ class Supervisor:
     @property
     def degraded(self) -> tuple[str, ...]:
         """Sentences on what is not as it is wanted and will not become so by itself."""
-        return tuple(
-            f"{w.id} is {w.phase}: {w.reason}"
-            for w in self.workers.values()
-            if w.phase in (Phase.STUCK, Phase.QUARANTINED, Phase.FAILED)
-        )
+        given_up = (Phase.STUCK, Phase.QUARANTINED, Phase.FAILED)
+        workers = (f"{w.id} is {w.phase}: {w.reason}" for w in self.workers.values() if w.phase in given_up)
+        return (*filter(None, [self._trouble]), *workers)
 
     # -- turns -----------------------------------------------------------------------------------------------------
 
@@ -440,12 +453,14 @@ class Supervisor:
         pattern = str(state.get("pattern") or self.config.daemon.pattern)
         stored = self._placements(state.get("placements"))
         try:
-            self._set_want(self.design(pattern, self.config, force=bool(state.get("force"))))
+            force = bool(state.get("force"))
+            self._set_want(self.design(pattern, self.config, force=force, current=stored or None))
         except L40sError as error:
             kept = [p for p in stored if self._is_possible(p)]
             if not kept:
                 raise
             self._log.error("pattern.degraded", pattern=pattern, reason=str(error), workers=len(kept))
+            self._trouble = f"pattern {pattern} does not fit any more, what is left of it runs: {error.what}"
             self._set_want(self._want(Layout(pattern=pattern, placements=tuple(kept)), self.config))
         journal = state.get("change")
         if isinstance(journal, dict):
