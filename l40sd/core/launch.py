@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from urllib.parse import urlsplit
 
 from l40sd.core.config import Config, ModelConfig
+from l40sd.core.cpus import format_cpu_list
 from l40sd.core.engines import Engine, Probes, When, resolve
 from l40sd.core.errors import L40sError
 from l40sd.core.model import GpuId, Inventory, Link, Placement, WorkerId
@@ -245,21 +246,10 @@ def _pinning(placement: Placement, config: Config, inventory: Inventory) -> tupl
     """
     if not config.host.numa_pinning or not placement.cpus:
         return ()
-    nodes = _id_list(placement.memory_nodes)
+    nodes = format_cpu_list(placement.memory_nodes)
     whole = frozenset[int]().union(*(node.cpus for node in inventory.numa_nodes if node.id in placement.memory_nodes))
-    cpus = f"--cpunodebind={nodes}" if placement.cpus == whole else f"--physcpubind={_id_list(placement.cpus)}"
+    cpus = f"--cpunodebind={nodes}" if placement.cpus == whole else f"--physcpubind={format_cpu_list(placement.cpus)}"
     return ("numactl", cpus, f"--membind={nodes}") if nodes else ("numactl", cpus)
-
-
-def _id_list(ids: Iterable[int]) -> str:
-    """Return ids as numactl and the kernel write them: ``0-3,8``."""
-    spans: list[list[int]] = []
-    for one in sorted(ids):
-        if spans and one == spans[-1][1] + 1:
-            spans[-1][1] = one
-        else:
-            spans.append([one, one])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
 def _values(

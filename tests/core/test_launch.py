@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launches import MODEL, config, gpu_id, host, placement
 
-from l40sd.core.config import EngineConfig, HostConfig, WorkersConfig
+from l40sd.core.config import BUILT_IN_ENGINES, EngineConfig, HostConfig, WorkersConfig
 from l40sd.core.engines import ENGINES
 from l40sd.core.errors import L40sError
 from l40sd.core.launch import Launch, build, program_of
@@ -50,6 +50,10 @@ def shown(engine: str, tp: int, pp: int) -> str:
             "",
         ]
     )
+
+
+def test_the_table_has_every_engine_that_the_config_offers() -> None:
+    assert tuple(ENGINES) == BUILT_IN_ENGINES
 
 
 @pytest.mark.parametrize("engine", ENGINES)
