@@ -16,5 +16,7 @@ uses that too, for what a dead shim left behind).
 INSTANCE_VARIABLE = "L40SD_INSTANCE"
 RUNTIME_VARIABLE = "L40SD_RUNTIME_DIR"
 """In the environment of the shim and of its engine: whose they are, for when no other record is left."""
+OWN_GROUP = "own"
+"""In a spec: the cgroup that the shim is started in is the instance's, as in a unit with Delegate=yes."""
 PROTOCOL = 1
 """Version of the three files; a daemon adopts shims of its own and of older versions."""

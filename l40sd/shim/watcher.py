@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from l40sd.shim import INSTANCE_VARIABLE, PROTOCOL, RUNTIME_VARIABLE, tree
+from l40sd.shim import INSTANCE_VARIABLE, OWN_GROUP, PROTOCOL, RUNTIME_VARIABLE, tree
 from l40sd.shim.output import RotatingLog
 
 PIPE_BYTES = 1 << 20
@@ -344,7 +344,7 @@ def join_group(spec: dict[str, Any], log: RotatingLog) -> str:
     ``spec["group"]`` is the directory the daemon made, ``"own"`` for the one we were started in (a unit with
     Delegate=yes), or empty. Controllers are used as far as they are there.
     """
-    group = tree.own_group() or "" if spec["group"] == "own" else spec["group"]
+    group = tree.own_group() or "" if spec["group"] == OWN_GROUP else spec["group"]
     if not group:
         return ""
     try:

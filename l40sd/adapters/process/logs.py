@@ -44,12 +44,15 @@ async def follow(path: Path, *, poll_s: float = POLL_S) -> AsyncIterator[bytes]:
         while True:
             if descriptor is not None:
                 # First look whether there is a successor, then read: what came before it is not missed.
-                successor = await asyncio.to_thread(next_after, path, descriptor)
-                while data := await asyncio.to_thread(os.read, descriptor, CHUNK_BYTES):
-                    yield data
+                successor = await asyncio.to_thread(open_next, path, descriptor)
+                try:
+                    while data := await asyncio.to_thread(os.read, descriptor, CHUNK_BYTES):
+                        yield data
+                finally:
+                    if successor is not None:
+                        os.close(descriptor)
+                        descriptor = successor
                 if successor is not None:
-                    os.close(descriptor)
-                    descriptor = open_or_none(successor)
                     continue
             else:
                 descriptor = open_or_none(path)
@@ -60,29 +63,32 @@ async def follow(path: Path, *, poll_s: float = POLL_S) -> AsyncIterator[bytes]:
 
 
 def generations(path: Path) -> list[Path]:
-    """Return the files of one log that exist, newest first."""
-    found = [path] if path.exists() else []
-    number = 1
-    while (older := path.with_name(f"{path.name}.{number}")).exists():
-        found.append(older)
-        number += 1
-    return found
+    """Return the files of one log that exist, newest first; there is a gap while they are being rotated."""
+    older = [file for file in path.parent.glob(f"{path.name}.*") if file.suffix[1:].isdecimal()]
+    older.sort(key=lambda file: int(file.suffix[1:]))
+    return [path, *older] if path.exists() else older
 
 
-def next_after(path: Path, descriptor: int) -> Path | None:
-    """Return the file that follows an open one; None while it is the current one.
+def open_next(path: Path, descriptor: int) -> int | None:
+    """Open the file that follows an open one; None while that is the current one, or while they are being rotated.
 
-    One that was rotated out altogether is followed by the oldest there is.
+    A rotation renames the oldest first. So if ours still has its name after the successor was opened, then the
+    successor had its name too. One that was rotated out altogether is followed by the oldest there is.
     """
     mine = os.fstat(descriptor)
     files = generations(path)
     for newer, file in zip([None, *files], files, strict=False):
         try:
-            if os.path.samestat(file.stat(), mine):
-                return newer
-        except FileNotFoundError:  # rotated between the two looks: come again
-            return None
-    return files[-1] if files else None
+            if not os.path.samestat(file.stat(), mine):
+                continue
+            successor = open_or_none(newer) if newer is not None else None
+            if successor is None or os.path.samestat(file.stat(), mine):
+                return successor
+            os.close(successor)
+        except FileNotFoundError:
+            pass
+        return None
+    return open_or_none(files[-1]) if files else None
 
 
 def open_or_none(path: Path) -> int | None:

@@ -14,7 +14,7 @@ from typing import Self
 import l40sd
 from l40sd.adapters.process import logs
 from l40sd.adapters.process.instance import Instance, last_words, open_shim, reap
-from l40sd.adapters.process.providers import Provider, Unavailable, choose, start_unit
+from l40sd.adapters.process.providers import Provider, Unavailable, choose, kill_unit, start_unit
 from l40sd.adapters.process.records import (
     Birth,
     CorruptError,
@@ -26,7 +26,7 @@ from l40sd.adapters.process.records import (
 )
 from l40sd.adapters.process.remains import Remains, mark_of, marked, remove_group, trusted_group
 from l40sd.core.errors import L40sError
-from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, tree
+from l40sd.shim import INSTANCE_VARIABLE, OWN_GROUP, RUNTIME_VARIABLE, tree
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.05
 """Between two looks for run.json: a shim takes about 60 ms, and a poll needs no descriptor and cannot be missed."""
@@ -114,7 +114,7 @@ class Processes:
             raise spawn_failed(spec, str(error)) from error
         finally:
             if instance is None:
-                await self._withdraw(directory, Remains(instance=spec.instance, group=group))
+                await self._withdraw(directory, Remains(instance=spec.instance, group=group), self.provider)
                 if pid is not None:
                     reap(pid)
         self._instances[spec.instance] = instance
@@ -148,8 +148,7 @@ class Processes:
         instance = self._instances.pop(instance_id, None)
         if instance is not None:
             instance.clear()
-        else:
-            self._remove(self._instances_dir / instance_id)
+        self._remove(self._instances_dir / instance_id)
 
     def log_path(self, worker: str) -> Path:
         """Return where a worker's output goes; older output is beside it in ``.1``, ``.2``, ..."""
@@ -176,7 +175,7 @@ class Processes:
 
     def _make_record(self, directory: Path, spec: InstanceSpec) -> str:
         """Write what is about to run; return the cgroup made for it, if one was."""
-        group = {"unit": "own", "cgroup": f"{self._base}/{spec.instance}"}.get(self.provider, "")
+        group = {"unit": OWN_GROUP, "cgroup": f"{self._base}/{spec.instance}"}.get(self.provider, "")
         birth = Birth(
             boot_id=tree.boot_id(),
             group=group,
@@ -214,10 +213,12 @@ class Processes:
             await asyncio.sleep(look_s)
             look_s = min(LAST_LOOK_S, 2 * look_s)
 
-    async def _withdraw(self, directory: Path, remains: Remains) -> bool:
+    async def _withdraw(self, directory: Path, remains: Remains, provider: str) -> bool:
         """Undo a birth: a shim that starts only now finds no spec and ends; whoever runs is killed."""
         with contextlib.suppress(OSError):
             (directory / "spec.json").rename(directory / "spec.withdrawn")
+        if provider == "unit":  # its shim may be too young to be found otherwise
+            await kill_unit(remains.instance)
         is_clear = await remains.kill(CLEAR_TIMEOUT_S)
         self._remove(directory)
         if remains.group:
@@ -259,7 +260,7 @@ class Processes:
     async def _finish_off(self, directory: Path, adoption: Adoption, *, group: str) -> None:
         name = directory.name
         remains = Remains(instance=name, group=trusted_group(group or f"{self._base}/{name}", name))
-        if not await self._withdraw(directory, remains):
+        if not await self._withdraw(directory, remains, "unit" if group == OWN_GROUP else ""):
             adoption.notes.append(f"{name}: half-born, and processes are left that cannot be killed")
         adoption.killed.append(name)
 

@@ -173,7 +173,13 @@ async def reset_unit(instance: str) -> None:
         await systemctl("reset-failed", unit_of(instance))
 
 
-async def systemctl(verb: str, unit: str, *, timeout_s: float = SYSTEMCTL_TIMEOUT_S) -> None:
+async def kill_unit(instance: str) -> None:
+    """Have systemd kill all of an instance's unit; one that never started is no matter."""
+    with contextlib.suppress(Unavailable):
+        await systemctl("kill", "--signal=SIGKILL", unit_of(instance))
+
+
+async def systemctl(verb: str, *arguments: str, timeout_s: float = SYSTEMCTL_TIMEOUT_S) -> None:
     """Run one systemctl verb without waiting for its job.
 
     Raises:
@@ -181,7 +187,7 @@ async def systemctl(verb: str, unit: str, *, timeout_s: float = SYSTEMCTL_TIMEOU
     """
     try:
         process = await asyncio.create_subprocess_exec(
-            "systemctl", "--no-block", "--no-ask-password", verb, unit,
+            "systemctl", "--no-block", "--no-ask-password", verb, *arguments,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
     except OSError as error:
