@@ -348,6 +348,13 @@ def test_json_has_no_colour_on_a_terminal_either(fake: FakeControl) -> None:
     assert json.loads(terminal.text)["pattern"] == "B"
 
 
+def test_on_80_columns_the_columns_that_matter_are_whole(fake: FakeControl) -> None:
+    terminal = Terminal(fake, "status", NO_COLOR="1")
+    terminal.end()
+    titles = next(line for line in terminal.text.splitlines() if line.startswith("WORKER"))
+    assert titles.split() == ["WORKER", "PHASE", "GPU", "LINK", "NUMA", "PORT", "BUSY", "RESTARTS", "FOR"]
+
+
 def test_every_view_fits_80_columns(fake: FakeControl) -> None:
     fake.answers["POST /v1/pattern"] = (200, canned.PREVIEW)
     for arguments in (("status",), ("patterns",), ("switch-pattern", "B", "--dry-run"), ("doctor",), ("topology",)):

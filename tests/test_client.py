@@ -67,6 +67,19 @@ def test_events_arrive_one_by_one_however_the_bytes_are_cut(tmp_path: Path) -> N
     assert events[0] == Event(seq=0, time="t", level="info", event="worker.ready", data={"port": 1})
 
 
+def test_a_stream_that_follows_may_be_silent_for_longer_than_the_deadline(tmp_path: Path) -> None:
+    def parts() -> Iterator[bytes]:
+        yield b"first"
+        threading.Event().wait(0.3)  # the silence that is under test
+        yield b"second"
+
+    with serving(tmp_path / "s", {"GET /v1/logs": lambda: (200, parts())}) as fake:
+        hasty = Client(fake.path, timeout_s=0.1)
+        assert b"".join(hasty.stream("/v1/logs", follow=1)) == b"firstsecond"
+        with pytest.raises(L40sError, match=r"no answer within 0\.1 s"):
+            list(hasty.stream("/v1/logs"))
+
+
 def test_no_socket_says_that_the_daemon_does_not_run(tmp_path: Path) -> None:
     error = failure_of(tmp_path / "none")
     assert error.code == client.UNREACHABLE

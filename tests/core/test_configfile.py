@@ -290,6 +290,10 @@ def test_any_text_is_a_configuration_or_a_list_of_problems(text: str) -> None:
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 
 
+def test_a_delete_character_is_escaped_as_toml_wants_it() -> None:
+    assert configshow.toml_value("\x7f") == '"\\u007f"'  # JSON leaves it as it is, TOML does not allow it
+
+
 @given(
     source=WORDS,
     args=st.lists(WORDS, max_size=3),

@@ -1,0 +1,46 @@
+"""Which configuration files are read, in which order, and what is said of those that cannot be."""
+
+from pathlib import Path
+
+import pytest
+
+from l40sd.adapters import configfiles
+from l40sd.core.errors import L40sError
+
+
+def test_the_file_is_chosen_by_option_then_environment_then_default() -> None:
+    environ = {"L40SD_CONFIG": "/b"}
+    assert configfiles.find("/a", environ) == Path("/a")
+    assert configfiles.find(None, environ) == Path("/b")
+    assert configfiles.find(None, {}) == Path("/etc/l40sd/l40sd.toml")
+
+
+def test_overlays_come_after_the_main_file_by_name(tmp_path: Path) -> None:
+    main = tmp_path / "l40sd.toml"
+    main.write_text("main")
+    overlays = tmp_path / "conf.d"
+    overlays.mkdir()
+    for name in ("20.toml", "10.toml", "30.toml.bak"):
+        (overlays / name).write_text(name)
+    assert configfiles.read(main) == [
+        (str(main), "main"),
+        (str(overlays / "10.toml"), "10.toml"),
+        (str(overlays / "20.toml"), "20.toml"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "no such file"), (b"\xff", "not UTF-8 at byte 0"), (b"#" * (1 << 20) + b"#", "larger")]
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, said: str) -> None:
+    file = tmp_path / "l40sd.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(L40sError, match=said) as failure:
+        configfiles.read(file)
+    assert failure.value.where == str(file)
+
+
+def test_a_directory_in_the_files_place_is_named(tmp_path: Path) -> None:
+    with pytest.raises(L40sError, match="cannot be read: Is a directory"):
+        configfiles.read(tmp_path)
