@@ -249,6 +249,11 @@ class Routes:
         line = self._lines.get(model)
         return len(line.waiters) if line else 0
 
+    def note(self, model: ModelName) -> str:
+        """Return what is on its way for a model; empty when there is nothing to say."""
+        line = self._lines.get(model)
+        return line.entry.note if line else ""
+
     def workers(self) -> Iterator[tuple[WorkerId, Tally]]:
         """Yield every worker that was ever routed to, with what it did."""
         yield from self._tallies.items()

@@ -1,0 +1,1 @@
+"""Measurements of l40sd's own parts."""

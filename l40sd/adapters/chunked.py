@@ -1,0 +1,89 @@
+"""Chunked request bodies, taken apart: a worker gets the whole body with its length.
+
+Source: RFC 9112 section 7.1.
+"""
+
+import re
+
+from l40sd.core.refused import Refused
+
+CHUNK_LINE_LIMIT = 1024
+TRAILER_LIMIT = 16384
+
+_chunk_size = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?").fullmatch
+_trailer = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\x00-\x08\x0a-\x1f\x7f]*+").fullmatch
+
+
+class ChunkedBody:
+    """Takes a chunked request body apart. Extensions and trailers are checked and dropped.
+
+    Args:
+        limit_bytes: Of the body without its framing.
+
+    Attributes:
+        parts: The body so far.
+        size: Its bytes so far.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.parts: list[bytes] = []
+        self.size = 0
+        self._limit_bytes = limit_bytes
+        self._held = b""  # a line or line end of which the rest is still to come
+        self._left = 0  # bytes to come of the chunk at hand
+        self._is_after_chunk = False
+        self._trailer_bytes = -1  # counted once the last chunk was seen
+
+    def feed(self, data: bytes) -> bytes | None:
+        """Take the next bytes of the connection; return what follows the body, None while it goes on.
+
+        Raises:
+            Refused: 400 for broken framing, 413 when a chunk's announced size breaks the limit.
+        """
+        data = self._held + data
+        self._held = b""
+        at = 0
+        while True:
+            if self._left:
+                piece = data[at : at + self._left]
+                if piece:
+                    self.parts.append(piece)
+                self._left -= len(piece)
+                at += len(piece)
+                if self._left:
+                    return None
+                self._is_after_chunk = True
+            end = data.find(b"\r\n", at)
+            if end < 0 or end - at > CHUNK_LINE_LIMIT:
+                if len(data) - at > CHUNK_LINE_LIMIT or (self._is_after_chunk and data[at:] not in (b"", b"\r")):
+                    raise Refused(400, "bad_request", "the chunked body is broken")
+                self._held = data[at:]
+                return None
+            line = data[at:end]
+            at = end + 2
+            if self._line(line):
+                return data[at:]
+
+    def _line(self, line: bytes) -> bool:
+        """Take one line that is not chunk data; return whether it was the body's last."""
+        if self._is_after_chunk:
+            if line:
+                raise Refused(400, "bad_request", "a chunk is longer than it said")
+            self._is_after_chunk = False
+        elif self._trailer_bytes >= 0:
+            if not line:
+                return True
+            self._trailer_bytes += len(line)
+            if self._trailer_bytes > TRAILER_LIMIT or not _trailer(line):
+                raise Refused(400, "bad_request", "the trailer is broken or too long")
+        else:
+            size = _chunk_size(line)
+            if size is None:
+                raise Refused(400, "bad_request", "a chunk's size is not a hexadecimal number")
+            self._left = int(size[1], 16)
+            self.size += self._left
+            if self.size > self._limit_bytes:
+                raise Refused(413, "request_too_large", f"the body is larger than {self._limit_bytes} bytes")
+            if not self._left:
+                self._trailer_bytes = 0
+        return False

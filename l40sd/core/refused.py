@@ -1,0 +1,19 @@
+"""A request that the proxy answers with an error instead of a worker's reply."""
+
+
+class Refused(Exception):  # noqa: N818 - what happens to the request, in the protocol's word
+    """Why, for the client.
+
+    Args:
+        status: HTTP status.
+        code: A stable snake_case word for programs, e.g. ``"model_not_found"``.
+        message: One sentence.
+        param: The parameter it concerns, if it concerns one.
+    """
+
+    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param

@@ -1,0 +1,317 @@
+"""The endpoint: least busy worker, streamed reply, one port for everything.
+
+    Client (bytes in, one request at a time) --> Exchange (lease, tries, deadlines) --> Upstream (bytes back)
+
+Proxy owns the listening sockets and one timer. The timer looks at every connection twice a second: a deadline is an
+attribute that a request sets on its way, so ten thousand of them cost no timer handles.
+"""
+
+import asyncio
+import os
+import resource
+import socket
+import stat
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from l40sd.core.config import ProxyConfig
+from l40sd.core.errors import L40sError
+from l40sd.services.proxy_client import Client
+from l40sd.services.proxy_shared import Shared
+from l40sd.services.routes import Routes
+
+BACKLOG = 4096
+ROUNDS_TO_CLOSE = 3
+TICK_LIMITS_S = (0.02, 0.5)
+DESCRIPTORS_KEPT = 96  # for workers, probes, logs and the control socket
+UNIX_SOCKET_MODE = 0o660
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyStats:
+    """Now, and since the proxy was made.
+
+    Attributes:
+        served: Requests answered below 500, by workers or here.
+        failed: Answered with 500 or above, or cut.
+        retried: Further workers tried.
+    """
+
+    connections: int
+    in_flight: int
+    waiting: int
+    served: int
+    failed: int
+    retried: int
+
+
+class Proxy:
+    """Listens, balances and streams. Use ``start`` once, ``stop`` once.
+
+    Attributes:
+        sockets: The listeners; they stay open and keep queueing while accepting is paused.
+        addresses: Where clients reach it: ``host:port``, ``[host]:port`` or ``unix:/path``, real port numbers.
+    """
+
+    def __init__(self, config: ProxyConfig, routes: Routes, *, api_keys: Collection[str] = ()) -> None:
+        self._config = config
+        self._routes = routes
+        self._api_keys = api_keys
+        self._shared: Shared | None = None
+        self._servers: list[asyncio.Server] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._quiet: asyncio.Event = asyncio.Event()  # set when the last request has ended, while stopping
+        self._paths: list[Path] = []
+        self.sockets: list[socket.socket] = []
+        self.addresses: tuple[str, ...] = ()
+
+    async def start(self, inherited_sockets: Sequence[socket.socket] = ()) -> None:
+        """Listen and serve.
+
+        Args:
+            inherited_sockets: Already listening or bound, from systemd or a previous self; an address in the config
+                that one of them has is not bound again.
+
+        Raises:
+            L40sError: An address cannot be listened on.
+        """
+        loop = asyncio.get_running_loop()
+        self._shared = Shared(config=self._config, routes=self._routes, loop=loop, now_s=loop.time())
+        self.set_api_keys(self._api_keys)
+        self.configure(self._config)
+        self.sockets = list(inherited_sockets)
+        taken = {_address(sock) for sock in inherited_sockets}
+        try:
+            for address in self._config.listen:
+                if _normalised(address) not in taken:
+                    self.sockets.append(self._bind(address))
+        except L40sError:
+            self._close_sockets()
+            raise
+        for sock in self.sockets:
+            sock.setblocking(False)
+        self.addresses = tuple(_address(sock) for sock in self.sockets)
+        await self.resume_accepting()
+        self._tick()
+        log.info("proxy.ready", addresses=self.addresses)
+
+    @property
+    def stats(self) -> ProxyStats:
+        """Counts for ``status``."""
+        shared = self._running
+        lines = self._routes.lines()
+        return ProxyStats(
+            connections=len(shared.clients),
+            in_flight=sum(client.exchange is not None for client in shared.clients),
+            waiting=sum(len(line.waiters) for line in lines),
+            served=shared.metrics.served,
+            failed=shared.metrics.failed,
+            retried=shared.metrics.retried,
+        )
+
+    def metrics_text(self) -> str:
+        """Return what ``GET /metrics`` shows."""
+        return self._running.metrics.text(self._routes, len(self._running.clients))
+
+    def set_api_keys(self, keys: Collection[str]) -> None:
+        """Replace the keys that clients may use; none: everybody may ask. Open requests go on."""
+        self._api_keys = keys
+        if self._shared is not None:
+            self._shared.set_keys(frozenset(key.encode() for key in keys))
+
+    def configure(self, config: ProxyConfig) -> None:
+        """Use other limits and deadlines from the next event on; ``listen`` is read by ``start`` only."""
+        self._config = config
+        self._routes.configure(queue_limit=config.queue_limit, in_flight_limit=config.in_flight_limit)
+        if self._shared is None:
+            return
+        self._shared.config = config
+        self._shared.tick_s = _tick_s(config)
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        affordable = max(1, (descriptors - DESCRIPTORS_KEPT) // 2)  # each client may need a connection to a worker
+        self._shared.connection_limit = min(config.connection_limit, affordable)
+
+    async def pause_accepting(self) -> None:
+        """Accept nothing more; the listeners stay open and the kernel queues connections for whoever accepts next."""
+        servers, self._servers = self._servers, []
+        for server in servers:
+            server.close()
+
+    async def resume_accepting(self) -> None:
+        """Accept on every listener, after ``pause_accepting`` or a ``drain`` that led to nothing."""
+        shared = self._running
+        shared.is_stopping = False
+        self._quiet.clear()
+        for sock in self.sockets:
+            own = sock.dup()  # a server closes its socket when it stops; the listener must outlive it
+            own.setblocking(False)
+            self._servers.append(await shared.loop.create_server(lambda: Client(shared), sock=own, backlog=BACKLOG))
+
+    async def drain(self, grace_s: float) -> int:
+        """Accept nothing more and let open requests end; return how many had not after ``grace_s``.
+
+        The listeners stay open: whoever has them next, a restarted self or a new one, refuses nobody.
+        """
+        shared = self._running
+        shared.is_stopping = True
+        await self.pause_accepting()
+        self._close_idle()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._quiet.wait()
+        except TimeoutError:
+            log.warning("proxy.drain_deadline", in_flight=self.stats.in_flight, after_s=grace_s)
+        return self.stats.in_flight
+
+    async def stop(self, grace_s: float) -> None:
+        """Drain, cut what is left, and close everything; a second time is nothing."""
+        if self._shared is None:
+            return
+        shared = self._shared
+        self._close_sockets()
+        await self.drain(grace_s)
+        for client in list(shared.clients):
+            client.reset()
+        for peer in shared.peers.values():
+            for upstream in list(peer.idle):
+                upstream.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+        await asyncio.gather(*shared.dials, return_exceptions=True)
+        for _ in range(ROUNDS_TO_CLOSE):  # transports call connection_lost in one of the loop's next rounds
+            await asyncio.sleep(0)
+        self._shared = None
+        log.info("proxy.stopped")
+
+    @property
+    def _running(self) -> Shared:
+        assert self._shared is not None, "start comes first"
+        return self._shared
+
+    # The sweep
+
+    def _tick(self) -> None:
+        """Look at every deadline, then come again."""
+        shared = self._running
+        now_s = shared.now_s = shared.loop.time()
+        late = []
+        for client in shared.clients:
+            exchange = client.exchange
+            if exchange is not None and exchange.is_moving:
+                exchange.is_moving = False
+                client.moved()
+            elif client.deadline_s <= now_s:
+                late.append(client)
+        for client in late:
+            client.expired()
+        self._routes.expire(now_s)
+        for route, peer in list(shared.peers.items()):
+            peer.sweep(now_s, shared.config.upstream_idle_timeout_s)
+            if not route.is_open and not route.in_flight and not peer.idle:
+                del shared.peers[route]
+        if shared.is_stopping:
+            self._close_idle()
+        self._timer = shared.loop.call_later(shared.tick_s, self._tick)
+
+    def _close_idle(self) -> None:
+        shared = self._running
+        for client in list(shared.clients):
+            if client.is_idle():
+                client.close()
+        if all(client.is_closing for client in shared.clients):
+            self._quiet.set()
+
+    # Listeners
+
+    def _bind(self, address: str) -> socket.socket:
+        try:
+            if address.startswith("unix:"):
+                return self._bind_unix(Path(address.removeprefix("unix:")))
+            host, port = _host_and_port(address)
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind((host, port))
+                sock.listen(BACKLOG)
+            except OSError:
+                sock.close()
+                raise
+        except (OSError, ValueError, OverflowError) as error:
+            raise L40sError(
+                f"cannot listen on {address}: {error}",
+                where="[proxy] listen",
+                hint="stop whoever has it (ss -ltnp tells), or choose another: host:port, [::1]:port or unix:/path",
+                code="cannot_listen",
+            ) from error
+        return sock
+
+    def _bind_unix(self, path: Path) -> socket.socket:
+        """Listen on a path; one left behind by a process that is gone is replaced."""
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1.0)
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.bind(str(path))
+            path.chmod(UNIX_SOCKET_MODE)
+            sock.listen(BACKLOG)
+        except OSError:
+            sock.close()
+            raise
+        self._paths.append(path)
+        return sock
+
+    def _close_sockets(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+        self.sockets = []
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+        self._paths = []
+
+
+def _tick_s(config: ProxyConfig) -> float:
+    """Return how often to look: a quarter of the shortest deadline, within bounds."""
+    shortest = min(
+        config.queue_timeout_s,
+        config.connect_timeout_s,
+        config.first_byte_timeout_s,
+        config.idle_timeout_s,
+        config.client_header_timeout_s,
+        config.client_body_timeout_s,
+        config.client_idle_timeout_s,
+        config.upstream_idle_timeout_s,
+    )
+    return min(max(shortest / 4, TICK_LIMITS_S[0]), TICK_LIMITS_S[1])
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _normalised(address: str) -> str:
+    if address.startswith("unix:"):
+        return address
+    host, _, port = address.rpartition(":")
+    return f"{host}:{port}"
+
+
+def _address(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{os.fsdecode(name)}"
+    host, port = name[0], name[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,385 @@
+"""One client's connection: takes requests off the byte stream, one after the other, and answers or passes them on.
+
+A request is read whole before a worker is chosen: its body names the model, and it may have to be sent twice. What a
+client sends ahead (pipelining) waits its turn, up to a bound; then the socket is not read until the turn comes.
+"""
+
+import asyncio
+import re
+import socket
+import struct
+from math import inf
+from typing import cast
+
+from l40sd.adapters.chunked import ChunkedBody
+from l40sd.adapters.http import RequestHead, parse_request
+from l40sd.adapters.requestbody import find_model
+from l40sd.core.refused import Refused
+from l40sd.services import proxy_pages as pages
+from l40sd.services.proxy_exchange import Exchange
+from l40sd.services.proxy_shared import Shared
+
+AHEAD_LIMIT_BYTES = 65536
+DISCARD_LIMIT_BYTES = 65536  # a refused request's body is read to its end up to this; beyond, the connection is closed
+LINGER_S = 2.0  # for a refused client to read why before its connection is reset
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+PASSED_ON = {
+    path.encode(): path.encode()
+    for path in (
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/rerank",
+        "/v1/score",
+        "/tokenize",
+        "/detokenize",
+    )
+} | {b"/v1/tokenize": b"/tokenize", b"/v1/detokenize": b"/detokenize"}  # engines have them without the version
+passed_on_below = re.compile(rb"/v1/(?:audio|images)/[A-Za-z0-9_/-]+").fullmatch
+OPEN_PAGES = (b"/health", b"/ready", b"/metrics")
+bare_line_feed = re.compile(rb"(?<!\r)\n").search
+
+
+class Client(asyncio.Protocol):
+    """The protocol of one accepted connection."""
+
+    __slots__ = (
+        "_chunks",
+        "_head",
+        "_held",
+        "_is_reading",
+        "_missing",
+        "_parts",
+        "_refused",
+        "_scanned",
+        "_shared",
+        "_target",
+        "_timeout_s",
+        "deadline_s",
+        "exchange",
+        "is_closing",
+        "is_paused",
+        "keep_alive",
+        "transport",
+    )
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self.exchange: Exchange | None = None
+        self.is_closing = False
+        self.is_paused = False
+        self.keep_alive = True
+        self.deadline_s = inf
+        self._timeout_s = inf
+        self._held = b""
+        self._is_reading = False
+        self._begin_request()
+
+    def _begin_request(self) -> None:
+        self._head: RequestHead | None = None
+        self._target = b""  # what to ask a worker for; empty: answered here
+        self._parts: list[bytes] = []
+        self._missing = 0  # bytes of the body still to come
+        self._chunks: ChunkedBody | None = None
+        self._refused: Refused | None = None  # answered once the body is read
+        self._scanned = 0
+
+    # From the transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start the clock for a first request, or send the connection away."""
+        self.transport = cast(asyncio.Transport, transport)  # uvloop has no common base class
+        self.expect(self._shared.config.client_header_timeout_s)
+        if len(self._shared.clients) >= self._shared.connection_limit:
+            self._shared.metrics.refused_connections += 1
+            if len(self._shared.clients) >= self._shared.connection_limit * 2:
+                self.is_closing = True
+                self.transport.abort()
+                return
+            self._shared.clients.add(self)
+            self._answer_and_close(Refused(503, "overloaded", "too many connections"))
+            return
+        self._shared.clients.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the client sent."""
+        if self.is_closing:
+            return
+        if self.exchange is None and len(data) < self._missing:
+            self._parts.append(data)
+            self._missing -= len(data)
+            self.expect(self._shared.config.client_body_timeout_s)
+            return
+        self._held = self._held + data if self._held else data
+        if self.exchange is None:
+            self._proceed()
+        elif len(self._held) > AHEAD_LIMIT_BYTES:
+            self.transport.pause_reading()
+
+    def eof_received(self) -> None:
+        """Take a half-closed connection for a client that has gone: that is what it nearly always is."""
+        self._gone()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of everything."""
+        self._shared.clients.discard(self)
+        self._gone()
+
+    def pause_writing(self) -> None:
+        """Stop reading the worker: the client is slow."""
+        self.is_paused = True
+        if self.exchange is not None:
+            self.exchange.pause_reply(is_paused=True)
+
+    def resume_writing(self) -> None:
+        """Go on reading the worker."""
+        self.is_paused = False
+        if self.exchange is not None:
+            self.exchange.pause_reply(is_paused=False)
+
+    # From the exchange and the sweeper
+
+    def expect(self, timeout_s: float | None) -> None:
+        """Set the deadline of what comes next; None: somebody else watches over it."""
+        self._timeout_s = inf if timeout_s is None else timeout_s + self._shared.tick_s
+        self.deadline_s = self._shared.now_s + self._timeout_s
+
+    def moved(self) -> None:
+        """Start the present deadline anew."""
+        self.deadline_s = self._shared.now_s + self._timeout_s
+
+    def expired(self) -> None:
+        """Act on a deadline that has passed."""
+        if self.is_closing:
+            self.transport.abort()
+        elif self.exchange is not None:
+            self.exchange.expired()
+        elif self._head is not None:
+            self._answer_and_close(Refused(408, "request_timeout", "the request's body stopped coming"))
+        elif self._held:
+            self._answer_and_close(Refused(408, "request_timeout", "the request's head took too long"))
+        else:
+            self.close()
+
+    def is_idle(self) -> bool:
+        """Whether the connection is between two requests."""
+        return self.exchange is None and self._head is None and not self._held and not self.is_closing
+
+    def will_keep_alive(self) -> bool:
+        """Whether another request may follow the present one."""
+        return self.keep_alive and not self._shared.is_stopping
+
+    def finished(self) -> None:
+        """Go on to the next request: the answer to this one is written."""
+        self.exchange = None
+        if not self.will_keep_alive():
+            self.close()
+            return
+        self._begin_request()
+        self.expect(self._shared.config.client_idle_timeout_s)
+        if self._held and not self._is_reading:  # otherwise the caller is _proceed, which goes on itself
+            self.transport.resume_reading()
+            self._shared.loop.call_soon(self._proceed)
+
+    def refuse(self, refused: Refused, *, request_id: bytes = b"") -> None:
+        """Answer the present request with an error and go on to the next."""
+        fields = pages.error_fields(refused)
+        if request_id:
+            fields += b"x-request-id: %b\r\n" % request_id
+        self._answer(refused.status, pages.error_body(refused), fields=fields)
+
+    def close(self) -> None:
+        """Close once everything is written."""
+        self.exchange = None
+        self.is_closing = True
+        self.expect(LINGER_S)  # a client that reads nothing is cut off then
+        self.transport.close()
+
+    def reset(self) -> None:
+        """Close so that the client sees an error, even where a reply's end is the connection's."""
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:
+            exchange.client_gone()
+        self.is_closing = True
+        raw = self.transport.get_extra_info("socket")
+        if raw is not None and raw.family != socket.AF_UNIX:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    # Reading a request
+
+    def _proceed(self) -> None:
+        """Take the next request off what was read, as far as it goes."""
+        self._is_reading = True
+        try:
+            while self.exchange is None and not self.is_closing:
+                if self._head is None and not self._read_head():
+                    break
+                if not self._read_body():
+                    break
+                self._dispatch()
+        except Refused as refused:
+            self._answer_and_close(refused)
+        finally:
+            self._is_reading = False
+
+    def _read_head(self) -> bool:
+        held = self._held
+        if held.startswith(b"\r\n"):
+            held = self._held = held.lstrip(b"\r\n")  # an empty line before a request is harmless (RFC 9112, 2.2)
+            self._scanned = 0
+        end = held.find(b"\r\n\r\n", self._scanned) + 4
+        limit = self._shared.config.head_limit_bytes
+        if end < 4 or end > limit:
+            if len(held) > limit:
+                raise Refused(431, "head_too_large", f"the request's head is larger than {limit} bytes")
+            if bare_line_feed(held):
+                raise Refused(400, "bad_request", "lines end in CR LF")
+            if not self._scanned and held:
+                self.expect(self._shared.config.client_header_timeout_s)
+            self._scanned = max(0, len(held) - 3)
+            return False
+        head = parse_request(held[:end])
+        self._held = held[end:]
+        self._head = head
+        self.keep_alive = head.keep_alive
+        try:
+            self._admit(head)
+        except Refused as refused:
+            if head.is_chunked or head.content_length > DISCARD_LIMIT_BYTES or head.expects_continue:
+                raise
+            self._refused = refused
+        if head.is_chunked:
+            self._chunks = ChunkedBody(self._shared.config.body_limit_bytes)
+        else:
+            self._missing = max(0, head.content_length)
+        if head.expects_continue and not self._held:
+            self.transport.write(CONTINUE)
+        self.expect(self._shared.config.client_body_timeout_s)
+        return True
+
+    def _admit(self, head: RequestHead) -> None:
+        """Decide from the head alone whether the request may go on.
+
+        1. A path that is not ours: 404.  2. A method it does not have: 405.  3. No valid key where keys are asked
+        for: 401.  4. A body larger than the limit: 413.
+        """
+        path = head.target.partition(b"?")[0]
+        target = PASSED_ON.get(path) or (path if passed_on_below(path) else None)
+        is_page = path in OPEN_PAGES or path == b"/v1/models" or path.startswith(b"/v1/models/")
+        if target is None and not is_page and head.target != b"*":  # 1
+            raise Refused(404, "not_found", f"there is nothing at {path[:200].decode()}")
+        methods = (b"POST", b"OPTIONS") if target else (b"GET", b"HEAD", b"OPTIONS")
+        if head.method not in methods:  # 2
+            raise Refused(405, "method_not_allowed", "this method is not for this path", b", ".join(methods).decode())
+        if head.method == b"OPTIONS" or path in OPEN_PAGES:
+            return
+        if not self._shared.has_key(head.credential):  # 3
+            raise Refused(401, "invalid_api_key", "a valid API key is needed: Authorization: Bearer KEY")
+        limit = self._shared.config.body_limit_bytes
+        if head.content_length > limit:  # 4
+            raise Refused(413, "request_too_large", f"the body is larger than {limit} bytes")
+        if target:
+            self._target = target + head.target[len(path) :]
+
+    def _read_body(self) -> bool:
+        """Take the body off what was read; return whether it is whole."""
+        if self._chunks is not None:
+            rest = self._chunks.feed(self._held) if self._held else None
+            self._held = rest or b""
+            self._parts = self._chunks.parts
+            if rest is None:
+                self.expect(self._shared.config.client_body_timeout_s)
+            return rest is not None
+        if self._missing:
+            part = self._held[: self._missing]
+            self._held = self._held[len(part) :]
+            self._parts.append(part)
+            self._missing -= len(part)
+        return not self._missing
+
+    # Answering it
+
+    def _dispatch(self) -> None:
+        """Answer the request that was read, or pass it on."""
+        head = self._head
+        assert head is not None
+        if self._refused is not None:
+            self._count_and_refuse(self._refused)
+        elif self._target:
+            self._pass_on(head)
+        elif head.method == b"OPTIONS":
+            self._answer(204, b"", fields=b"allow: GET, HEAD, POST, OPTIONS\r\n")
+        else:
+            self._show(head)
+
+    def _pass_on(self, head: RequestHead) -> None:
+        if head.method == b"OPTIONS":
+            self._answer(204, b"", fields=b"allow: POST, OPTIONS\r\n")
+            return
+        parts = self._parts
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        try:
+            field = find_model(body, head.content_type)
+        except Refused as refused:
+            self._count_and_refuse(refused)
+            return
+        self._parts = []
+        self.exchange = Exchange(self._shared, self, head, self._target, body, field)
+        self.exchange.start()
+
+    def _show(self, head: RequestHead) -> None:
+        routes = self._shared.routes
+        path = head.target.partition(b"?")[0]
+        status, content_type = 200, pages.JSON
+        try:
+            if path == b"/health":
+                status, body = pages.health(routes)
+            elif path == b"/ready":
+                status, body = pages.ready(routes, is_stopping=self._shared.is_stopping)
+            elif path == b"/metrics":
+                content_type = b"text/plain; version=0.0.4; charset=utf-8"
+                body = self._shared.metrics.text(routes, len(self._shared.clients)).encode()
+            elif path == b"/v1/models":
+                body = pages.models(routes)
+            else:
+                body = pages.model(routes, path.removeprefix(b"/v1/models/").decode())
+        except Refused as refused:
+            self._count_and_refuse(refused)
+            return
+        self._answer(status, body, content_type=content_type)
+
+    def _count_and_refuse(self, refused: Refused) -> None:
+        self._shared.metrics.answered("", refused.status)
+        self.refuse(refused)
+
+    def _answer(self, status: int, body: bytes, *, content_type: bytes = pages.JSON, fields: bytes = b"") -> None:
+        head_only = self._head is not None and self._head.method == b"HEAD"
+        close = not self.will_keep_alive()
+        self.transport.write(
+            pages.answer(status, body, content_type=content_type, fields=fields, close=close, head_only=head_only)
+        )
+        self.finished()
+
+    def _answer_and_close(self, refused: Refused) -> None:
+        """Refuse a connection whose further bytes have no meaning; let the client read why before it closes."""
+        self._shared.metrics.answered("", refused.status)
+        fields = pages.error_fields(refused)
+        self.transport.write(pages.answer(refused.status, pages.error_body(refused), fields=fields, close=True))
+        self.is_closing = True
+        self._held = b""
+        self._parts = []
+        self.expect(LINGER_S)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()  # closing now, with bytes unread, would reset the answer away
+
+    def _gone(self) -> None:
+        self.is_closing = True
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:
+            exchange.client_gone()
+        self.transport.close()

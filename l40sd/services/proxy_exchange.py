@@ -1,0 +1,402 @@
+"""One request: from its model's name to the last byte of a worker's reply.
+
+    start --> WAITING --turn--> CONNECTING --> ASKED --head--> REPLYING --> ended
+       \\______________________/    |            |
+                ^------ another worker ---------/          before the first byte of a reply only (invariant 7)
+
+What is tried again, and where:
+
+| seen before the first byte           | the worker is blamed  | next                                               |
+|--------------------------------------|-----------------------|----------------------------------------------------|
+| kept connection closed at once       | no: it was only stale | the same worker, over a new connection, once       |
+| no connection                        | yes                   | another worker; none: wait in line for one         |
+| closed, or no HTTP                   | yes                   | another worker; none: the same one                 |
+| 502 or 503 from the worker           | yes                   | another worker; none: the reply is passed on       |
+| silence for first_byte_timeout_s     | yes                   | none: it may well be working on it; 504            |
+| no file descriptor left here         | no                    | none: 503                                          |
+
+A request that kills its worker is tried ``retries`` more times, which is why that number is small. Once a reply has
+begun it is never repeated: a stream that breaks ends in an error event where a whole chunk can still be written, and
+its connection is closed without the last chunk, so that every client can tell; anything else is cut.
+
+vLLM ends the streams it aborts with ``finish_reason: "abort"`` and ``[DONE]``: such a reply is passed on as whole.
+llama.cpp goes on decoding an unstreamed request whose client left while it streams to another: closing the
+connection is all that a proxy can do about it.
+"""
+
+import asyncio
+import errno
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import structlog
+
+from l40sd.adapters.http import RequestHead, ResponseHead, format_request
+from l40sd.adapters.requestbody import ModelField, replace_model
+from l40sd.core.model import ModelName
+from l40sd.core.refused import Refused
+from l40sd.services.proxy_pages import error_event, no_worker, unknown_model
+from l40sd.services.proxy_shared import Shared
+from l40sd.services.proxy_upstream import Peer, Unchunk, Upstream
+from l40sd.services.routes import FailureKind, Lease, Route, Waiter
+
+if TYPE_CHECKING:
+    from l40sd.services.proxy_client import Client
+
+STALE_WITHIN_S = 1.0  # a kept connection that closes later than this was closed over the request itself
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+log = structlog.get_logger()
+
+
+class Phase(Enum):
+    """Where a request is."""
+
+    WAITING = 1
+    CONNECTING = 2
+    ASKED = 3
+    REPLYING = 4
+    ENDED = 5
+
+
+class Exchange:
+    """One request under way. Ends exactly once, and then holds nothing."""
+
+    __slots__ = (
+        "_asked_at_s",
+        "_barred",
+        "_body",
+        "_client",
+        "_dial",
+        "_field",
+        "_first_byte_at_s",
+        "_head",
+        "_lease",
+        "_model",
+        "_phase",
+        "_reply",
+        "_request_id",
+        "_shared",
+        "_started_at_s",
+        "_target",
+        "_tried",
+        "_tries_left",
+        "_upstream",
+        "_waiter",
+        "is_moving",
+    )
+
+    def __init__(
+        self, shared: Shared, client: "Client", head: RequestHead, target: bytes, body: bytes, field: ModelField
+    ) -> None:
+        self._shared = shared
+        self._client = client
+        self._head = head
+        self._target = target
+        self._body = body
+        self._field = field
+        self._request_id = head.request_id or shared.make_request_id()
+        self._started_at_s = shared.loop.time()
+        self._first_byte_at_s = 0.0
+        self._tries_left = shared.config.retries
+        self._tried: list[int] = []  # serials of routes that failed
+        self._barred: list[int] = []  # those of them that could not be connected to
+        self._model = ModelName("")
+        self._lease: Lease | None = None
+        self._waiter: Waiter | None = None
+        self._dial: asyncio.Task[None] | None = None
+        self._upstream: Upstream | None = None
+        self._reply: ResponseHead | None = None
+        self.is_moving = False
+
+    # The way to a worker
+
+    def start(self) -> None:
+        """Look for a worker; everything further happens through callbacks."""
+        model = self._shared.routes.resolve(self._field.name)
+        if model is None:
+            self._refuse(unknown_model(self._shared.routes, self._field.name))
+            return
+        self._model = model
+        self._look_for_worker()
+
+    def _look_for_worker(self) -> None:
+        routes = self._shared.routes
+        lease = routes.take(self._model, self._tried)
+        if lease is None and len(self._tried) > len(self._barred):
+            lease = routes.take(self._model, self._barred)
+        if lease is not None:
+            self._use(lease)
+            return
+        self._phase = Phase.WAITING
+        self._client.expect(None)  # the line has its own deadline
+        deadline_s = self._shared.now_s + self._shared.config.queue_timeout_s
+        self._waiter = routes.wait(self._model, self._on_turn, deadline_s=deadline_s, tried=self._barred)
+        if self._waiter is None:
+            self._refuse(no_worker(routes, self._model, "its waiting line is full"))
+
+    def _on_turn(self, lease: Lease | None) -> None:
+        self._waiter = None
+        if lease is not None:
+            self._use(lease)
+        elif self._shared.routes.resolve(self._field.name) is None:
+            self._refuse(unknown_model(self._shared.routes, self._field.name))
+        else:
+            self._refuse(
+                no_worker(
+                    self._shared.routes, self._model, f"none was free within {self._shared.config.queue_timeout_s:g} s"
+                )
+            )
+
+    def _use(self, lease: Lease) -> None:
+        self._lease = lease
+        shared = self._shared
+        peer = shared.peer(lease.route)
+        upstream = peer.take_idle(shared.now_s, shared.config.upstream_idle_timeout_s)
+        if upstream is not None:
+            self._ask(upstream)
+        else:
+            self._connect(peer)
+
+    def _connect(self, peer: Peer) -> None:
+        self._phase = Phase.CONNECTING
+        self._client.expect(self._shared.config.connect_timeout_s)
+        task = self._shared.loop.create_task(self._dialling(peer))
+        self._dial = task
+        self._shared.dials.add(task)
+        task.add_done_callback(self._shared.dials.discard)
+
+    async def _dialling(self, peer: Peer) -> None:
+        backend = peer.route.backend
+        try:
+            _, upstream = await self._shared.loop.create_connection(lambda: Upstream(peer), backend.host, backend.port)
+        except (OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
+            self._dial = None
+            if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
+                self._refuse(Refused(503, "overloaded", "no file descriptor is left for a connection to a worker"))
+            else:
+                self._try_failed(FailureKind.CONNECT, f"no connection: {error}")
+            return
+        self._dial = None
+        self._ask(upstream)
+
+    def _ask(self, upstream: Upstream) -> None:
+        self._phase = Phase.ASKED
+        self._upstream = upstream
+        self._asked_at_s = self._shared.now_s
+        self._client.expect(self._shared.config.first_byte_timeout_s)
+        backend = upstream.peer.route.backend
+        served_name = backend.served_name or backend.model
+        body = self._body
+        if served_name != self._field.name:
+            body = replace_model(body, self._field, served_name)
+        head = format_request(self._head, self._target, self._request_id, len(body), upstream.peer.fields)
+        upstream.ask(self, head, body)
+
+    def _try_failed(self, kind: FailureKind, why: str) -> None:
+        """Go on elsewhere after a failure before the first byte, or give up."""
+        assert self._lease is not None
+        route = self._lease.route
+        self._lease.failed(kind)
+        self._tried.append(route.serial)
+        if kind is FailureKind.CONNECT:
+            self._barred.append(route.serial)
+        self._let_go()
+        if not self._tries_left:
+            self._refuse(
+                Refused(502, "worker_failed", f"{len(self._tried)} tries failed; {route.backend.worker}: {why}")
+            )
+            return
+        self._count_retry(route)
+        self._look_for_worker()
+
+    def _count_retry(self, route: Route) -> None:
+        self._tries_left -= 1
+        route.tally.retried += 1
+        self._shared.metrics.retried += 1
+
+    # The reply
+
+    def on_head(self, head: ResponseHead, rest: bytes) -> Callable[[bytes], object] | None:
+        """Pass on a reply's head, or use another worker instead; return where its body goes."""
+        assert self._lease is not None
+        assert self._upstream is not None
+        if head.status >= 500:
+            if head.status in (502, 503) and self._use_another():
+                return None
+            self._lease.failed(FailureKind.STATUS)
+        else:
+            self._lease.answered()
+        client = self._client
+        self._phase = Phase.REPLYING
+        self._reply = head
+        self._body = b""  # nothing can be repeated from here on
+        self._first_byte_at_s = self._shared.loop.time()
+        client.expect(self._shared.config.idle_timeout_s)
+        write: Callable[[bytes], object] = client.transport.write
+        lines = head.lines
+        if self._head.is_http10 and head.is_chunked:
+            lines = head.without_framing()
+            write = Unchunk(write)
+        if not head.is_framed:
+            client.keep_alive = False
+        status_line, _, fields = lines.partition(b"\r\n")
+        write_head = b"%b\r\nx-request-id: %b%b%b\r\n%b\r\n\r\n" % (
+            status_line,
+            self._request_id,
+            self._upstream.peer.reply_field,
+            b"" if client.will_keep_alive() else b"\r\nconnection: close",
+            fields,
+        )
+        if write is client.transport.write or not rest:
+            client.transport.write(write_head + rest)
+        else:
+            client.transport.write(write_head)
+            write(rest)
+        if client.is_paused:
+            self._upstream.transport.pause_reading()
+        return write
+
+    def _use_another(self) -> bool:
+        """Take the request to a worker that has not had it, if one is free now; return whether there was one."""
+        assert self._lease is not None
+        if not self._tries_left:
+            return False
+        route = self._lease.route
+        another = self._shared.routes.take(self._model, [*self._tried, route.serial])
+        if another is None:
+            return False
+        self._lease.failed(FailureKind.STATUS)
+        self._tried.append(route.serial)
+        self._let_go()
+        self._count_retry(route)
+        self._use(another)
+        return True
+
+    def on_complete(self) -> None:
+        """The whole reply is written."""
+        assert self._upstream is not None
+        self._upstream.release(self._shared.now_s)
+        self._upstream = None
+        self._whole()
+
+    def on_lost(self, why: str, *, is_clean: bool) -> None:
+        """The worker's connection is gone."""
+        upstream, self._upstream = self._upstream, None
+        assert upstream is not None
+        if self._phase is Phase.REPLYING:
+            assert self._reply is not None
+            if is_clean and not self._reply.is_framed:
+                self._whole()  # its end was to be the connection's
+            else:
+                self._cut(FailureKind.CUT, why, upstream)
+        elif upstream.reused and self._shared.now_s - self._asked_at_s < STALE_WITHIN_S:
+            self._connect(upstream.peer)
+        else:
+            self._try_failed(FailureKind.CLOSED, why)
+
+    def _cut(self, kind: FailureKind, why: str, upstream: Upstream) -> None:
+        """End a reply that has begun and will not be whole, so that the client can tell."""
+        assert self._lease is not None
+        assert self._reply is not None
+        worker = self._lease.route.backend.worker
+        self._lease.failed(kind)
+        self._shared.metrics.cut += 1
+        refused = Refused(502, "worker_failed", f"l40sd: the reply of {worker} broke off: {why}")
+        can_continue = not self._reply.is_framed or (self._reply.is_chunked and upstream.is_between_chunks())
+        is_told = self._reply.is_event_stream and can_continue
+        if is_told:
+            event = error_event(refused)
+            is_chunked = self._reply.is_chunked and not self._head.is_http10
+            self._client.transport.write(b"%x\r\n%b\r\n" % (len(event), event) if is_chunked else event)
+        self._end(f"cut: {why}")
+        if is_told:
+            self._client.close()  # without the last chunk
+        else:
+            self._client.reset()
+
+    # The end
+
+    def expired(self) -> None:
+        """The deadline of the present phase has passed."""
+        assert self._lease is not None, "who waits in line has the line's deadline"
+        config = self._shared.config
+        if self._phase is Phase.CONNECTING:
+            self._try_failed(FailureKind.CONNECT, f"no connection within {config.connect_timeout_s:g} s")
+        elif self._phase is Phase.ASKED:
+            self._lease.failed(FailureKind.FIRST_BYTE)
+            why = f"{self._lease.route.backend.worker} did not begin to answer within {config.first_byte_timeout_s:g} s"
+            self._refuse(Refused(504, "worker_timeout", f"{why}; request {self._request_id.decode()}"))
+        elif self._client.is_paused:  # the client does not read: nobody's failure
+            self._end("client does not read")
+            self._client.reset()
+        else:
+            assert self._upstream is not None
+            upstream, self._upstream = self._upstream, None
+            upstream.abort()
+            self._cut(FailureKind.IDLE, f"silent for {config.idle_timeout_s:g} s", upstream)
+
+    def client_gone(self) -> None:
+        """Stop at once; the worker sees its connection close."""
+        if self._phase is not Phase.ENDED:
+            self._shared.metrics.gone += 1
+            self._end("client gone")
+
+    def pause_reply(self, *, is_paused: bool) -> None:
+        """Stop or go on reading the reply: the client takes it too slowly, or keeps up again."""
+        self.is_moving = True
+        if self._upstream is not None and self._phase is Phase.REPLYING:
+            if is_paused:
+                self._upstream.transport.pause_reading()
+            else:
+                self._upstream.transport.resume_reading()
+
+    def _whole(self) -> None:
+        assert self._reply is not None
+        now_s = self._shared.loop.time()
+        metrics = self._shared.metrics
+        metrics.answered(self._model, self._reply.status)
+        metrics.timed(self._model, self._first_byte_at_s - self._started_at_s, now_s - self._started_at_s)
+        self._end("")
+        self._client.finished()
+
+    def _refuse(self, refused: Refused) -> None:
+        self._shared.metrics.answered(self._model, refused.status)
+        self._end(refused.message, refused.status)
+        self._client.refuse(refused, request_id=self._request_id)
+
+    def _end(self, problem: str, status: int = 0) -> None:
+        if self._shared.config.access_log:
+            self._log(problem, self._reply.status if self._reply else status)
+        self._phase = Phase.ENDED
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Hold nothing any more: no place in line, no dial, no connection, no lease."""
+        if self._waiter is not None:
+            self._waiter.cancel()
+            self._waiter = None
+        if self._dial is not None:
+            self._dial.cancel()
+            self._dial = None
+        if self._upstream is not None:
+            self._upstream.abort()
+            self._upstream = None
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def _log(self, problem: str, status: int) -> None:
+        log.info(
+            "proxy.request",
+            request=self._request_id.decode(),
+            model=self._model or self._field.name,
+            path=self._target.decode(),
+            worker=self._lease.route.backend.worker if self._lease else "",
+            status=status,
+            tries=len(self._tried) + 1,
+            first_byte_s=round(self._first_byte_at_s - self._started_at_s, 4) if self._reply else None,
+            duration_s=round(self._shared.loop.time() - self._started_at_s, 4),
+            problem=problem,
+        )

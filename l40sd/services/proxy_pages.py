@@ -1,0 +1,126 @@
+"""Answers that the proxy gives itself: errors in OpenAI's shape, and what it shows of its state.
+
+All of them carry ``x-l40s-source: l40sd``, so that a client can tell them from a worker's.
+"""
+
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import unquote
+
+from l40sd.core.messages import encode
+from l40sd.core.model import ModelName
+from l40sd.core.refused import Refused
+from l40sd.services.routes import Line, Routes
+
+JSON = b"application/json"
+RETRY_AFTER_S = 5
+
+
+def answer(
+    status: int, body: bytes, *, content_type: bytes = JSON, fields: bytes = b"", close: bool, head_only: bool = False
+) -> bytes:
+    """Return a whole response of ours.
+
+    Args:
+        status: HTTP status.
+        body: Its whole body.
+        content_type: The body's.
+        fields: Further ones, each as ``name: value CR LF``.
+        close: The connection is closed after it.
+        head_only: It answers a HEAD request.
+    """
+    head = b"HTTP/1.1 %d %b\r\nx-l40s-source: l40sd\r\n%bcontent-length: %d\r\ncontent-type: %b\r\n%b\r\n" % (
+        status,
+        HTTPStatus(status).phrase.encode(),
+        fields,
+        len(body),
+        content_type,
+        b"connection: close\r\n" if close else b"",
+    )
+    return head if head_only else head + body
+
+
+def error_body(refused: Refused) -> bytes:
+    """Return ``{"error": {"message", "type", "param", "code"}}``."""
+    kind = "server_error" if refused.status >= 500 else "invalid_request_error"
+    error = {"message": refused.message, "type": kind, "param": refused.param, "code": refused.code}
+    return encode({"error": error})
+
+
+def error_event(refused: Refused) -> bytes:
+    """Return the last event of a stream that broke off."""
+    return b"data: %b\n\n" % error_body(refused)
+
+
+def error_fields(refused: Refused) -> bytes:
+    """Return what an error's status asks for besides: when to come again, what is allowed, how to authenticate."""
+    match refused.status:
+        case 503:
+            return b"retry-after: %d\r\n" % RETRY_AFTER_S
+        case 401:
+            return b"www-authenticate: Bearer\r\n"
+        case 405:
+            return b"allow: %b\r\n" % (refused.param or "").encode()
+        case _:
+            return b""
+
+
+def unknown_model(routes: Routes, name: str) -> Refused:
+    """Return the refusal for a model that is not here; it names those that are."""
+    known = ", ".join(line.model for line in routes.lines()) or "none at present"
+    return Refused(404, "model_not_found", f"the model {name[:200]!r} is not served here; known: {known}", "model")
+
+
+def no_worker(routes: Routes, model: ModelName, why: str) -> Refused:
+    """Return the refusal for a request that no worker could take; it says what is on its way."""
+    note = routes.note(model)
+    return Refused(
+        503, "no_worker", f"no worker of {model!r} could take the request: {why}{'; ' + note if note else ''}"
+    )
+
+
+def models(routes: Routes) -> bytes:
+    """Return the body of ``GET /v1/models``: every model, then its aliases."""
+    return encode({"object": "list", "data": [entry for line in routes.lines() for entry in _entries(line)]})
+
+
+def model(routes: Routes, quoted_name: str) -> bytes:
+    """Return the body of ``GET /v1/models/NAME``.
+
+    Raises:
+        Refused: 404; there is none of this name or alias.
+    """
+    name = unquote(quoted_name)
+    for line in routes.lines():
+        for entry in _entries(line):
+            if entry["id"] == name:
+                return encode(entry)
+    raise unknown_model(routes, name)
+
+
+def _entries(line: Line) -> list[dict[str, Any]]:
+    entry = {"object": "model", "created": 0, "owned_by": "l40sd", "root": line.model, "ready": len(line.routes)}
+    return [{"id": name, **entry} for name in (line.model, *line.entry.aliases)]
+
+
+def health(routes: Routes) -> tuple[int, bytes]:
+    """Return status and body of ``GET /health``: 200 when at least one model can be served."""
+    lines = routes.lines()
+    return _state(routes, is_good=any(line.routes for line in lines))
+
+
+def ready(routes: Routes, *, is_stopping: bool) -> tuple[int, bytes]:
+    """Return status and body of ``GET /ready``: 200 when every model can be served and we are not stopping."""
+    lines = routes.lines()
+    return _state(routes, is_good=bool(lines) and not is_stopping and all(line.routes for line in lines))
+
+
+def _state(routes: Routes, *, is_good: bool) -> tuple[int, bytes]:
+    state = {
+        "status": "ok" if is_good else "unavailable",
+        "models": {
+            line.model: {"ready": len(line.routes), "waiting": len(line.waiters), "note": line.entry.note}
+            for line in routes.lines()
+        },
+    }
+    return (200 if is_good else 503), encode(state)

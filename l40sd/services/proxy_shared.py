@@ -1,0 +1,70 @@
+"""What all connections of one proxy have in common."""
+
+import asyncio
+import hashlib
+import secrets
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from l40sd.core.config import ProxyConfig
+from l40sd.services.proxy_metrics import Metrics
+from l40sd.services.proxy_upstream import Peer
+from l40sd.services.routes import Route, Routes
+
+if TYPE_CHECKING:
+    from l40sd.services.proxy_client import Client
+
+
+@dataclass(slots=True)
+class Shared:
+    """The proxy's own state; changed by ``Proxy`` and, for their own part, by its connections.
+
+    Attributes:
+        now_s: The loop's clock as of the last sweep: good enough for deadlines, and free.
+        tick_s: Longest time between two sweeps.
+        connection_limit: Clients at once; what is configured, or less where file descriptors are few.
+        key_digests: Of the API keys, made with a secret of this process: looking one up takes the same time whatever
+            is asked for, as far as an attacker can choose it. Empty: everybody may ask.
+        peers: By route, made when first used.
+        dials: Connections to workers being made; the one place that holds tasks.
+    """
+
+    config: ProxyConfig
+    routes: Routes
+    loop: asyncio.AbstractEventLoop
+    metrics: Metrics = field(default_factory=Metrics)
+    connection_limit: int = 1
+    key_digests: frozenset[bytes] = frozenset()
+    now_s: float = 0.0
+    tick_s: float = 0.5
+    is_stopping: bool = False
+    clients: "set[Client]" = field(default_factory=set)
+    peers: dict[Route, Peer] = field(default_factory=dict)
+    dials: set[asyncio.Task[None]] = field(default_factory=set)
+
+    _secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    _id_prefix: bytes = field(default_factory=lambda: secrets.token_hex(6).encode())
+    _id_count: int = 0
+
+    def set_keys(self, keys: frozenset[bytes]) -> None:
+        """Replace the API keys that clients may use."""
+        self.key_digests = frozenset(self._digest(key) for key in keys)
+
+    def has_key(self, credential: bytes) -> bool:
+        """Return whether a client with this key may ask."""
+        return not self.key_digests or self._digest(credential) in self.key_digests
+
+    def _digest(self, key: bytes) -> bytes:
+        return hashlib.blake2b(key, key=self._secret).digest()
+
+    def make_request_id(self) -> bytes:
+        """Return a new id: random for the process, counted within it."""
+        self._id_count += 1
+        return b"%b-%x" % (self._id_prefix, self._id_count)
+
+    def peer(self, route: Route) -> Peer:
+        """Return the connections of a route."""
+        peer = self.peers.get(route)
+        if peer is None:
+            peer = self.peers[route] = Peer(route)
+        return peer

@@ -1,0 +1,233 @@
+"""The proxy's connections to workers: kept idle for the next request, closed before the engine would close them.
+
+The bytes of a reply go to the client's transport as they come. llhttp follows along to know where the reply ends and
+that its framing is sound; it calls back at the beginning and the end of a reply, never in between.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import httptools
+
+from l40sd.adapters.http import ResponseHead, parse_response
+from l40sd.services.routes import Route
+
+RESPONSE_HEAD_LIMIT_BYTES = 65536
+JOIN_BELOW_BYTES = 16384  # a head and a smaller body are joined: one copy is cheaper than a second buffer
+
+
+class Asker(Protocol):
+    """Who asked, and is told what became of it. Exactly one of ``on_complete`` and ``on_lost`` ends it.
+
+    Attributes:
+        is_moving: Set with every part of a reply; cleared by whoever watches for silence.
+    """
+
+    is_moving: bool
+
+    def on_head(self, head: ResponseHead, rest: bytes) -> Callable[[bytes], object] | None:
+        """Take the head and the first bytes after it; return where the rest goes, None when no longer interested."""
+
+    def on_complete(self) -> None:
+        """The reply is whole and written."""
+
+    def on_lost(self, why: str, *, is_clean: bool) -> None:
+        """The connection closed (then it ``is_clean``), or it or the reply's framing broke."""
+
+
+class Peer:
+    """One route's connections.
+
+    Attributes:
+        fields: What every request to it carries, each as ``CR LF name: value``.
+        reply_field: Names it in every reply.
+        idle: Oldest first.
+    """
+
+    __slots__ = ("fields", "idle", "reply_field", "route")
+
+    def __init__(self, route: Route) -> None:
+        backend = route.backend
+        self.route = route
+        host = f"[{backend.host}]" if ":" in backend.host else backend.host
+        key = f"\r\nauthorization: Bearer {backend.api_key}" if backend.api_key else ""
+        self.fields = f"\r\nhost: {host}:{backend.port}{key}".encode()
+        self.reply_field = f"\r\nx-l40s-worker: {backend.worker}".encode()
+        self.idle: list[Upstream] = []
+
+    def take_idle(self, now_s: float, idle_timeout_s: float) -> "Upstream | None":
+        """Return the connection that was used last, if it is young enough to trust."""
+        while self.idle:
+            upstream = self.idle.pop()
+            if upstream.idle_since_s + idle_timeout_s > now_s and not upstream.transport.is_closing():
+                return upstream
+            upstream.transport.close()
+        return None
+
+    def sweep(self, now_s: float, idle_timeout_s: float) -> None:
+        """Close connections idle for too long, and all when the worker is no longer routed to."""
+        limit_s = idle_timeout_s if self.route.is_open else 0.0
+        while self.idle and self.idle[0].idle_since_s + limit_s <= now_s:
+            self.idle.pop(0).transport.close()
+
+
+class Upstream(asyncio.Protocol):
+    """One connection to a worker, carrying one request at a time."""
+
+    __slots__ = (
+        "_begun",
+        "_buffer",
+        "_feed",
+        "_keep",
+        "_parser",
+        "_write",
+        "asker",
+        "idle_since_s",
+        "is_done",
+        "peer",
+        "reused",
+        "transport",
+    )
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.asker: Asker | None = None
+        self.idle_since_s = 0.0
+        self.reused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Note the transport; ``ask`` comes right after."""
+        self.transport = cast(asyncio.Transport, transport)  # uvloop has no common base class
+        self._parser = httptools.HttpResponseParser(self)
+        self._feed = self._parser.feed_data
+
+    def ask(self, asker: Asker, head: bytes, body: bytes) -> None:
+        """Send a request; its reply goes to ``asker``."""
+        self.asker = asker
+        self._write: Callable[[bytes], object] | None = None
+        self._buffer = b""
+        self._begun = 0
+        self._keep = False
+        self.is_done = False
+        if len(body) < JOIN_BELOW_BYTES:
+            self.transport.write(head + body)
+        else:
+            self.transport.writelines((head, body))
+
+    def release(self, now_s: float) -> None:
+        """Let go after a whole reply: keep the connection for the next request where that is safe."""
+        self.asker = None
+        unsent = self.transport.get_write_buffer_size()  # it answered without reading the whole request
+        if self._keep and self.peer.route.is_open and not unsent and not self.transport.is_closing():
+            self.transport.resume_reading()
+            self.idle_since_s = now_s
+            self.reused = True
+            self.peer.idle.append(self)
+        else:
+            self.transport.abort()
+
+    def abort(self) -> None:
+        """Let go at once; the worker sees the connection close."""
+        self.asker = None
+        self.transport.abort()
+
+    def is_between_chunks(self) -> bool:
+        """Return whether a chunked reply, lost now, could be continued with a whole chunk. Ends the parsing."""
+        try:
+            self._feed(b"0\r\n\r\n")  # a last chunk is one only where a chunk may begin
+        except httptools.HttpParserError:
+            return False
+        return self.is_done
+
+    def data_received(self, data: bytes) -> None:
+        """Pass on a reply's next bytes."""
+        write = self._write
+        if write is None:
+            self._head(data)
+            return
+        try:
+            self._feed(data)
+        except httptools.HttpParserError as error:
+            self._lost(f"broken framing: {error}")
+            return
+        if self.is_done:
+            self._complete(data, write)
+            return
+        write(data)
+        self.asker.is_moving = True  # type: ignore[union-attr]  # a head was taken, so somebody asked
+
+    def on_message_begin(self) -> None:
+        """Count replies: a second one was not asked for."""
+        self._begun += 1
+
+    def on_message_complete(self) -> None:
+        """Note the end; llhttp answers ``should_keep_alive`` only now."""
+        if self._begun == 1:
+            self.is_done = True
+            self._keep = self._parser.should_keep_alive()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell who asked; forget an idle connection."""
+        asker = self.asker
+        if asker is None:
+            if self in self.peer.idle:
+                self.peer.idle.remove(self)
+            return
+        self._lost(f"connection lost: {exc}" if exc else "connection closed", is_clean=exc is None)
+
+    def _head(self, data: bytes) -> None:
+        asker = self.asker
+        if asker is None:  # an idle worker has nothing to say
+            self.transport.abort()
+            return
+        data = self._buffer + data
+        while data.startswith(b"HTTP/1.1 1") and b"\r\n\r\n" in data and not data.startswith(b"HTTP/1.1 101"):
+            data = data.partition(b"\r\n\r\n")[2]  # 100 Continue and the like were not asked for
+        self._buffer = data
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4:
+            if len(data) > RESPONSE_HEAD_LIMIT_BYTES or not b"HTTP/1.".startswith(data[:7]):
+                self._lost("the reply is not HTTP/1.1, or its head is too long")
+            return
+        try:
+            self._feed(data)
+            head = parse_response(data[:end])
+        except (httptools.HttpParserError, ValueError) as error:
+            self._lost(f"broken head: {error}")
+            return
+        if self._begun > 1:
+            self._lost("more than was asked for")
+            return
+        self._write = asker.on_head(head, data[end:])
+        self._buffer = b""
+        if self.is_done and self.asker is asker:
+            asker.on_complete()
+
+    def _complete(self, data: bytes, write: Callable[[bytes], object]) -> None:
+        assert self.asker is not None
+        if self._begun > 1:  # the end and more in one read: where one stops is not known, so none of it is passed on
+            self._lost("more than was asked for")
+            return
+        write(data)
+        self.asker.on_complete()
+
+    def _lost(self, why: str, *, is_clean: bool = False) -> None:
+        asker = self.asker
+        assert asker is not None
+        self.asker = None
+        self.transport.abort()
+        asker.on_lost(why, is_clean=is_clean)
+
+
+class Unchunk:
+    """Passes on what is inside the chunks, for a client that cannot read them (HTTP/1.0)."""
+
+    def __init__(self, write: Callable[[bytes], object]) -> None:
+        self.on_body = write
+        self._parser = httptools.HttpResponseParser(self)
+        self._parser.feed_data(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+
+    def __call__(self, data: bytes) -> None:
+        """Take the next bytes of a chunked body that was already found sound."""
+        self._parser.feed_data(data)
