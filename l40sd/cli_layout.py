@@ -185,7 +185,7 @@ def _gpus(topology: Topology) -> RenderableType:
                 str(gpu.index),
                 gpu.pci,
                 gpu.name,
-                f"{gpu.memory_bytes / GIB:.0f} GiB",
+                f"{gpu.memory_bytes / GIB:.0f} GiB" if gpu.memory_bytes else "",
                 "" if gpu.numa_node is None else str(gpu.numa_node),
                 gpu.cpus,
                 Text(" > ".join(gpu.path), style="dim"),

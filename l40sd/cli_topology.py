@@ -55,7 +55,7 @@ def _local(source: str, pattern: str | None, *, force: bool) -> Topology:
     Raises:
         L40sError: The file is unreadable or describes no host; the pattern is unknown or does not fit.
     """
-    inventory = parse_host_file(_read(source), source=source)
+    inventory = parse_host_file(_read(source), source="stdin" if source == "-" else source)
     return views.topology(inventory) if pattern is None else _placed(inventory, pattern, force=force)
 
 
