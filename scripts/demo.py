@@ -80,14 +80,14 @@ async def main(*, stay: bool, port: int) -> int:
     except (L40sError, aiohttp.ClientError, OSError, TimeoutError) as error:
         console.print(f"\n[bold red]step {story.number} failed:[/] {story.what}\n", end="")
         console.print(str(error) or repr(error), markup=False)
-        console.print(f"\nthe end of the daemon's log:\n{site.tail()}", markup=False)
+        console.print(f"\nthe end of the daemon's log:\n{site.tail(8)}\n", markup=False, soft_wrap=True)
         return 1
     except asyncio.CancelledError:
         console.print("\ninterrupted: stopping")
         raise
     finally:
         if not (stay and story.number == STEPS):
-            clear(site)
+            await end(site)
     console.print(
         f"\n[bold]{tally.answered} requests answered, {tally.failed} failed, {tally.truncated} cut short[/]"
         f" during the pattern change; the whole demo took {time.monotonic() - began_s:.0f} s."
@@ -236,6 +236,17 @@ def stop_earlier() -> bool:
     was_there = FOLDER.exists()
     clear(site)
     return was_there
+
+
+async def end(site: Site) -> None:
+    """Stop the daemon if it still runs, and remove everything; for a demo that did not come to its end."""
+    if site.daemon is not None and site.daemon.poll() is None:
+        console.print("stopping it")
+        try:
+            await site.stop()
+        except L40sError as error:
+            console.print(str(error), markup=False)
+    clear(site)
 
 
 def clear(site: Site) -> None:

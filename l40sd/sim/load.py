@@ -101,20 +101,26 @@ async def load(mix: Mix) -> AsyncIterator[Tally]:
     tally = Tally()
     stop = asyncio.Event()
     headers = {"authorization": f"Bearer {mix.api_key}"} if mix.api_key else {}
-    async with (
-        aiohttp.ClientSession(
-            headers=headers,
-            timeout=aiohttp.ClientTimeout(total=mix.timeout_s),
-            connector=aiohttp.TCPConnector(limit=0),
-        ) as session,
-        asyncio.TaskGroup() as lanes,
-    ):
-        for number in range(mix.streams + mix.shorts):
-            lanes.create_task(_lane(session, mix, tally, stop, number))
-        try:
-            yield tally
-        finally:
-            stop.set()
+    try:
+        async with (
+            aiohttp.ClientSession(
+                headers=headers,
+                timeout=aiohttp.ClientTimeout(total=mix.timeout_s),
+                connector=aiohttp.TCPConnector(limit=0),
+            ) as session,
+            asyncio.TaskGroup() as lanes,
+        ):
+            for number in range(mix.streams + mix.shorts):
+                lanes.create_task(_lane(session, mix, tally, stop, number))
+            try:
+                yield tally
+            finally:
+                stop.set()
+    except BaseExceptionGroup as group:
+        # What went wrong in the block comes out as itself, not as part of our lanes' group.
+        if len(group.exceptions) == 1:
+            raise group.exceptions[0] from None
+        raise
 
 
 @dataclass(slots=True, kw_only=True)

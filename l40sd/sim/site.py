@@ -6,6 +6,7 @@ control socket.
 """
 
 import asyncio
+import hashlib
 import os
 import signal
 import subprocess
@@ -160,6 +161,12 @@ class Site:
                 continue
         return [process for process in found if self.daemon is None or process.pid != self.daemon.pid]
 
+    def cgroups(self) -> list[str]:
+        """Return the workers' cgroups of this site that are still there (provider ``cgroup``)."""
+        name = f"l40sd-{hashlib.sha256(os.fsencode(self.folder / 'run')).hexdigest()[:12]}"
+        mounts = [part.mountpoint for part in psutil.disk_partitions(all=True) if part.fstype == "cgroup2"]
+        return [str(group) for mount in mounts for base in Path(mount).rglob(name) for group in base.glob("*/")]
+
     # -- what it says --------------------------------------------------------------------------------------------
 
     @property
@@ -237,6 +244,23 @@ class Site:
             f"every worker of pattern {pattern} is ready",
             timeout_s,
         )
+
+    async def until_event(self, name: str, timeout_s: float) -> Event:
+        """Return the first event of this name.
+
+        Raises:
+            L40sError: Not within so many seconds.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            events = await self.events()
+            for event in events:
+                if event.event == name:
+                    return event
+            if time.monotonic() > deadline_s:
+                seen = ", ".join(dict.fromkeys(event.event for event in events))
+                raise L40sError(f"no event {name} within {timeout_s:g} s; there were {seen}")
+            await asyncio.sleep(POLL_S)
 
     async def request(self, pattern: str, *, force: bool = False) -> str:
         """Ask for a pattern; return the operation's id."""
