@@ -66,7 +66,13 @@ def _placed(inventory: Inventory, name: str, *, force: bool) -> Topology:
     if name not in patterns:
         raise L40sError(f'no pattern "{name}"', hint=f"there are {', '.join(patterns)}", code="unknown_pattern")
     layout = place(patterns[name], config, inventory, facts={}, force=force)
-    return views.topology(inventory, layout, config)
+    return views.topology(
+        inventory,
+        pattern=name,
+        groups=views.groups(layout, config, inventory),
+        leftover=layout.leftover,
+        warnings=layout.warnings,
+    )
 
 
 def _read(source: str) -> str:

@@ -1,17 +1,25 @@
 """An inventory and a layout on it, as the records that people are shown."""
 
+from collections.abc import Sequence
+
 from l40sd.core import launch as launching
 from l40sd.core.config import Config
 from l40sd.core.cpus import format_cpu_list
 from l40sd.core.hostfile import format_host_file
 from l40sd.core.messages import GroupView, Topology, TopologyGpu
-from l40sd.core.model import Inventory, Layout, Link
+from l40sd.core.model import GpuId, Inventory, Layout, Link
 from l40sd.core.topology import switches_of
 
 
-def topology(inventory: Inventory, layout: Layout | None = None, config: Config | None = None) -> Topology:
-    """Return the link matrix, what the GPUs hang on, and the GPU groups of a layout made with ``config``."""
-    layout = layout or Layout(pattern="", placements=())
+def topology(
+    inventory: Inventory,
+    *,
+    pattern: str = "",
+    groups: Sequence[GroupView] = (),
+    leftover: Sequence[GpuId] = (),
+    warnings: Sequence[str] = (),
+) -> Topology:
+    """Return the link matrix, what the GPUs hang on, and a pattern's GPU groups (from ``groups`` below)."""
     number = {gpu.id: gpu.index for gpu in inventory.gpus}
     return Topology(
         host=inventory.host,
@@ -33,11 +41,11 @@ def topology(inventory: Inventory, layout: Layout | None = None, config: Config 
         matrix=tuple(tuple(inventory.link(a.id, b.id).name for b in inventory.gpus) for a in inventory.gpus),
         switches=tuple((name, tuple(number[gpu] for gpu in gpus)) for name, gpus in switches_of(inventory)),
         numa_nodes=tuple((n.id, format_cpu_list(n.cpus), n.memory_bytes) for n in inventory.numa_nodes),
-        pattern=layout.pattern,
-        groups=groups(layout, config or Config(), inventory),
+        pattern=pattern,
+        groups=tuple(groups),
         record=format_host_file(inventory),
-        leftover=tuple(number[gpu] for gpu in layout.leftover if gpu in number),
-        warnings=layout.warnings,
+        leftover=tuple(number[gpu] for gpu in leftover if gpu in number),
+        warnings=tuple(warnings),
     )
 
 
