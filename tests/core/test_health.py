@@ -285,6 +285,13 @@ def test_a_canary_that_waits_behind_real_work_proves_nothing() -> None:
     assert progress.feed(busy(6, running=8), leases=7, replies=0, now_s=due + 62) is Pace.FINE
 
 
+def test_a_canary_that_is_late_while_tokens_move_is_only_late() -> None:
+    progress = watching()
+    due = until(progress, idle(5), Pace.CANARY_DUE, since=0)
+    assert progress.feed(idle(9), leases=0, replies=0, now_s=due + 30) is Pace.FINE
+    assert progress.feed_canary(TIMEOUT) is Pace.FINE
+
+
 def test_work_that_meets_a_hung_canary_counts_from_the_canary_on() -> None:
     progress = watching()
     due = until(progress, idle(5), Pace.CANARY_DUE, since=0)
