@@ -15,7 +15,7 @@ from l40sd.adapters.process import Instance, InstanceSpec, Processes
 from l40sd.adapters.process.remains import mark_of, marked
 from l40sd.shim import tree
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 async def until(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:

@@ -1,0 +1,99 @@
+"""One daemon a runtime directory; the shims can ask whether it lives."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from l40sd.adapters.lock import DaemonLock
+from l40sd.core.errors import L40sError
+from l40sd.shim.watcher import lock_is_free
+
+HOLDER = """
+import sys
+from pathlib import Path
+from l40sd.adapters.lock import DaemonLock
+lock = DaemonLock.acquire(Path(sys.argv[1]))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "l40sd.lock"
+
+
+def test_fault_17_a_second_daemon_is_told_who_the_first_is(path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        first.stdout.readline()
+        assert not lock_is_free(str(path))
+        with pytest.raises(L40sError) as caught:
+            DaemonLock.acquire(path)
+        assert caught.value.code == "already_running"
+        assert f"(pid {first.pid})" in caught.value.what
+        assert not lock_is_free(str(path)), "asking did not loosen it"
+        first.kill()
+        first.wait()
+        assert lock_is_free(str(path)), "it goes with its process"
+    DaemonLock.acquire(path).release()
+
+
+def test_fault_17_also_within_one_process(path: Path) -> None:
+    first = DaemonLock.acquire(path)
+    with pytest.raises(L40sError):
+        DaemonLock.acquire(path)
+    first.release()
+    first.release()
+    DaemonLock.acquire(path).release()
+
+
+def test_fault_18_a_stale_file_is_no_obstacle(path: Path) -> None:
+    path.write_text("999999999 and more than fits\n")
+    assert lock_is_free(str(path))
+    lock = DaemonLock.acquire(path)
+    assert path.read_text() == f"{os.getpid()}\n"
+    lock.release()
+
+
+def test_a_removed_file_is_noticed(path: Path) -> None:
+    lock = DaemonLock.acquire(path)
+    assert lock.is_intact()
+    path.unlink()
+    assert not lock.is_intact()
+    assert lock_is_free(str(path))
+    lock.release()
+
+
+def test_the_lock_survives_exec_in_place(path: Path) -> None:
+    code = f"""
+import os, sys
+from pathlib import Path
+from l40sd.adapters.lock import DaemonLock
+path = Path(sys.argv[1])
+if len(sys.argv) == 2:
+    descriptor = DaemonLock.acquire(path).keep_over_exec()
+    os.execv(sys.executable, [sys.executable, "-c", {"os.environ['CODE']"!s}, str(path), str(descriptor)])
+lock = DaemonLock.resume(path, int(sys.argv[2]))
+print(lock.is_intact(), os.get_inheritable(int(sys.argv[2])), flush=True)
+sys.stdin.read()
+"""
+    env = {**os.environ, "CODE": code}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"True False\n"
+        assert not lock_is_free(str(path))
+        process.communicate()
+    assert lock_is_free(str(path))
+
+
+def test_a_place_that_cannot_hold_a_lock_is_named(tmp_path: Path) -> None:
+    with pytest.raises(L40sError) as caught:
+        DaemonLock.acquire(tmp_path / "missing" / "l40sd.lock")
+    assert caught.value.code == "cannot_lock"
+    assert "missing" in caught.value.where
