@@ -81,6 +81,7 @@ class Action(StrEnum):
     """What services/worker.py then does."""
 
     SPAWN = "spawn"  # GPUs free? port, process
+    WATCH_EXIT = "watch_exit"  # EXITED when the process is gone
     WATCH_START = "watch_start"  # startup probes
     ADD_ROUTE = "add_route"
     REMOVE_ROUTE = "remove_route"
@@ -125,14 +126,14 @@ _DRAIN = (A.REMOVE_ROUTE, A.DRAIN)
 TABLE: dict[Phase, dict[Event, Step]] = {
     P.WAITING: {
         E.PERMIT: Step(P.SPAWNING, (A.SPAWN,)),
-        E.ADOPTED: Step(P.STARTING, (A.WATCH_START,)),
+        E.ADOPTED: Step(P.STARTING, (A.WATCH_EXIT, A.WATCH_START)),
         E.RETIRE: _ENDED,
         E.MISCONFIGURED: Step(P.FAILED),
         E.RESET: _AGAIN,
         E.RESTART: _AGAIN,
     },
     P.SPAWNING: {
-        E.SPAWNED: Step(P.STARTING, (A.WATCH_START,)),
+        E.SPAWNED: Step(P.STARTING, (A.WATCH_EXIT, A.WATCH_START)),
         E.SPAWN_FAILED: Step(Ask.AFTER_EXIT, (A.CLEAN_UP,)),
         E.BLOCKED: Step(P.BACKOFF, (A.CLEAN_UP, A.WAIT_BLOCKED)),
         E.MISCONFIGURED: Step(P.FAILED, (A.CLEAN_UP,)),
@@ -227,10 +228,10 @@ def step(phase: Phase, goal: Goal, event: Event) -> Step | None:
     if row is None:
         return None
     new_goal = goal if row.goal is None or goal is G.GONE else row.goal  # 1
-    if new_goal is G.GONE and event in (E.SPAWNED, E.UP, E.UNDRAIN):  # 2
-        if event is E.UNDRAIN:
-            return None
-        return Step(P.STOPPING, _TERMINATE, new_goal)
+    if new_goal is G.GONE and event is E.UNDRAIN:  # 1
+        return None
+    if new_goal is G.GONE and event is E.SPAWNED:  # 2
+        return Step(P.STOPPING, (A.WATCH_EXIT, A.TERMINATE), new_goal)
     match row.phase:
         case Ask.AFTER_DRAIN:
             if new_goal is G.REST:

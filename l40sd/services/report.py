@@ -112,7 +112,13 @@ def patterns(supervisor: Supervisor) -> list[PatternView]:
 def topology(supervisor: Supervisor) -> Topology:
     """Return the link matrix, and the GPU groups in force with the reason for each."""
     want, inventory = supervisor.want, supervisor.tools.host.inventory
-    return views.topology(inventory, pattern=want.pattern, groups=views.groups(want.layout, want.config, inventory))
+    return views.topology(
+        inventory,
+        pattern=want.pattern,
+        groups=views.groups(want.layout, want.config, inventory),
+        leftover=want.layout.leftover,
+        warnings=want.layout.warnings,
+    )
 
 
 def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:

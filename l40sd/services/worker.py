@@ -284,6 +284,9 @@ class Worker:
         match action:
             case Action.SPAWN:
                 self._start_job("spawn", self._spawn())
+            case Action.WATCH_EXIT:
+                if self.process is not None and self.process.instance is not None:
+                    self._start_job("exit", self._await_exit(self.process.instance))
             case Action.WATCH_START:
                 self._begin_watch()
             case Action.ADD_ROUTE:
@@ -415,8 +418,6 @@ class Worker:
             leases=lambda: self._tools.routes.in_flight(self.id),
             replies=lambda: self._tools.routes.served(self.id),
         )
-        if self.process.instance is not None:
-            self._start_job("exit", self._await_exit(self.process.instance))
         self._start_job("startup", self.watch.startup(self.post))
 
     async def _await_exit(self, instance: Instance) -> None:

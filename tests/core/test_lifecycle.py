@@ -129,6 +129,13 @@ def test_a_process_that_is_gone_is_always_cleaned_up() -> None:
             assert Action.CLEAN_UP in after.actions
 
 
+def test_a_process_that_has_come_to_life_is_watched_whatever_it_is_for() -> None:
+    for row in WALK.values():
+        for event in (Event.SPAWNED, Event.ADOPTED):
+            after = row.get(event)
+            assert after is None or Action.WATCH_EXIT in after.actions
+
+
 def test_nothing_starts_without_a_permit() -> None:
     for (_, _), row in WALK.items():
         for event, after in row.items():
