@@ -13,9 +13,8 @@ from collections.abc import Callable
 from l40sd.core.refused import Refused
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
-HOP_BY_HOP = rb"connection|keep-alive|proxy-connection|proxy-authenticate|proxy-authorization|te|trailer|upgrade"
-OURS = rb"x-request-id|x-l40s-worker|x-l40s-source"
 REQUEST_ID_LIMIT = 128
+LENGTH_DIGITS = 15
 
 _fields = rb"(?:" + TOKEN + rb"++:[^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+\r\n"
 _request = re.compile(rb"([A-Z]{1,20}+) ([!-~]++) HTTP/1\.([01])\r\n" + _fields).fullmatch
@@ -24,7 +23,11 @@ _special_in_request = re.compile(
     rb"|x-(?:request-id|api-key|l40s-worker|l40s-source)|keep-alive|proxy-(?:connection|authorization|authenticate)"
     rb"|upgrade)):[ \t]*+([^\r\n]*+)"
 ).split
-_special_in_response = re.compile(rb"\r\n((?i:" + HOP_BY_HOP + rb"|" + OURS + rb")):[ \t]*+([^\r\n]*+)").split
+_special_in_response = re.compile(
+    rb"\r\n((?i:connection|keep-alive|proxy-(?:connection|authenticate|authorization)|t(?:e|railer)|upgrade"
+    rb"|x-(?:request-id|l40s-(?:worker|source)))):[ \t]*+([^\r\n]*+)"
+).split
+_length = re.compile(rb"\r\n(?i:content-length):[ \t]*+([0-9]++)").search
 _framing = re.compile(rb"\r\n(?i:content-length|transfer-encoding):").search
 _event_stream = re.compile(rb"\r\n(?i:content-type:[ \t]*text/event-stream)").search
 _chunked = re.compile(rb"\r\n(?i:transfer-encoding:[ \t]*chunked)").search
@@ -113,6 +116,41 @@ def parse_request(head: bytes) -> RequestHead:
     return request
 
 
+class HeadTemplate:
+    """A request head of which only Content-Length's digits may differ.
+
+    A client sends the same head with every request on its connection, but for the length (seen with the OpenAI SDKs
+    and curl): comparing bytes then says in 0.3 us what parsing says in 4.
+    """
+
+    __slots__ = ("_after", "_before", "request")
+
+    def __init__(self, request: RequestHead, before: bytes, after: bytes) -> None:
+        self.request = request
+        self._before = before
+        self._after = after
+
+    def matches(self, data: bytes, end: int) -> bool:
+        """Return whether ``data[:end]`` is this head again; if so, ``request`` has its content length."""
+        start = len(self._before)
+        stop = end - len(self._after)
+        if not data.startswith(self._before) or not data.startswith(self._after, stop):
+            return False
+        digits = data[start:stop]
+        if not digits.isdigit() or len(digits) > LENGTH_DIGITS:
+            return False
+        self.request.content_length = int(digits)
+        return True
+
+
+def template_of(request: RequestHead, head: bytes) -> HeadTemplate | None:
+    """Return the template of a head that was parsed; None when it has no length or asks for anything unusual."""
+    match = _length(head)
+    if match is None or request.is_chunked or request.expects_continue or not request.keep_alive:
+        return None
+    return HeadTemplate(request, head[: match.start(1)], head[match.end(1) :])
+
+
 def format_request(
     request: RequestHead, target: bytes, request_id: bytes, content_length: int, peer_fields: bytes
 ) -> bytes:
@@ -185,7 +223,7 @@ def parse_response(head: bytes) -> ResponseHead:
 
 def _set_content_length(request: RequestHead, value: bytes) -> None:
     digits = value.rstrip()
-    if request.content_length >= 0 or not digits.isdigit() or len(digits) > 15:
+    if request.content_length >= 0 or not digits.isdigit() or len(digits) > LENGTH_DIGITS:
         raise Refused(400, "bad_request", "Content-Length is one number, once")
     request.content_length = int(digits)
 

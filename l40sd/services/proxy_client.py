@@ -12,7 +12,7 @@ from math import inf
 from typing import cast
 
 from l40sd.adapters.chunked import ChunkedBody
-from l40sd.adapters.http import RequestHead, parse_request
+from l40sd.adapters.http import HeadTemplate, RequestHead, parse_request, template_of
 from l40sd.adapters.requestbody import find_model
 from l40sd.core.refused import Refused
 from l40sd.services import proxy_pages as pages
@@ -58,6 +58,7 @@ class Client(asyncio.Protocol):
         "_scanned",
         "_shared",
         "_target",
+        "_template",
         "_timeout_s",
         "deadline_s",
         "exchange",
@@ -77,6 +78,7 @@ class Client(asyncio.Protocol):
         self._timeout_s = inf
         self._held = b""
         self._is_reading = False
+        self._template: tuple[HeadTemplate, bytes, frozenset[bytes]] | None = None  # admitted: target, keys then valid
         self._begin_request()
 
     def _begin_request(self) -> None:
@@ -243,8 +245,31 @@ class Client(asyncio.Protocol):
                 self.expect(self._shared.config.client_header_timeout_s)
             self._scanned = max(0, len(held) - 3)
             return False
-        head = parse_request(held[:end])
+        if not self._is_same_head(held, end):
+            self._take_head(held[:end], parse_request(held[:end]))
         self._held = held[end:]
+        assert self._head is not None
+        if self._head.expects_continue and not self._held:
+            self.transport.write(CONTINUE)
+        self.expect(self._shared.config.client_body_timeout_s)
+        return True
+
+    def _is_same_head(self, held: bytes, end: int) -> bool:
+        """Take a head that was parsed and admitted on this connection before; return whether it was one."""
+        if self._template is None:
+            return False
+        template, target, keys = self._template
+        if keys is not self._shared.key_digests or not template.matches(held, end):
+            return False
+        head = template.request
+        if head.content_length > self._shared.config.body_limit_bytes:
+            return False
+        self._head = head
+        self._target = target
+        self._missing = head.content_length
+        return True
+
+    def _take_head(self, raw: bytes, head: RequestHead) -> None:
         self._head = head
         self.keep_alive = head.keep_alive
         try:
@@ -257,10 +282,8 @@ class Client(asyncio.Protocol):
             self._chunks = ChunkedBody(self._shared.config.body_limit_bytes)
         else:
             self._missing = max(0, head.content_length)
-        if head.expects_continue and not self._held:
-            self.transport.write(CONTINUE)
-        self.expect(self._shared.config.client_body_timeout_s)
-        return True
+        template = template_of(head, raw) if self._target else None
+        self._template = (template, self._target, self._shared.key_digests) if template else None
 
     def _admit(self, head: RequestHead) -> None:
         """Decide from the head alone whether the request may go on.

@@ -35,11 +35,22 @@ class Histogram:
         yield f"{name}_count{{{labels}}} {total}"
 
 
+class Timings:
+    """How long a model's workers took, in seconds from the whole request on."""
+
+    __slots__ = ("duration", "first_byte")
+
+    def __init__(self) -> None:
+        self.first_byte = Histogram()
+        self.duration = Histogram()
+
+
 class Metrics:
     """Counts since the proxy was made.
 
     Attributes:
         answers: Requests by model and status; the model is empty where none was found.
+        timings: By model.
         cut: Replies that had begun and broke off.
         gone: Requests whose client left before the end.
         refused_connections: Over the connection limit.
@@ -47,8 +58,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.answers: dict[tuple[str, int], int] = {}
-        self.durations: dict[str, Histogram] = {}
-        self.first_bytes: dict[str, Histogram] = {}
+        self.timings: dict[str, Timings] = {}
         self.retried = 0
         self.cut = 0
         self.gone = 0
@@ -61,10 +71,11 @@ class Metrics:
 
     def timed(self, model: str, first_byte_s: float, duration_s: float) -> None:
         """Count a worker's whole answer: seconds from the whole request to the first and the last byte."""
-        if model not in self.durations:
-            self.durations[model], self.first_bytes[model] = Histogram(), Histogram()
-        self.first_bytes[model].observe(first_byte_s)
-        self.durations[model].observe(duration_s)
+        timings = self.timings.get(model)
+        if timings is None:
+            timings = self.timings[model] = Timings()
+        timings.first_byte.observe(first_byte_s)
+        timings.duration.observe(duration_s)
 
     @property
     def served(self) -> int:
@@ -96,13 +107,14 @@ class Metrics:
             ("connections_refused", "Connections over the limit.", self.refused_connections),
         ):
             yield from _family(f"l40sd_proxy_{name}_total", "counter", text, [("", count)])
+        timings = sorted(self.timings.items())
         for name, text, histograms in (
-            ("first_byte", "From the whole request to the reply's first byte.", self.first_bytes),
-            ("duration", "From the whole request to the reply's last byte.", self.durations),
+            ("first_byte", "From the whole request to the reply's first byte.", [t.first_byte for _, t in timings]),
+            ("duration", "From the whole request to the reply's last byte.", [t.duration for _, t in timings]),
         ):
             family = f"l40sd_proxy_{name}_seconds"
             yield from _family(family, "histogram", text, [])
-            for model, histogram in sorted(histograms.items()):
+            for (model, _), histogram in zip(timings, histograms, strict=True):
                 yield from histogram.lines(family, f'model="{_escaped(model)}"')
 
 

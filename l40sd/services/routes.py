@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from l40sd.core.balancer import choose
+from l40sd.core.balancer import choose, load_with_one_more
 from l40sd.core.model import ModelName, WorkerId
 
 
@@ -75,17 +75,22 @@ class Tally:
 class Route:
     """One backend that may receive requests, and the requests on it. Changed by ``Routes`` and ``Lease`` only."""
 
-    __slots__ = ("backend", "failing", "in_flight", "is_open", "line", "serial", "tally", "weight")
+    __slots__ = ("backend", "failing", "in_flight", "is_open", "line", "load", "serial", "tally")
 
     def __init__(self, backend: Backend, serial: int, line: "Line", tally: Tally) -> None:
         self.backend = backend
         self.serial = serial
         self.line = line
         self.tally = tally
-        self.weight = backend.weight
         self.in_flight = 0
+        self.load = load_with_one_more(0, backend.weight)
         self.is_open = True
         self.failing = 0  # failures in a row
+
+    def hold(self, change: int) -> None:
+        """Count a lease, or one less."""
+        self.in_flight += change
+        self.load = load_with_one_more(self.in_flight, self.backend.weight)
 
 
 class Lease:
@@ -293,7 +298,7 @@ class Routes:
         route = choose(line.routes, line.turn, limit=self._in_flight_limit, tried=tried)
         if route is None:
             return None
-        route.in_flight += 1
+        route.hold(1)
         return Lease(self, route)
 
     def wait(
@@ -323,7 +328,7 @@ class Routes:
 
     def released(self, route: Route) -> None:
         """Take back one lease; called by the lease, once."""
-        route.in_flight -= 1
+        route.hold(-1)
         assert route.in_flight >= 0, "a lease was counted twice"
         if route.line.waiters:
             self._serve(route.line)

@@ -4,7 +4,7 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core.balancer import choose
+from l40sd.core.balancer import choose, load_with_one_more
 
 
 @dataclass
@@ -12,6 +12,10 @@ class Seat:
     serial: int
     in_flight: int
     weight: int
+
+    @property
+    def load(self) -> float:
+        return load_with_one_more(self.in_flight, self.weight)
 
 
 seats = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 8)), max_size=14).map(
