@@ -1,0 +1,158 @@
+"""The control socket of a real daemon: who may ask, what is refused, what can be followed."""
+
+import asyncio
+import http.client
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from l40sd.core.messages import Check, PatternView, Topology
+from l40sd.sim.site import Site
+
+SiteOf = Callable[[str], Site]
+
+TOY = """
+[host]
+inventory = "l40s-8"
+[daemon]
+pattern = "C"
+[models.toy]
+engine = "simulated"
+attention_heads = 8
+"""
+
+
+class OverUnix(http.client.HTTPConnection):
+    """Plain HTTP on a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("l40sd", timeout=10)
+        self._path = str(path)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(10)
+        self.sock.connect(self._path)
+
+
+def ask(path: Path, method: str, target: str, body: bytes | None = None) -> tuple[int, dict[str, object]]:
+    """Return the status and the JSON of one request."""
+    connection = OverUnix(path)
+    try:
+        connection.request(method, target, body)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+async def refused(site: Site, method: str, target: str, body: bytes | None = None) -> tuple[int, str]:
+    """Return the status and the error's code of a request that must be refused."""
+    status, answer = await asyncio.to_thread(ask, site.socket, method, target, body)
+    error = answer["error"]
+    assert isinstance(error, dict)
+    assert error["what"]
+    return status, str(error["code"])
+
+
+@pytest.fixture
+async def site(site_of: SiteOf) -> Site:
+    site = site_of(TOY)
+    await site.start()
+    return site
+
+
+async def test_what_is_not_understood_is_refused_with_a_reason(site: Site) -> None:
+    assert await refused(site, "GET", "/v1/nothing") == (404, "not_found")
+    assert await refused(site, "PUT", "/v1/status") == (405, "not_found")
+    assert await refused(site, "POST", "/v1/pattern", b"{") == (400, "bad_request")
+    assert await refused(site, "POST", "/v1/pattern", b'{"name": 7}') == (400, "bad_request")
+    assert await refused(site, "POST", "/v1/pattern", b'{"name": "Z"}') == (404, "unknown_pattern")
+    assert await refused(site, "GET", "/v1/operations/none") == (404, "unknown_operation")
+    assert await refused(site, "GET", "/v1/workers/none") == (404, "unknown_worker")
+    assert await refused(site, "GET", "/v1/events?since=soon") == (400, "bad_request")
+    status = await site.until_ready("C", 30)
+    assert await refused(site, "POST", f"/v1/workers/{status.workers[0].id}/dance") == (400, "bad_verb")
+
+
+async def test_what_is_shown_of_a_host_is_complete(site: Site) -> None:
+    topology = await site.get("/v1/topology", Topology)
+    assert len(topology.gpus) == len(topology.matrix) == 8
+    assert all(row[n] == "X" for n, row in enumerate(topology.matrix))
+    views = {view.name: view for view in await site.get("/v1/patterns", list[PatternView])}
+    assert {"A", "B", "C", "D"} <= views.keys()
+    assert views["C"].is_current
+    assert views["B"].summary == "4 x toy TP2"
+    checks = await site.get("/v1/doctor", list[Check])
+    assert {check.state for check in checks} <= {"ok", "warning", "failed"}
+    assert any(check.name == "provider" for check in checks)
+
+
+async def test_the_socket_is_private_from_the_first_instant(site: Site) -> None:
+    assert stat.S_IMODE(site.socket.stat().st_mode) == 0o660
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+async def test_a_stranger_who_reaches_the_socket_all_the_same_is_told_to_go(site: Site) -> None:
+    """Fault 63: credentials are the kernel's word, whatever the file's mode lets through."""
+    for folder in (*site.socket.parents[:-2], site.socket):
+        folder.chmod(folder.stat().st_mode | 0o007)
+    program = (
+        "import http.client, os, socket, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])\n"
+        "s.sendall(b'POST /v1/reload HTTP/1.1\\r\\nhost: x\\r\\ncontent-length: 0\\r\\n\\r\\n'); print(s.recv(4096))"
+    )
+    said = await asyncio.to_thread(
+        subprocess.check_output, [sys.executable, "-c", program, str(site.socket)], text=True, timeout=20
+    )
+    assert "403" in said
+    assert "may not control" in said
+
+
+async def test_a_deleted_socket_comes_back(site: Site) -> None:
+    """Fault 19."""
+    site.socket.unlink()
+    await site.until(lambda _: site.socket.exists(), "bound again", 30)
+
+
+async def test_events_are_numbered_without_gaps_and_can_be_followed(site: Site) -> None:
+    await site.until_ready("C", 30)
+    events = await site.events()
+    assert [e.seq for e in events] == list(range(events[0].seq, events[0].seq + len(events)))
+    last = events[-1].seq
+
+    def next_event() -> dict[str, object]:
+        connection = OverUnix(site.socket)
+        connection.request("GET", f"/v1/events?since={last}&follow=1")
+        line = connection.getresponse().readline()
+        connection.close()
+        return dict(json.loads(line))
+
+    waiting = asyncio.create_task(asyncio.to_thread(next_event))  # noqa: TID251  awaited below
+    os.kill((await site.status()).workers[0].pid or 0, 9)
+    event = await asyncio.wait_for(waiting, 20)
+    assert event["seq"] == last + 1
+
+
+async def test_a_follower_that_never_reads_does_not_hold_the_daemon_up(site: Site) -> None:
+    """Fault 62."""
+    idle = [OverUnix(site.socket) for _ in range(20)]
+    for connection in idle:
+        connection.connect()
+        connection.sock.sendall(b"GET /v1/events?follow=1 HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert (await site.until_ready("C", 30)).pattern == "C"
+    for connection in idle:
+        connection.close()
+
+
+async def test_logs_are_shown_and_followed(site: Site) -> None:
+    worker = (await site.until_ready("C", 30)).workers[0]
+    text = b"".join(await asyncio.to_thread(lambda: list(site.client.stream(f"/v1/workers/{worker.id}/logs", tail=50))))
+    assert text
