@@ -114,6 +114,10 @@ class Container:
             try:
                 yield process
             finally:
+                # nsenter waits for a child of its own, which is in the other pid namespace: end that one.
+                for child in _children(process.pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child, signal.SIGKILL)
                 process.kill()
 
     def write(self, path: str, text: str) -> None:
@@ -164,11 +168,11 @@ class Container:
             raise RuntimeError(f"systemd-nspawn ended: {self._log.read_text(encoding='utf-8', errors='replace')}")
         nspawn = self._process.pid
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for child in Path(f"/proc/{nspawn}/task/{nspawn}/children").read_text(encoding="ascii").split():
+            for child in _children(nspawn):
                 status = Path(f"/proc/{child}/status").read_text(encoding="utf-8")
                 inner = next((line.split() for line in status.splitlines() if line.startswith("NSpid:")), [])
                 if inner[-1:] == ["1"] and status.startswith("Name:\tsystemd\n"):
-                    self.leader = int(child)
+                    self.leader = child
                     return True
         return False
 
@@ -189,6 +193,13 @@ class Container:
         with contextlib.suppress(OSError):
             Path(f"/run/systemd/nspawn/propagate/{self.name}").rmdir()
         self._log.unlink(missing_ok=True)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def _remove_cgroup(top: Path) -> None:
