@@ -6,6 +6,7 @@ A pid alone is not an identity: it is used again. A pid with its start time is, 
 go only through a pidfd that was opened first and compared afterwards (invariant 8).
 """
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -171,7 +172,8 @@ def write_file(path: str, data: bytes, *, mode: int = 0o640) -> None:
             os.close(descriptor)
         os.replace(temporary, path)
     except OSError:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
     directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

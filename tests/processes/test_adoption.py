@@ -169,6 +169,7 @@ async def test_fault_20_a_record_cannot_name_anothers_cgroup(site: Site) -> None
     processes = await site.open()
     adoption = await processes.adopt()
     assert [one.spec.instance for one in adoption.running] == [victim.spec.instance]
+    assert runs(victim.engine_pid)
     processes.forget(instance.spec.instance)
     await end(processes, *adoption.running)
 

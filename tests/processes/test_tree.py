@@ -1,0 +1,103 @@
+"""Processes by identity: exactly the one meant, or nobody."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from l40sd.shim import tree
+
+
+@pytest.fixture
+def child() -> Iterator[tree.Process]:
+    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as running:
+        process = tree.read_process(running.pid)
+        assert process is not None
+        yield process
+        running.kill()
+
+
+def is_running(process: tree.Process) -> bool:
+    now = tree.read_process(process.pid)
+    return now is not None and now.is_alive
+
+
+def test_fault_20_a_signal_goes_to_the_one_meant_or_to_nobody(child: tree.Process) -> None:
+    assert not tree.send_signal(child._replace(start_ticks=child.start_ticks - 1), signal.SIGKILL)
+    assert is_running(child)
+    assert tree.send_signal(child, signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not is_running(child)
+
+
+def test_nobody_has_a_pid_that_cannot_be(child: tree.Process) -> None:
+    assert tree.read_process(1 << 30) is None
+    assert not tree.send_signal(child._replace(pid=1 << 30), signal.SIGKILL)
+
+
+def test_a_name_with_brackets_and_spaces_is_read_right(tmp_path: Path) -> None:
+    program = tmp_path / "a) S 1 (b"
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([program, "1000"]) as running:
+        process = tree.read_process(running.pid)
+        assert process is not None
+        assert process.parent == os.getpid()
+        running.kill()
+
+
+def test_descendants_are_found_at_any_depth_and_in_any_session(child: tree.Process) -> None:
+    script = "setsid sh -c 'setsid sh -c \"echo; exec sleep 1000\" & wait' & wait"
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        running.stdout.readline()
+        found = tree.descendants(running.pid)
+        assert len(found) >= 2
+        assert child.pid not in {process.pid for process in found}
+        with_session = {process.pid for process in tree.descendants(running.pid, session=child.session)}
+        assert with_session == {child.pid} | {process.pid for process in found}
+        while left := tree.descendants(running.pid):
+            tree.kill_all(lambda left=left: left)  # type: ignore[misc]
+        running.kill()
+
+
+def test_an_own_group_is_a_directory_with_its_processes() -> None:
+    group = tree.own_group()
+    if group is None:
+        pytest.skip("no cgroup2 here")
+    assert str(os.getpid()) in Path(group, "cgroup.procs").read_text().split()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    tree.write_file(str(path), b"old", mode=0o600)
+    assert path.stat().st_mode & 0o777 == 0o600
+    (tmp_path / f"file.tmp-{os.getpid()}").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        tree.write_file(str(path), b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_a_shim_whose_spec_was_withdrawn_ends_quietly(tmp_path: Path) -> None:
+    done = subprocess.run(  # noqa: TID251 - a test may block
+        [sys.executable, "-m", "l40sd.shim", str(tmp_path)], check=False, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_shim_loads_little() -> None:
+    """Twelve start at once, and stay: what it imports is paid twelve times."""
+    code = "import sys; import l40sd.shim.watcher; print(*sys.modules)"
+    done = subprocess.run(  # noqa: TID251
+        [sys.executable, "-S", "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(Path(tree.__file__).parents[2])},
+    )
+    loaded = set(done.stdout.split())
+    assert not loaded & {"asyncio", "subprocess", "pathlib", "logging", "threading", "socket", "typing_extensions"}
