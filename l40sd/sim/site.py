@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ class Site:
         config: The configuration without the places and the endpoint, which are laid over it.
         programs: Folders to look for engines in, before PATH.
         settings: More of ``[daemon]``.
+        prefix: A program that the daemon is started through, e.g. ``("unshare", "--mount")``.
+        environ: Laid over this process's own environment.
         daemon: The daemon's process, once started.
     """
 
@@ -47,6 +50,8 @@ class Site:
     programs: tuple[Path, ...] = ()
     listen: str = "127.0.0.1:0"
     settings: Mapping[str, str | float] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
+    environ: Mapping[str, str] = field(default_factory=dict)
     daemon: subprocess.Popen[bytes] | None = None
 
     # -- the process ---------------------------------------------------------------------------------------------
@@ -67,7 +72,10 @@ class Site:
         marks = [
             f"[engines.{engine}.env]\n{MARKER} = {_toml(str(self.folder))}" for engine in ("llama-cpp", "simulated")
         ]
-        text = "\n".join(["[daemon]", *lines, "[proxy]", f"listen = [{_toml(self.listen)}]", *marks, ""])
+        # A hundred ports of our own: two daemons of one user that start workers at once could pick the same.
+        first = 20_000 + zlib.crc32(str(self.folder).encode()) % 100 * 100
+        ports = ["[workers]", f"port_first = {first}", f"port_last = {first + 99}"]
+        text = "\n".join(["[daemon]", *lines, "[proxy]", f"listen = [{_toml(self.listen)}]", *ports, *marks, ""])
         (self.folder / "conf.d" / "site.toml").write_text(text)
 
     def spawn(self) -> None:
@@ -76,12 +84,12 @@ class Site:
         path = os.pathsep.join([*map(str, self.programs), os.environ.get("PATH", os.defpath)])
         with self.log_file.open("ab") as log:
             self.daemon = subprocess.Popen(
-                [sys.executable, "-m", "l40sd", "--config", str(self.config_file)],
+                [*self.prefix, sys.executable, "-m", "l40sd", "--config", str(self.config_file)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
-                env=os.environ | {"PATH": path},
+                env=os.environ | {"PATH": path} | dict(self.environ),
                 start_new_session=True,
             )
 

@@ -104,7 +104,8 @@ count = "fill"
     assert {worker.id for worker in after.workers} == {worker.id for worker in before.workers}
     failed = [event for event in await site.events() if event.event == "pattern.apply.rolling_back"]
     assert len(failed) == 1
-    assert any("load" in line for line in failed[0].data["last_lines"]), "with the engine's own last words"
+    said = failed[0].data["last_lines"]
+    assert any("load" in line for line in said), f"the engine's own last words, not {said}"
 
 
 async def test_killing_one_worker_loses_at_most_the_streams_on_it(site_of: SiteOf, smollm2: str) -> None:
