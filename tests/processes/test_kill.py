@@ -49,6 +49,7 @@ async def test_fault_1_and_3_a_killed_leader_takes_all_others_along(site: Site) 
     record = await ended(instance)
     assert (record.cause, record.signal) == ("exited", signal.SIGKILL)
     assert not any(map(is_alive, members))
+    assert not (instance.group and Path(instance.group).exists()), "gone with the last process"
     processes.forget(instance.spec.instance)
 
 
@@ -205,7 +206,7 @@ async def test_fault_29_a_program_that_cannot_run_is_one_clear_error(site: Site,
             spec = site.spec("", cwd="/no/such/place")
             expected = ["cannot enter", "/no/such/place", "No such file"]
         case _:
-            spec = site.spec("", argv=("no-such-engine",))
+            spec = site.spec("", argv=("no-such-engine",), env={"PATH": "/usr/bin:/bin"})
             expected = ["cannot run no-such-engine", "No such file"]
     processes = await site.open()
     with pytest.raises(L40sError) as caught:

@@ -62,6 +62,7 @@ class Instance:
         async with self._settling:
             if self._record is None:
                 self._record = await self._settle()
+                self._remove_group()
         return self._record
 
     def terminate(self) -> None:
@@ -105,7 +106,10 @@ class Instance:
         """Stop watching and remove what is on disk and in the cgroup tree."""
         self.close()
         shutil.rmtree(self._directory, ignore_errors=True)
-        if self.group and Path(self.group).name == self.spec.instance:
+        self._remove_group()
+
+    def _remove_group(self) -> None:
+        if Path(self.group).name == self.spec.instance:  # a unit's group is systemd's
             remove_group(self.group)
 
     def _signal(self, number: int) -> None:
