@@ -235,10 +235,8 @@ class Exchange:
         self._first_byte_at_s = self._shared.loop.time()
         client.expect(self._shared.config.idle_timeout_s)
         write: Callable[[bytes], object] = client.transport.write
-        lines = head.lines
-        if self._head.is_http10 and head.is_chunked:
-            lines = head.without_framing()
-            write = Unchunk(write)
+        unchunk = self._head.is_http10 and head.is_chunked
+        lines = head.without_framing() if unchunk else head.lines
         if not head.is_framed:
             client.keep_alive = False
         status_line, _, fields = lines.partition(b"\r\n")
@@ -249,11 +247,12 @@ class Exchange:
             b"" if client.will_keep_alive() else b"\r\nconnection: close",
             fields,
         )
-        if write is client.transport.write or not rest:
-            client.transport.write(write_head + rest)
-        else:
-            client.transport.write(write_head)
+        if unchunk:
+            write(write_head)
+            write = Unchunk(write)
             write(rest)
+        else:
+            write(write_head + rest)  # in one: the client wakes once
         if client.is_paused:
             self._upstream.transport.pause_reading()
         return write
