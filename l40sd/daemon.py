@@ -37,7 +37,7 @@ from l40sd.services.doctor import examine
 from l40sd.services.events import Events
 from l40sd.services.host import Host
 from l40sd.services.proxy import Proxy
-from l40sd.services.routes import Routes
+from l40sd.services.routes import CatalogEntry, Routes
 from l40sd.services.supervisor import Supervisor
 from l40sd.services.worker import Tools
 
@@ -110,6 +110,9 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         stack.push_async_callback(host.close)
         # 3. The endpoint listens before any worker is looked at: requests wait, none is refused.
         routes = Routes(queue_limit=config.proxy.queue_limit, in_flight_limit=config.proxy.in_flight_limit)
+        # Without a catalog the first requests after a restart would be told that there is no such model.
+        note = "the daemon has just started"
+        routes.set_catalog({m.name: CatalogEntry(aliases=m.aliases, note=note) for m in config.models.values()})
         proxy = Proxy(config.proxy, routes, api_keys=read_keys(config.proxy.api_keys_file))
         inherited = kept.listeners if kept else systemd.listen_sockets().get("proxy", [])
         await proxy.start(inherited)

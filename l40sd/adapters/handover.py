@@ -40,7 +40,13 @@ def give(lock: int, listeners: Sequence[socket.socket], environ: MutableMapping[
 
 
 def exec_again() -> None:
-    """Replace this process's program by the one now installed, with the same arguments. Does not return."""
+    """Replace this process's program by the one now installed, with the same arguments. Does not return.
+
+    The command is looked up by the name it was started under: /opt/l40sd/current/bin/l40sd is another release by now,
+    while ``sys.executable`` is still the old one's.
+    """
+    if os.access(sys.argv[0], os.X_OK):
+        os.execv(sys.argv[0], sys.argv)
     os.execv(sys.executable, [sys.executable, "-m", "l40sd", *sys.argv[1:]])
 
 
