@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from l40sd.core.grouping import Cost, Grouping, Part, Replica, Shape, tree_of
+from l40sd.core.grouping import Cost, Grouping, Replica, Shape
 from l40sd.core.model import GpuId, Inventory, Link, ModelName
+from l40sd.core.tree import Part, tree_of
 
 Kind = tuple[ModelName, int, int]
 """Replicas that are alike: model, TP, PP."""
@@ -16,11 +17,22 @@ Counts = Mapping[Kind, int]
 
 @dataclass(frozen=True)
 class Ground:
-    """The usable GPUs of a host, and the farthest link that TP may use."""
+    """The usable GPUs of a host, and the farthest link that TP may use.
+
+    Attributes:
+        gpus: By position: the GPUs of one part of the host side by side, parts in order of their lowest PCI address.
+            So GPUs in order of position are a shortest way through them, and that is the rank order.
+    """
 
     inventory: Inventory
     gpus: tuple[GpuId, ...]
     limit: Link
+
+    @classmethod
+    def of(cls, inventory: Inventory, gpus: Sequence[GpuId], limit: Link) -> "Ground":
+        """Return the ground of these GPUs, given in order of their PCI address."""
+        in_order = cls(inventory, tuple(gpus), limit)
+        return cls(inventory, tuple(gpus[n] for n in in_order.tree.gpus) if gpus else (), limit)
 
     @cached_property
     def tree(self) -> Part:

@@ -17,22 +17,23 @@ Cost, compared in this order (``Cost``):
 2. the sum of every TP group's worst link,
 3. the worst link inside a PP replica: PP talks once per stage boundary,
 4. the sum of every PP replica's worst link.
-
-On a host whose links form no tree (NVLink bridges across switches) every GPU joins the parts all of whose GPUs it
-reaches by that link or better. Costs are then upper bounds: a socket is never crossed unseen, but a cleverer
-grouping may be missed.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from l40sd.core.model import Link
+from l40sd.core.tree import Form, FreePart, Part, links_in, span, without
 
-Tally = tuple[int, ...]
-"""Completed groups of each shape, in the order of the demand."""
+Tally = int
+"""Completed groups of each shape, 16 bits a shape: adding two is one addition, and that is where the time goes."""
+_BITS = 16
+_FIELD = (1 << _BITS) - 1
 _STEP = 1 << 32
 """One link of TP outweighs any sum of links of PP; a sum is at most 6 x the number of GPUs."""
+
+Replica = tuple[tuple[int, ...], ...]
+"""Positions of GPUs, a tuple per stage; one stage for plain TP, one GPU per stage for plain PP."""
 
 
 class Shape(NamedTuple):
@@ -70,85 +71,46 @@ class Cost(NamedTuple):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A part of the host: a GPU by itself, or parts that reach each other by ``link``.
+class _Table(NamedTuple):
+    """What a part can complete.
 
     Attributes:
-        gpus: Positions of all GPUs below, in PCI order within each child.
+        costs: The least cost of each tally.
+        base: For each tally the sum of the children's tallies that it is completed from.
+        picked: For each child the sums of tallies up to it, and the child's own share in the cheapest way there.
     """
 
-    link: Link
-    gpus: tuple[int, ...]
-    children: tuple["Part", ...] = ()
-
-
-Replica = tuple[tuple[int, ...], ...]
-"""Positions of GPUs, a tuple per stage; one stage for plain TP, one GPU per stage for plain PP."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Free:
-    """A part with only its unused GPUs left; ``key`` is equal for parts of one form."""
-
-    link: Link
-    count: int
-    gpus: tuple[int, ...]
-    children: tuple["_Free", ...]
-    key: tuple[object, ...]
-
-
-class _Entry(NamedTuple):
-    """The cheapest way to one tally: its cost, and the children's tallies (a list linked from the last)."""
-
-    cost: int
-    chain: "_Chain | None"
-
-
-class _Chain(NamedTuple):
-    before: "_Chain | None"
-    tally: Tally
-
-
-_Table = Mapping[Tally, _Entry]
-
-
-def tree_of(count: int, link: Callable[[int, int], Link]) -> Part:
-    """Return the host as a tree; ``link`` tells how the GPUs at two positions below ``count`` are linked."""
-    parts = [Part(Link.X, (position,)) for position in range(count)]
-    for level in list(Link)[1:]:
-        sets: list[list[Part]] = []
-        for part in parts:
-            near = (s for s in sets if all(_reach(part, member, level, link) for member in s))
-            home = next(near, None)
-            if home is None:
-                sets.append([part])
-            else:
-                home.append(part)
-        parts = [_joined(level, members) for members in sets]
-    assert len(parts) == 1, "every link is at most SYS"
-    return parts[0]
+    costs: dict[Tally, int]
+    base: dict[Tally, Tally]
+    picked: list[dict[Tally, Tally]]
 
 
 def cost_of(tree: Part, shape: Shape, replica: Replica) -> Cost:
     """Return what one given replica costs on this host."""
-    span = _lowest(tree, [gpu for stage in replica for gpu in stage]).link
+    worst = span(tree, [gpu for stage in replica for gpu in stage])
     if shape.pp == 1:
-        return Cost(span, int(span))
-    stages = [_lowest(tree, stage).link for stage in replica] if shape.tp > 1 else []
-    return Cost(max(stages, default=Link.X), sum(stages), span, int(span))
+        return Cost(worst, int(worst))
+    stages = [span(tree, stage) for stage in replica] if shape.tp > 1 else []
+    return Cost(max(stages, default=Link.X), sum(stages), worst, int(worst))
 
 
 class Grouping:
-    """The tables of one question: these shapes, so many of each, on this tree without these GPUs."""
+    """One question: these shapes, so many of each, on this tree without these GPUs."""
 
     def __init__(self, tree: Part, demand: Mapping[Shape, int], *, used: Iterable[int] = ()) -> None:
         self.shapes = tuple(sorted(demand, key=lambda s: (-s.unit, s)))
-        self._want = tuple(demand[s] * (s.pp if s.has_stages else 1) for s in self.shapes)
-        self._root = _without(tree, frozenset(used))
-        self._links = _links(tree)
+        self._numbers = [demand[s] * (s.pp if s.has_stages else 1) for s in self.shapes]
+        self._want = sum(number << _BITS * n for n, number in enumerate(self._numbers))
+        self._guards = sum(1 << _BITS * n + _BITS - 1 for n in range(len(self.shapes)))
+        self._root = without(tree, frozenset(used))
+        self._links = links_in(tree)
         self._worst_tp = self._worst_pp = Link.SYS
-        self._tables: dict[tuple[object, ...], _Table] = {}
+        self._tables: dict[Form, _Table] = {}
+
+    @property
+    def form(self) -> Form:
+        """What the answer depends on besides the demand: the free part of the host, alike parts taken as equal."""
+        return self._root.form if self._root else ()
 
     def best(self, worst_allowed_tp: Link) -> Cost | None:
         """Return the least cost with no TP group beyond the given link; None when there is no such grouping.
@@ -170,13 +132,11 @@ class Grouping:
     def cost_within(self, worst_tp: Link, worst_pp: Link) -> Cost | None:
         """Return the least sums of links with no group beyond the limits, the limits standing for the worst links."""
         if self._root is None:
-            return None if any(self._want) else Cost(worst_tp, 0, worst_pp, 0)
+            return None if self._want else Cost(worst_tp, 0, worst_pp, 0)
         self._worst_tp, self._worst_pp = worst_tp, worst_pp
         self._tables = {}
-        entry = self._table(self._root).get(self._want)
-        if entry is None:
-            return None
-        return Cost(worst_tp, entry.cost // _STEP, worst_pp, entry.cost % _STEP)
+        cost = self._table(self._root, is_topmost=True).costs.get(self._want)
+        return None if cost is None else Cost(worst_tp, cost // _STEP, worst_pp, cost % _STEP)
 
     def replicas(self) -> dict[Shape, list[Replica]]:
         """Return the grouping of the last ``cost_within`` that had an answer."""
@@ -185,92 +145,121 @@ class Grouping:
             _Carver(self.shapes, self._tables, made).carve(self._root, self._want)
         return made
 
-    def _table(self, part: _Free) -> _Table:
-        known = self._tables.get(part.key)
+    def _table(self, part: FreePart, *, is_topmost: bool = False) -> _Table:
+        """Return what a part can complete; ``is_topmost``: no part above it can complete anything.
+
+        A topmost part has to take all that the rest of the host has no room for, which leaves few tallies to look at.
+        """
+        known = self._tables.get(part.form)
         if known is None:
-            known = self._tables[part.key] = self._made_table(part)
+            known = self._tables[part.form] = self._made_table(part, is_topmost=is_topmost)
         return known
 
-    def _made_table(self, part: _Free) -> _Table:
-        table: dict[Tally, _Entry] = {(0,) * len(self.shapes): _Entry(0, None)}
+    def _made_table(self, part: FreePart, *, is_topmost: bool) -> _Table:
+        completes = [shape for shape in self.shapes if self._may_complete(shape, part.link)]
+        is_idle_top = is_topmost and not completes
+        assert self._root is not None
+        room = len(self._root.gpus) if is_idle_top else _STEP  # for what is not in the children so far
+        costs: dict[Tally, int] = {0: 0}
+        picked: list[dict[Tally, Tally]] = []
         for child in part.children:
-            table = self._added(table, self._passed_up(child, part.link))
-        for number, shape in enumerate(self.shapes):
-            self._complete_here(table, number, shape, part)
-        return {
-            tally: _Entry(entry.cost + part.link * self._chained(tally), entry.chain) for tally, entry in table.items()
-        }
+            room -= len(child.gpus)
+            costs, last = self._added(costs, self._passed_up(child, part.link, is_topmost=is_idle_top), room)
+            picked.append(last)
+        base = {tally: tally for tally in costs}
+        for shape in completes:
+            self._complete_here(costs, base, shape, part)
+        final = {tally: cost + part.link * self._chained(tally) for tally, cost in costs.items()}
+        return _Table(final, base, picked)
 
-    def _added(self, table: Mapping[Tally, _Entry], child: _Table) -> dict[Tally, _Entry]:
-        """Return every sum of a tally so far and one of the next child's, each with its cheapest way."""
-        sums: dict[Tally, _Entry] = {}
-        for tally, entry in table.items():
+    def _added(
+        self, costs: Mapping[Tally, int], child: Mapping[Tally, int], room: int
+    ) -> tuple[dict[Tally, int], dict[Tally, Tally]]:
+        """Return every sum of a tally so far and one of the next child's, with its least cost and the child's share.
+
+        ``room``: GPUs elsewhere; a sum that leaves more than that to do is of no use.
+        """
+        sums: dict[Tally, int] = {}
+        picked: dict[Tally, Tally] = {}
+        useless: set[Tally] = set()
+        limit, guards = self._want + self._guards, self._guards
+        for tally, cost in costs.items():
             for more, its in child.items():
-                both = tuple(map(int.__add__, tally, more))
-                if any(map(int.__gt__, both, self._want)):
-                    continue
-                cost = entry.cost + its.cost
+                both = tally + more
                 known = sums.get(both)
-                if known is None or cost < known.cost:
-                    sums[both] = _Entry(cost, _Chain(entry.chain, more))
-        return sums
+                if known is None:
+                    # A shape beyond what is wanted borrows from its guard bit.
+                    if both in useless or (limit - both) & guards != guards or self._units(self._want - both) > room:
+                        useless.add(both)
+                        continue
+                    known = cost + its
+                if cost + its <= known:  # of equals the last one: more in the first children
+                    sums[both] = cost + its
+                    picked[both] = more
+        return sums, picked
 
-    def _passed_up(self, child: _Free, link: Link) -> _Table:
-        """Return a child's table as its parent may use it.
+    def _passed_up(self, child: FreePart, link: Link, *, is_topmost: bool) -> Mapping[Tally, int]:
+        """Return a child's costs as its parent may use them.
 
         Replicas with stages are chained as low as possible (never worse: it is TP that shapes the tally), so a part
         has chained ``tally // pp`` of them and pays its own link for those its children had not. Beyond the limit
         for PP none may be chained any more: a child then has to have no stage left over.
         """
-        table = self._table(child)
+        costs = self._table(child, is_topmost=is_topmost).costs
         if child.link <= self._worst_pp < link:
-            table = {t: e for t, e in table.items() if not self._loose_stages(t)}
-        return {t: _Entry(e.cost - link * self._chained(t), e.chain) for t, e in table.items()}
+            costs = {tally: cost for tally, cost in costs.items() if not self._loose_stages(tally)}
+        return {tally: cost - link * self._chained(tally) for tally, cost in costs.items()}
 
-    def _complete_here(self, table: dict[Tally, _Entry], number: int, shape: Shape, part: _Free) -> None:
+    def _may_complete(self, shape: Shape, link: Link) -> bool:
+        return (shape.tp == 1 or link <= self._worst_tp) and (shape.pp == 1 or link <= self._worst_pp)
+
+    def _complete_here(self, costs: dict[Tally, int], base: dict[Tally, Tally], shape: Shape, part: FreePart) -> None:
         """Add the tallies reached by completing more groups of a shape over this part's own link."""
-        is_tp, is_pp = shape.tp > 1, shape.pp > 1
-        if (is_tp and part.link > self._worst_tp) or (is_pp and part.link > self._worst_pp):
-            return
-        price = part.link * (_STEP if is_tp else 1)
-        by_number: list[list[Tally]] = [[] for _ in range(self._want[number] + 1)]
-        for tally in table:
-            by_number[tally[number]].append(tally)
+        number = self.shapes.index(shape)
+        price = part.link * (_STEP if shape.tp > 1 else 1)
+        one = 1 << _BITS * number
+        by_number: list[list[Tally]] = [[] for _ in range(self._numbers[number] + 1)]
+        for tally in costs:
+            by_number[self._count(tally, number)].append(tally)
         for done, tallies in enumerate(by_number[:-1]):
             for tally in tallies:
-                more = (*tally[:number], done + 1, *tally[number + 1 :])
-                if sum(k * s.unit for k, s in zip(more, self.shapes, strict=True)) > part.count:
-                    continue
-                entry, known = table[tally], table.get(more)
-                if known is None:
+                more = tally + one
+                if more not in costs:
+                    if self._units(more) > len(part.gpus):
+                        continue
                     by_number[done + 1].append(more)
-                if known is None or entry.cost + price < known.cost:
-                    table[more] = _Entry(entry.cost + price, entry.chain)
+                elif costs[more] <= costs[tally] + price:
+                    continue
+                costs[more] = costs[tally] + price
+                base[more] = base[tally]
+
+    def _count(self, tally: Tally, number: int) -> int:
+        return tally >> _BITS * number & _FIELD
+
+    def _units(self, tally: Tally) -> int:
+        """Return the GPUs that a tally uses."""
+        return sum(self._count(tally, n) * shape.unit for n, shape in enumerate(self.shapes))
 
     def _chained(self, tally: Tally) -> int:
-        return sum(k // s.pp for k, s in zip(tally, self.shapes, strict=True) if s.has_stages)
+        return sum(self._count(tally, n) // s.pp for n, s in enumerate(self.shapes) if s.has_stages)
 
     def _loose_stages(self, tally: Tally) -> int:
-        return sum(k % s.pp for k, s in zip(tally, self.shapes, strict=True) if s.has_stages)
+        return sum(self._count(tally, n) % s.pp for n, s in enumerate(self.shapes) if s.has_stages)
 
 
 class _Carver:
     """Walks the tables from the top and hands out real GPUs."""
 
     def __init__(
-        self,
-        shapes: Sequence[Shape],
-        tables: Mapping[tuple[object, ...], _Table],
-        made: dict[Shape, list[Replica]],
+        self, shapes: Sequence[Shape], tables: Mapping[Form, _Table], made: dict[Shape, list[Replica]]
     ) -> None:
         self._shapes = shapes
         self._tables = tables
         self._made = made
 
-    def carve(self, part: _Free, tally: Tally) -> tuple[list[int], dict[Shape, list[tuple[int, ...]]]]:
+    def carve(self, part: FreePart, tally: Tally) -> tuple[list[int], dict[Shape, list[tuple[int, ...]]]]:
         """Complete this part's groups; return its unused GPUs and its stages that are not chained yet."""
-        below = _unchained(self._tables[part.key][tally].chain)
-        here = [k - sum(t[number] for t in below) for number, k in enumerate(tally)]
+        below = self._shares(part, tally)
         pools: list[list[int]] = []
         loose: dict[Shape, list[tuple[int, ...]]] = {shape: [] for shape in self._shapes}
         for child, its_tally in zip(part.children, below, strict=True):
@@ -281,8 +270,9 @@ class _Carver:
         in_children = {gpu for child in part.children for gpu in child.gpus}
         pools += [[gpu] for gpu in part.gpus if gpu not in in_children]
         pools.sort()
-        for shape, count in zip(self._shapes, here, strict=True):
-            for _ in range(count):
+        here = tally - sum(below)
+        for number, shape in enumerate(self._shapes):
+            for _ in range(here >> _BITS * number & _FIELD):
                 unit = _take(pools, shape.unit)
                 if shape.has_stages:
                     loose[shape].append(unit)
@@ -291,6 +281,18 @@ class _Carver:
             if shape.has_stages:
                 self._chain(shape, loose[shape])
         return [gpu for pool in pools for gpu in pool], loose
+
+    def _shares(self, part: FreePart, tally: Tally) -> list[Tally]:
+        """Return each child's part of a tally; what is missing from their sum the part completes itself."""
+        table = self._tables[part.form]
+        if not part.children:
+            return []
+        shares = []
+        left = table.base[tally]
+        for last in reversed(table.picked):
+            shares.append(last[left])
+            left -= last[left]
+        return shares[::-1]
 
     def _chain(self, shape: Shape, stages: list[tuple[int, ...]]) -> None:
         stages.sort()
@@ -309,57 +311,3 @@ def _take(pools: list[list[int]], count: int) -> tuple[int, ...]:
         taken += pool[:missing]
         del pool[:missing]
     return tuple(sorted(taken))
-
-
-def _unchained(chain: _Chain | None) -> list[Tally]:
-    tallies: list[Tally] = []
-    while chain is not None:
-        tallies.append(chain.tally)
-        chain = chain.before
-    return tallies[::-1]
-
-
-def _without(part: Part, used: frozenset[int]) -> _Free | None:
-    """Return the part without these GPUs, children in an order that parts of one form share; None if none is left."""
-    if not part.children:
-        gpu = part.gpus[0]
-        return None if gpu in used else _Free(Link.X, 1, (gpu,), (), ())
-    left = [free for child in part.children if (free := _without(child, used)) is not None]
-    if len(left) <= 1:
-        return left[0] if left else None
-    children = tuple(sorted((free for free in left if free.count > 1), key=lambda free: (_form(free.key), free.gpus)))
-    gpus = tuple(sorted(gpu for free in left for gpu in free.gpus))
-    key = (int(part.link), len(gpus), tuple(child.key for child in children))
-    return _Free(part.link, len(gpus), gpus, children, key)
-
-
-def _form(key: tuple[object, ...]) -> str:
-    return repr(key)
-
-
-def _reach(one: Part, other: Part, level: Link, link: Callable[[int, int], Link]) -> bool:
-    return all(link(a, b) <= level for a in one.gpus for b in other.gpus)
-
-
-def _joined(level: Link, members: Sequence[Part]) -> Part:
-    if len(members) == 1:
-        return members[0]
-    return Part(level, tuple(gpu for member in members for gpu in member.gpus), tuple(members))
-
-
-def _lowest(part: Part, gpus: Sequence[int]) -> Part:
-    for child in part.children:
-        if all(gpu in child.gpus for gpu in gpus):
-            return _lowest(child, gpus)
-    return part
-
-
-def _links(part: Part) -> list[Link]:
-    """Return the tree's links, best first, X always among them (it is the worst link of no group at all)."""
-    found = {Link.X}
-    todo = [part]
-    while todo:
-        part = todo.pop()
-        found.add(part.link)
-        todo += part.children
-    return sorted(found)

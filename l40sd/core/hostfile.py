@@ -191,7 +191,7 @@ class _Reader:
         value = table.get(key, default)
         if type(value) is kind:
             return value
-        self._problem(f"{where}.{key}".lstrip("."), f"{value!r} is no {_KINDS[kind]}", f"write {_KINDS[kind]}")
+        self._problem(f"{where}.{key}".lstrip("."), f"{value!r} is not {_KINDS[kind]}", f"write {_KINDS[kind]}")
         return default
 
     def _number(self, table: Mapping[str, Any], where: str, key: str, default: int) -> int:

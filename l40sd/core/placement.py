@@ -8,7 +8,7 @@ Decided in this order:
 4. Of all groupings of that cost one that moves the least: as many GPUs as possible keep their worker (keeping.py).
 5. Of those the one that grouping.py carves first, low PCI addresses first. So the same question has the same answer,
    and asking again with the answer as ``current`` changes nothing.
-6. Ranks by PCI address inside tight subgroups, so that neighbours in rank order are close.
+6. Ranks: GPUs of one switch, then of one host bridge, side by side, each in order of PCI address.
 """
 
 import re
@@ -48,12 +48,12 @@ def place(
     """
     gpus = tuple(gpu.id for gpu in inventory.gpus if gpu.id not in unusable)
     check_pattern(pattern, config, len(gpus), facts)
-    ground = Ground(inventory, gpus, Link.SYS if force else Link.NODE)
+    ground = Ground.of(inventory, gpus, Link.SYS if force else Link.NODE)
     fills = list(dict.fromkeys((s.model, s.tp, s.pp) for s in pattern.replicas if s.count is None))
     counts = _counts(pattern, fills, ground)
     replicas = _replicas(counts, ground, current)
-    used = set(positions_of(r for made in replicas.values() for r in made))
-    leftover = tuple(gpu for position, gpu in enumerate(gpus) if position not in used)
+    used = {ground.gpus[position] for position in positions_of(r for made in replicas.values() for r in made)}
+    leftover = tuple(gpu for gpu in gpus if gpu not in used)
     return Layout(
         pattern=pattern.name,
         placements=(

@@ -5,9 +5,10 @@ from itertools import pairwise
 
 from l40sd.core.errors import DoesNotFit
 from l40sd.core.ground import Counts, FarPair, Ground, Kind, gpus_needed, positions_of
-from l40sd.core.grouping import Part, Replica
+from l40sd.core.grouping import Replica
 from l40sd.core.model import GpuId, Inventory, Link
 from l40sd.core.topology import shared_part
+from l40sd.core.tree import Part
 
 
 def reason(kind: Kind, replica: Replica, ground: Ground) -> str:
@@ -105,7 +106,9 @@ def _would_fit(counts: Counts, ground: Ground) -> str:
         return f"{' + '.join(words(kind, count) for kind, count in fewer.items() if count)} would fit"
     if not ground.gpus:
         return "no GPU of this host can be used"
-    return f"the largest TP group within a socket has {max(_within(ground.tree, ground.limit))} GPUs"
+    if all(tp == 1 for _, tp, _ in counts):
+        return f"a replica has at most {len(ground.gpus)} GPUs here"
+    return f"a TP group within a socket has at most {max(_within(ground.tree, ground.limit))} GPUs"
 
 
 def _within(part: Part, limit: Link) -> Iterator[int]:
