@@ -9,8 +9,8 @@ library, keeps no connection to the daemon, and everything that the two tell eac
     signals     SIGTERM: the stop ladder; SIGQUIT: kill everything now
     lease       the daemon's lock file: free for longer than orphan_grace_s, and the engine is stopped
 
-``watcher`` is the process, ``output`` the log files, ``tree`` how processes are found and killed (the daemon
-uses that too, for what a dead shim left behind).
+``watcher`` is the process; ``engine`` starts what it watches, ``output`` keeps the log files. ``tree`` and ``groups``
+find and kill processes; the daemon uses them too, for what a dead shim left behind.
 """
 
 INSTANCE_VARIABLE = "L40SD_INSTANCE"

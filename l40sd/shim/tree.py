@@ -112,40 +112,6 @@ def kill_all(find: Callable[[], Iterable[Process]]) -> None:
         send_signal(process, signal.SIGKILL)
 
 
-def kill_group(group: str) -> bool:
-    """Kill every process of a cgroup and of those below it; False when it is gone or not ours to kill."""
-    try:
-        write_text(f"{group}/cgroup.kill", "1")
-    except OSError:
-        return False
-    return True
-
-
-def group_is_populated(group: str) -> bool:
-    """Whether a living process is in this cgroup or below it; a cgroup that is gone has none."""
-    try:
-        with open(f"{group}/cgroup.events", encoding="ascii") as file:
-            return "populated 1" in file.read()
-    except OSError:
-        return False
-
-
-def own_group() -> str | None:
-    """Return the directory of this process's own cgroup2 group; None where there is no cgroup2 here.
-
-    The mount is found in /proc/self/mountinfo: /sys/fs/cgroup, or /sys/fs/cgroup/unified on hybrid hosts.
-    """
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        mounts = [line.split() for line in file if " - cgroup2 " in line]
-    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
-        own = [line.rstrip("\n")[3:] for line in file if line.startswith("0::")]
-    if not mounts or not own:
-        return None
-    root, mount = mounts[0][3], mounts[0][4]
-    inside = own[0].removeprefix(root.rstrip("/")) if own[0].startswith(root) else own[0]
-    return f"{mount}{inside}".rstrip("/")
-
-
 def write_text(path: str, text: str) -> None:
     """Write a kernel file in one write; an OSError is the kernel's answer."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)

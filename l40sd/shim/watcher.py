@@ -1,5 +1,5 @@
 # pathlib would cost every shim 5 ms and 1 MB.
-# ruff: noqa: PTH100, PTH102, PTH110, PTH120
+# ruff: noqa: PTH100, PTH120
 """The shim's one loop: start the engine, pass its output on, and leave nobody behind.
 
     start ----exec fails----------------------------------------> exit.json (exec-failed)
@@ -16,8 +16,6 @@ killed (state D: a lost GPU) keeps the shim alive and trying, so that "the shim 
 """
 
 import contextlib
-import ctypes
-import errno
 import fcntl
 import json
 import os
@@ -26,22 +24,17 @@ import signal
 import struct
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
-from l40sd.shim import INSTANCE_VARIABLE, OWN_GROUP, PROTOCOL, RUNTIME_VARIABLE, tree
+from l40sd.shim import INSTANCE_VARIABLE, PROTOCOL, RUNTIME_VARIABLE, engine, groups, tree
 from l40sd.shim.output import RotatingLog
 
-PIPE_BYTES = 1 << 20
-"""The engine's output waits here while the disk is slow: the most an unprivileged process may ask for."""
 READ_BYTES = 256 << 10
 TICK_S = 1.0
 """Between two looks at the lease and two tries at a full disk."""
 FIRST_RETRY_S, LAST_RETRY_S = 0.01, 1.0
 """Between two rounds of killing, doubling."""
 SHIM_OOM_SCORE = -900
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE)
-OBEYED = (signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD)
 
 
 def main(argv: list[str]) -> int:
@@ -49,7 +42,7 @@ def main(argv: list[str]) -> int:
     directory = os.path.abspath(argv[1])
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     os.chdir("/")
-    for number in IGNORED:
+    for number in engine.IGNORED:
         signal.signal(number, signal.SIG_IGN)
     try:
         with open(f"{directory}/spec.json", "rb") as file:
@@ -69,10 +62,9 @@ class Watcher:
     def __init__(self, directory: str, spec: dict[str, Any]) -> None:
         self.directory = directory
         self.spec = spec
-        self.libc = ctypes.CDLL(None, use_errno=True)
-        self.libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        engine.prctl(engine.PR_SET_CHILD_SUBREAPER, 1)
         self.log = RotatingLog(spec["log"], spec["log_file_bytes"], spec["log_files"])
-        self.group = join_group(spec, self.log)
+        self.group = groups.join(spec, self.log)
         self.started_s = time.monotonic()
         self.signals: set[int] = set()
         self.poller = select.poll()
@@ -95,10 +87,14 @@ class Watcher:
         for descriptor in (wake_read, wake_write):
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        for number in OBEYED:
+        for number in engine.OBEYED:
             signal.signal(number, lambda number, _: self.signals.add(number))
         self.on_readable(wake_read, lambda: discard(wake_read))
-        self.engine = self.fork_engine()
+        runtime_dir = os.path.dirname(os.path.dirname(self.directory))
+        marks = {INSTANCE_VARIABLE: self.spec["instance"], RUNTIME_VARIABLE: runtime_dir}
+        self.engine, self.output_fd, self.exec_fd = engine.fork(self.spec, marks, self.group)
+        self.on_readable(self.output_fd, lambda: void(self.read_output()))
+        self.on_readable(self.exec_fd, self.exec_answered)
         self.log.note(f"{self.spec['instance']} starts, pid {self.engine}, {wall_time_iso()}")
         while not self.is_over():
             for descriptor, _ in self.poller.poll(self.wait_s() * 1000):
@@ -125,62 +121,6 @@ class Watcher:
         elif self.term_deadline_s is not None:
             due.append(self.term_deadline_s)
         return max(0.0, min(due) - time.monotonic())
-
-    # Starting
-
-    def fork_engine(self) -> int:
-        """Fork the engine; whether its exec succeeded shows later, on a pipe that exec closes."""
-        self.output_fd, output_write = os.pipe()
-        os.set_blocking(self.output_fd, False)
-        with contextlib.suppress(OSError):  # over /proc/sys/fs/pipe-user-pages-soft: the small one will do
-            fcntl.fcntl(output_write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        self.exec_fd, exec_write = os.pipe()
-        parent = os.getpid()
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        engine = os.fork()
-        if engine == 0:
-            self.become_engine(parent, output_write, exec_write)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.close(output_write)
-        os.close(exec_write)
-        self.on_readable(self.output_fd, lambda: void(self.read_output()))
-        self.on_readable(self.exec_fd, self.exec_answered)
-        return engine
-
-    def become_engine(self, parent: int, output: int, answer: int) -> NoReturn:
-        """In the child: cgroup, session, signals, directory, exec. A failure goes down the pipe as JSON."""
-        doing = "start a session"
-        try:
-            os.setsid()
-            doing = f"join the cgroup {self.group}/engine"
-            if self.group:
-                tree.write_text(f"{self.group}/engine/cgroup.procs", "0")
-            with contextlib.suppress(OSError):
-                tree.write_text("/proc/self/oom_score_adj", "0")
-            # A shim that dies alone takes its leader along; the daemon, or the next one, kills the rest.
-            self.libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != parent:
-                os._exit(127)
-            doing = f"enter the directory {self.spec['cwd']}"
-            os.chdir(self.spec["cwd"])
-            for descriptor in (1, 2):
-                os.dup2(output, descriptor)
-            for number in (*IGNORED, *OBEYED, signal.SIGXFSZ):
-                signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            argv = self.spec["argv"]
-            doing = f"run {argv[0]}"
-            runtime_dir = os.path.dirname(os.path.dirname(self.directory))
-            marks = {INSTANCE_VARIABLE: self.spec["instance"], RUNTIME_VARIABLE: runtime_dir}
-            os.execvpe(argv[0], argv, self.spec["env"] | marks)
-        except (OSError, ValueError) as error:
-            code = getattr(error, "errno", None)
-            why = os.strerror(code) if code else str(error)
-            if code == errno.ENOENT and doing.startswith("run /") and os.path.exists(doing[4:]):
-                why = "its interpreter is missing"
-            os.write(answer, f"cannot {doing}: {why}".encode("utf-8", "surrogateescape"))
-        finally:
-            os._exit(127)
 
     def exec_answered(self) -> None:
         """Exec closed the pipe: on record now. Or it said why not."""
@@ -289,7 +229,7 @@ class Watcher:
         """Once the leader is gone, or shall be: kill whoever is left. True when nobody is."""
         if self.status is None and not self.is_killing:
             return False
-        if not self.has_children and not (self.group and tree.group_is_populated(f"{self.group}/engine")):
+        if not self.has_children and not (self.group and groups.is_populated(f"{self.group}/engine")):
             return True
         self.is_killing = True
         now_s = time.monotonic()
@@ -297,7 +237,7 @@ class Watcher:
             self.retry_at_s = now_s + self.retry_s
             self.retry_s = min(LAST_RETRY_S, 2 * self.retry_s)
             if self.group:
-                tree.kill_group(f"{self.group}/engine")
+                groups.kill(f"{self.group}/engine")
             if self.has_children:
                 tree.kill_all(lambda: tree.descendants(os.getpid()))
         return False
@@ -307,7 +247,7 @@ class Watcher:
         assert self.status is not None
         code = os.WEXITSTATUS(self.status) if os.WIFEXITED(self.status) else None
         number = os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else None
-        oom = was_oom_killed(self.group)
+        oom = groups.was_oom_killed(self.group)
         how = f"exit code {code}" if number is None else f"killed by {signal.Signals(number).name}"
         record = {
             "protocol": PROTOCOL,
@@ -336,46 +276,6 @@ class Watcher:
     def write_record(self, name: str, record: dict[str, Any]) -> None:
         """Write run.json or exit.json, whole or not at all. Raises OSError."""
         tree.write_file(f"{self.directory}/{name}", json.dumps(record).encode("ascii"))
-
-
-def join_group(spec: dict[str, Any], log: RotatingLog) -> str:
-    """Move this process into ``shim`` below the instance's cgroup and make ``engine``; "" where that fails.
-
-    ``spec["group"]`` is the directory the daemon made, ``"own"`` for the one we were started in (a unit with
-    Delegate=yes), or empty. Controllers are used as far as they are there.
-    """
-    group = tree.own_group() or "" if spec["group"] == OWN_GROUP else spec["group"]
-    if not group:
-        return ""
-    try:
-        for name in ("shim", "engine"):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(f"{group}/{name}")
-        tree.write_text(f"{group}/shim/cgroup.procs", "0")
-    except OSError as error:
-        log.note(f"no cgroup: {group}: {error.strerror}")
-        return ""
-    limits = {"pids.max": spec["pids_limit"], "memory.max": spec["memory_limit_bytes"], "memory.oom.group": 1}
-    for controller in ("+pids", "+memory"):
-        with contextlib.suppress(OSError):
-            tree.write_text(f"{group}/cgroup.subtree_control", controller)
-    for name, limit in limits.items():
-        with contextlib.suppress(OSError):
-            if limit:
-                tree.write_text(f"{group}/engine/{name}", str(limit))
-    return str(group)
-
-
-def was_oom_killed(group: str) -> bool:
-    """Whether the kernel killed for memory in this cgroup; False also where that cannot be known."""
-    if not group:
-        return False
-    try:
-        with open(f"{group}/engine/memory.events", encoding="ascii") as file:
-            counts = dict(line.split() for line in file)
-    except OSError:
-        return False
-    return int(counts.get("oom_kill", 0)) > 0
 
 
 def lock_is_free(path: str) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from l40sd.adapters.process import Instance, InstanceSpec, Processes
 from l40sd.adapters.process.remains import mark_of, marked
-from l40sd.shim import tree
+from l40sd.shim import groups, tree
 
 PATIENCE_S = 60.0
 
@@ -81,7 +81,7 @@ class Site:
         return [one for one in marked() if mark_of(one)[1] == str(self.runtime_dir)]
 
     def groups(self) -> list[Path]:
-        own = tree.own_group()
+        own = groups.own()
         return [] if own is None else [path for path in Path(own).glob("l40sd-*") if path.name in self.bases]
 
     @property

@@ -14,7 +14,7 @@ from processkit import PATIENCE_S, Site, end, is_alive, until
 
 from l40sd.adapters.process import Instance, Processes
 from l40sd.adapters.process.providers import choose
-from l40sd.shim import tree
+from l40sd.shim import groups, tree
 
 FOREVER = "exec sleep 1000"
 DAEMON = str(Path(__file__).with_name("daemon.py"))
@@ -255,7 +255,7 @@ async def test_fault_57_a_cgroup_left_from_before_is_emptied_and_never_used_agai
 async def test_fault_56_without_cgroups_there_is_still_the_shim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tree, "own_group", lambda: None)
+    monkeypatch.setattr(groups, "own", lambda: None)
     provider = await choose("auto", tmp_path)
     assert provider.name == "none"
     assert "no cgroup2 is mounted here" in provider.note

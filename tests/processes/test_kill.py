@@ -13,7 +13,7 @@ from l40sd.adapters.process import ExitRecord, Instance
 from l40sd.adapters.process.remains import Remains
 from l40sd.core.errors import L40sError
 from l40sd.shim import tree
-from l40sd.shim.watcher import was_oom_killed
+from l40sd.shim.groups import was_oom_killed
 
 FOREVER = "exec sleep 1000"
 HIDDEN = "(env -i /bin/sh -c 'setsid sh -c \"echo \\$\\$ > hidden; exec sleep 1000\" &') & "

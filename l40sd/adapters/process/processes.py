@@ -19,6 +19,7 @@ from l40sd.adapters.process.records import (
     Birth,
     CorruptError,
     ExitRecord,
+    Identity,
     InstanceSpec,
     RunRecord,
     read_record,
@@ -114,7 +115,8 @@ class Processes:
             raise spawn_failed(spec, str(error)) from error
         finally:
             if instance is None:
-                await self._withdraw(directory, Remains(instance=spec.instance, group=group), self.provider)
+                remains = Remains(instance=spec.instance, group=group, shim=identity_of(pid) if pid else None)
+                await self._withdraw(directory, remains, self.provider)
                 if pid is not None:
                     reap(pid)
         self._instances[spec.instance] = instance
@@ -322,6 +324,13 @@ def start_shim(directory: Path, instance: str, runtime_dir: Path) -> int:
         setsigmask=(),
         setsigdef=SIGNALS_RESET,
     )
+
+
+def identity_of(pid: int) -> Identity:
+    """Return a child of ours, zombie or not, with its start time."""
+    process = tree.read_process(pid)
+    assert process is not None, "nobody but us reaps it"
+    return Identity(pid=pid, start_ticks=process.start_ticks)
 
 
 def has_ended(pid: int) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from l40sd.adapters.process.remains import remove_group, unit_of
 from l40sd.core.errors import L40sError
-from l40sd.shim import tree
+from l40sd.shim import groups, tree
 
 UNIT_RUNTIME_DIR = Path("/run/l40sd")
 """l40s-worker@.service looks for its instance here."""
@@ -81,7 +81,7 @@ def probe_cgroup(runtime_dir: Path) -> Provider:
     Raises:
         Unavailable: One of these did not work.
     """
-    own = tree.own_group()
+    own = groups.own()
     if own is None:
         raise Unavailable("no cgroup2 is mounted here")
     name = f"l40sd-{hashlib.sha256(os.fsencode(runtime_dir)).hexdigest()[:12]}"

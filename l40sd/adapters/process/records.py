@@ -69,7 +69,7 @@ class ExitRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Birth:
-    """The daemon's part of spec.json beside the spec; ``group`` as ``watcher.join_group`` takes it."""
+    """The daemon's part of spec.json beside the spec; ``group`` as ``groups.join`` takes it."""
 
     boot_id: str
     group: str

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l40sd.adapters.process.records import Identity, is_ours
-from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, tree
+from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, groups, tree
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.2
 
@@ -17,18 +17,24 @@ FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.2
 class Remains:
     """Where to look for one instance's processes.
 
-    Three nets, each sure that what it holds is ours: the instance's own cgroup; the mark in the environment;
-    and, only while we have been watching (``engine``), the tree and the session of the engine, whose pid
-    nobody else can have had in the moment since its shim died.
+    Four nets, each sure that what it holds is ours: the instance's own cgroup; the mark in the environment;
+    a shim that was just spawned (``shim``), which for a moment has no environment yet; and, only while we
+    have been watching (``engine``), the tree and the session of the engine, whose pid nobody else can have
+    had in the moment since its shim died.
     """
 
     instance: str
     group: str = ""
+    shim: Identity | None = None
     engine: Identity | None = None
 
     def find(self) -> list[tree.Process]:
         """Return the living processes outside cgroups' reach; reads all of /proc, about 20 us a process."""
         found = {process.pid: process for process in marked() if self.instance == mark_of(process)[0]}
+        if self.shim is not None:
+            shim = tree.read_process(self.shim.pid)
+            if shim is not None and shim.is_alive and self.shim.matches(shim):
+                found[shim.pid] = shim
         if self.engine is not None:
             leader = tree.read_process(self.engine.pid)
             if leader is None or self.engine.matches(leader):
@@ -40,7 +46,7 @@ class Remains:
 
     def is_empty(self) -> bool:
         """Whether nobody is left."""
-        return not (self.group and tree.group_is_populated(self.group)) and not self.find()
+        return not (self.group and groups.is_populated(self.group)) and not self.find()
 
     async def kill(self, timeout_s: float) -> bool:
         """Kill all of it; False when somebody is left after ``timeout_s``."""
@@ -57,9 +63,9 @@ class Remains:
         if self.is_empty():
             return True
         if self.group:
-            tree.kill_group(self.group)
+            groups.kill(self.group)
             for name in ("engine", "shim"):  # in a unit only these two are ours to kill
-                tree.kill_group(f"{self.group}/{name}")
+                groups.kill(f"{self.group}/{name}")
         tree.kill_all(self.find)
         return False
 
