@@ -1,0 +1,67 @@
+"""``scripts/faults``: run the faults, print a line each, and end with how many were survived."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from faults import clients, daemons, output, starts, state, system, workers
+from faults.suite import FAULTS, now_s, recall, remember, run_all, summary, table
+
+RESULTS = Path(__file__).resolve().parents[2] / ".cache" / "faults" / "results.json"
+MODULES = (workers, daemons, starts, output, state, clients, system)
+QUICK_SLACK = 3.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 0 when everything that was run was survived."""
+    assert all(module.__doc__ for module in MODULES)
+    parser = argparse.ArgumentParser(prog="scripts/faults", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="what fits into five minutes; the container's left out")
+    parser.add_argument("--only", metavar="N,N-N", help="these faults")
+    parser.add_argument("--slack", type=float, help="multiply the bounds by this (default: 1, with --quick 3)")
+    parser.add_argument("--keep", type=Path, help="keep the folders of faults that were not survived in this one")
+    parser.add_argument("--table", action="store_true", help="print the documentation's page from the latest results")
+    parser.add_argument("--list", action="store_true", help="print the faults and how each is injected")
+    given = parser.parse_args(argv)
+    if given.table:
+        say(table(recall(RESULTS)).rstrip("\n"))
+        return 0
+    numbers = chosen(given.only)
+    if given.list:
+        for number in numbers:
+            say(f"{number:3} {FAULTS[number].title}: {FAULTS[number].how}")
+        return 0
+    began_s = now_s()
+    slack = given.slack or (QUICK_SLACK if given.quick else 1.0)
+    results = run_all(numbers, say, is_quick=given.quick, slack=slack, keep=given.keep)
+    remember(RESULTS, results)
+    say(summary(results, now_s() - began_s))
+    return int(any(result.verdict == "failed" for result in results))
+
+
+def chosen(only: str | None) -> list[int]:
+    """Return the numbers asked for, in order; all by default.
+
+    Raises:
+        SystemExit: One of them is no fault of the suite.
+    """
+    if only is None:
+        return sorted(FAULTS)
+    wanted: set[int] = set()
+    for part in only.split(","):
+        first, _, last = part.partition("-")
+        wanted.update(number for number in range(int(first), int(last or first) + 1) if number in FAULTS or not last)
+    unknown = sorted(wanted - FAULTS.keys())
+    if unknown:
+        raise SystemExit(f"no fault {', '.join(map(str, unknown))}; there are {', '.join(map(str, sorted(FAULTS)))}")
+    return sorted(wanted)
+
+
+def say(text: str) -> None:
+    """Print at once: a run takes minutes, and its reader waits."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
