@@ -133,7 +133,7 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
             routes=routes,
             facts=await host.facts(config),
             past_loads_s={},
-            python=sys.executable,
+            python=own_python(),
             base_env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
             log=logger,
         )
@@ -317,6 +317,16 @@ class Daemon:
     def _config_diff(self) -> str:
         fresh = load(configfiles.read(self._path)).config
         return "\n".join(configshow.diff(self._loaded.config, fresh))
+
+
+def own_python() -> str:
+    """Return this interpreter's path: where there is one, the path that an upgrade keeps.
+
+    It stands in the command line of a simulated worker: beside /opt/l40sd/current/bin/l40sd it stays the same and an
+    upgrade leaves the worker alone; ``sys.executable`` names the release.
+    """
+    beside = Path(sys.argv[0]).with_name("python")
+    return str(beside) if beside.is_file() else sys.executable
 
 
 def prepare_directories(config: Config) -> None:
