@@ -127,6 +127,20 @@ def test_killing_the_daemon_touches_no_worker(serving: Container) -> None:
     assert worker_pids(serving) == before
 
 
+def test_upgrade_turns_the_daemon_into_the_new_release_and_touches_no_worker(serving: Container) -> None:
+    before, daemon = worker_pids(serving), main_pid(serving)
+    old = serving.output("readlink /opt/l40sd/current")
+    serving.run("/src/scripts/install --wheels /wheels", timeout_s=180)
+    new = serving.output("readlink /opt/l40sd/current")
+    assert old in serving.output(f"tr '\\0' ' ' < /proc/{daemon}/cmdline")
+    serving.run("l40sctl upgrade", timeout_s=120)
+    assert main_pid(serving) == daemon
+    assert new in serving.output(f"tr '\\0' ' ' < /proc/{daemon}/cmdline")
+    wait_until_ready(serving)
+    assert worker_pids(serving) == before
+    assert json.loads(serving.output(CHAT))["choices"]
+
+
 def test_daemon_reload_touches_nothing(serving: Container) -> None:
     before, daemon = worker_pids(serving), main_pid(serving)
     serving.run("systemctl daemon-reload && systemctl daemon-reexec")
@@ -140,6 +154,7 @@ body = json.dumps({"model": "tiny", "max_tokens": 1, "messages": [{"role": "user
 head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
 request = head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body
 refused = lost = answered = 0
+other = {}
 longest_s = 0.0
 while not os.path.exists("/run/knocked-enough"):
     began_s = time.monotonic()
@@ -151,12 +166,15 @@ while not os.path.exists("/run/knocked-enough"):
             answered += 1
         else:
             lost += 1
+            words = reply.split(b"\r\n")[0].decode() or "closed without an answer"
+            other[words] = other.get(words, 0) + 1
     except ConnectionRefusedError:
         refused += 1
-    except OSError:
+    except OSError as error:
         lost += 1
+        other[repr(error)] = other.get(repr(error), 0) + 1
     longest_s = max(longest_s, time.monotonic() - began_s)
-print(json.dumps({"answered": answered, "refused": refused, "lost": lost, "longest_s": round(longest_s, 3)}))
+print(json.dumps({"answered": answered, "refused": refused, "lost": lost, "longest_s": round(longest_s, 3), **other}))
 """
 
 
@@ -275,9 +293,3 @@ def test_without_polkit_rules_the_workers_survive_a_restart_as_well(host: Contai
     finally:
         host.run(f"mv /root/50-l40sd.rules {rule}")
         drop_in(host, "")
-
-
-def test_uninstall_ends_a_running_daemon_and_its_workers(serving: Container) -> None:
-    serving.run("/opt/l40sd/uninstall", timeout_s=STOP_TIMEOUT_S)
-    assert processes_of_l40sd(serving) == ""
-    assert serving.run("test -e /run/l40sd -o -e /opt/l40sd", check=False).returncode == 1
