@@ -1,4 +1,5 @@
-"""How long placement takes: ``python benchmarks/placement.py``. Prints the median and the slowest change.
+"""How long placement takes: ``python benchmarks/placement.py``. Prints the median and the slowest change,
+in CPU time: it does not wait for anything, and other work on the machine then counts less.
 
 The promise: 12 GPUs within 10 ms, 128 within 1 s, for every pattern and every change from one to another.
 """
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from statistics import median
-from time import perf_counter
+from time import process_time
 
 from l40sd.core.config import Config, ModelConfig
 from l40sd.core.hostfile import parse_host_file
@@ -39,9 +40,10 @@ def main() -> int:
         times = [(timed(case), f"{case.before.name} -> {case.after.name}") for case in cases(host)]
         slowest_s, slowest = max(times)
         is_kept &= slowest_s <= limit_s
+        half_ms, most_ms = median(t for t, _ in times) * 1e3, slowest_s * 1e3
         print(  # noqa: T201  # a benchmark talks
-            f"{host.host:18} {len(host.gpus):4} GPUs  {len(times)} changes  median {median(t for t, _ in times) * 1e3:7.2f} ms  "
-            f"slowest {slowest_s * 1e3:7.2f} ms ({slowest}), promised {limit_s * 1e3:.0f} ms"
+            f"{host.host:18} {len(host.gpus):4} GPUs  {len(times)} changes  median {half_ms:7.2f} ms  "
+            f"slowest {most_ms:7.2f} ms ({slowest}), promised {limit_s * 1e3:.0f} ms"
         )
     return 0 if is_kept else 1
 
@@ -51,9 +53,9 @@ def timed(case: Case) -> float:
     current = place(case.before, CONFIG, case.host, facts={}, force=True).placements
     times = []
     for _ in range(RUNS):
-        began_s = perf_counter()
+        began_s = process_time()
         place(case.after, CONFIG, case.host, facts={}, current=current, force=True)
-        times.append(perf_counter() - began_s)
+        times.append(process_time() - began_s)
     return median(times)
 
 

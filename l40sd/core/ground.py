@@ -56,13 +56,15 @@ class Ground:
 
     def most(self, counts: Counts, kinds: Sequence[Kind], limit: int) -> int:
         """Return how many more of each of these kinds fit beside ``counts``, up to ``limit``."""
-        low, high = 0, limit
+        room = len(self.gpus) - gpus_needed(counts)
+        low, high = 0, min(limit, max(0, room // gpus_needed(dict.fromkeys(kinds, 1))))
+        middle = high  # usually all that the number of GPUs allows fits: ask for that first
         while low < high:
-            middle = high if high == limit else (low + high + 1) // 2  # usually it all fits: ask for that first
             if self.fits(more(counts, kinds, middle)):
                 low = middle
             else:
                 high = middle - 1
+            middle = (low + high + 1) // 2
         return low
 
     def best(self, counts: Counts, limit: Link) -> tuple[Grouping, Cost] | None:
