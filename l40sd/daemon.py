@@ -147,7 +147,7 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         for note in (*adoption.notes, *supervisor.store.notes):
             logger.warning("daemon.found", note=note)
         # 5. The operator.
-        daemon = Daemon(path, loaded, supervisor, proxy)
+        daemon = Daemon(path, loaded, supervisor, proxy, lock)
         control = Control(control_socket(config), config.daemon.control_group, supervisor, events, daemon.doors())
         await control.start()
         stack.push_async_callback(control.close)
@@ -156,19 +156,20 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         logger.info("daemon.ready", adopted=len(adoption.running), listen=list(proxy.addresses), **daemon.facts())
         ending = await daemon.live(control)
         if ending is Ending.UPGRADE:
-            await daemon.hand_over(lock)
+            await daemon.hand_over()
         return ending
 
 
 class Daemon:
     """The running whole: answers signals, keeps systemd informed, ends as it is told to."""
 
-    def __init__(self, path: Path, loaded: Loaded, supervisor: Supervisor, proxy: Proxy) -> None:
+    def __init__(self, path: Path, loaded: Loaded, supervisor: Supervisor, proxy: Proxy, lock: DaemonLock) -> None:
         self.notifier = systemd.Notifier()
         self._path = path
         self._loaded = loaded
         self._supervisor = supervisor
         self._proxy = proxy
+        self._lock = lock
         self._began_at_s = now_s()
         self._ending: asyncio.Future[Ending | None] = asyncio.get_running_loop().create_future()
         self._reload_wanted = asyncio.Event()
@@ -195,6 +196,7 @@ class Daemon:
             else:
                 self.notifier.stopping(str(ending))
             if ending is Ending.STOP:
+                self._proxy.send_away_waiting()
                 await self._stop_workers()
             for task in tasks:
                 task.cancel()
@@ -267,7 +269,7 @@ class Daemon:
             "provider": tools.processes.provider,
         }
 
-    async def hand_over(self, lock: DaemonLock) -> None:
+    async def hand_over(self) -> None:
         """Let open requests finish, bounded; then keep the listener and the lock for the next daemon in this process.
 
         New connections are not refused meanwhile: they wait in the listener's backlog.
@@ -276,7 +278,7 @@ class Daemon:
         drain_s = self._loaded.config.workers.drain_timeout_s
         cut = await self._proxy.drain(drain_s)
         self._log.info("daemon.handing_over", requests_cut=cut)
-        handover.give(lock.keep_over_exec(), self._proxy.sockets)
+        handover.give(self._lock.keep_over_exec(), self._proxy.sockets)
 
     def _told_to_end(self, ending: Ending | None) -> None:
         if not self._ending.done():
@@ -305,8 +307,21 @@ class Daemon:
         while True:
             await asyncio.sleep(TICK_S)
             await control.rebind_if_lost()
+            self._keep_lock()
             await self._supervisor.store.retry()
             self.notifier.status(self.summary())
+
+    def _keep_lock(self) -> None:
+        """Without the lock's file the shims would take this daemon for dead, and the next one would not see it."""
+        try:
+            if self._lock.restore():
+                self._log.warning("daemon.lock_restored", path=str(self._lock.path))
+        except L40sError as error:
+            if error.code == "already_running":  # it has adopted the workers: they are its own now
+                self._log.error("daemon.replaced", reason=error.what)
+                self._told_to_end(Ending.RESTART)
+            else:
+                self._log.error("daemon.lock_lost", reason=str(error))
 
     async def _feed_watchdog(self) -> None:
         interval_s = self.notifier.watchdog_interval_s

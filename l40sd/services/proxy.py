@@ -7,6 +7,7 @@ attribute that a request sets on its way, so ten thousand of them cost no timer 
 """
 
 import asyncio
+import math
 import os
 import resource
 import socket
@@ -151,6 +152,12 @@ class Proxy:
             own = sock.dup()  # a server closes its socket when it stops; the listener must outlive it
             own.setblocking(False)
             self._servers.append(await shared.loop.create_server(lambda: Client(shared), sock=own, backlog=BACKLOG))
+
+    def send_away_waiting(self) -> None:
+        """Answer 503 to whoever waits for a worker, now and from now on: none will come any more."""
+        shared = self._running
+        shared.is_closing = True
+        shared.routes.expire(math.inf)
 
     async def drain(self, grace_s: float) -> int:
         """Accept nothing more and let open requests end; return how many had not after ``grace_s``.

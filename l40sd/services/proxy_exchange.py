@@ -49,6 +49,8 @@ OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = structlog.get_logger()
 
+CLOSING = "this host is being stopped"
+
 
 class Phase(Enum):
     """Where a request is."""
@@ -129,6 +131,9 @@ class Exchange:
         if lease is not None:
             self._use(lease)
             return
+        if self._shared.is_closing:
+            self._refuse(no_worker(routes, self._model, CLOSING))
+            return
         self._phase = Phase.WAITING
         self._client.expect(None)  # the line has its own deadline
         deadline_s = self._shared.now_s + self._shared.config.queue_timeout_s
@@ -143,11 +148,8 @@ class Exchange:
         elif self._shared.routes.resolve(self._field.name) is None:
             self._refuse(unknown_model(self._shared.routes, self._field.name))
         else:
-            self._refuse(
-                no_worker(
-                    self._shared.routes, self._model, f"none was free within {self._shared.config.queue_timeout_s:g} s"
-                )
-            )
+            why = f"none was free within {self._shared.config.queue_timeout_s:g} s"
+            self._refuse(no_worker(self._shared.routes, self._model, CLOSING if self._shared.is_closing else why))
 
     def _use(self, lease: Lease) -> None:
         self._lease = lease

@@ -26,6 +26,8 @@ class Shared:
         key_digests: Of the API keys, made with a secret of this process: looking one up takes the same time whatever
             is asked for, as far as an attacker can choose it. Empty: everybody may ask.
         peers: By route, made when first used.
+        is_stopping: Nothing new is accepted; what is open ends.
+        is_closing: No worker will come any more: nobody needs to wait for one.
         dials: Connections to workers being made; the one place that holds tasks.
     """
 
@@ -38,6 +40,7 @@ class Shared:
     now_s: float = 0.0
     tick_s: float = 0.5
     is_stopping: bool = False
+    is_closing: bool = False
     clients: "set[Client]" = field(default_factory=set)
     peers: dict[Route, Peer] = field(default_factory=dict)
     dials: set[asyncio.Task[None]] = field(default_factory=set)

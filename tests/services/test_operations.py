@@ -234,3 +234,19 @@ async def test_a_second_daemon_is_refused_and_the_first_goes_on(site_of: SiteOf,
     assert await second.ended(20) == 1
     assert f"already running (pid {site.daemon.pid if site.daemon else 0})" in second.tail()
     assert [w.pid for w in (await site.status()).workers] == [w.pid for w in before.workers]
+
+
+async def test_a_request_that_waits_when_the_daemon_is_stopped_is_told_so(site_of: SiteOf) -> None:
+    site = site_of(TOY.replace('engine = "simulated"', 'engine = "simulated"\nargs = ["--start-delay-s", "60"]'))
+    await site.start()
+    host, port = (await site.status()).proxy.listen[0].rsplit(":", 1)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = b'{"model": "toy", "prompt": "x"}'
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+    await site.until(lambda s: s.proxy.waiting == 1, "it waits", 10)
+    site.signal(signal.SIGTERM)
+    answer = await asyncio.wait_for(reader.read(), 20)
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"this host is being stopped" in answer
+    assert await site.ended(30) == 0
