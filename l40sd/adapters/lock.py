@@ -70,6 +70,19 @@ class DaemonLock:
         except OSError:
             return False
 
+    def restore(self) -> bool:
+        """Take the lock anew if somebody deleted or replaced its file; return whether that was so (fault 19).
+
+        Raises:
+            L40sError: Another daemon has taken the place meanwhile (``already_running``), or the file cannot be made.
+        """
+        if self.is_intact():
+            return False
+        fresh = type(self).acquire(self.path)
+        os.close(self._descriptor)
+        self._descriptor = fresh._descriptor
+        return True
+
     def release(self) -> None:
         """Let go. The file stays: removing it would race with the next daemon. A second call does nothing."""
         if self._descriptor >= 0:

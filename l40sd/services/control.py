@@ -69,6 +69,7 @@ class Control:
         self._events = events
         self._doors = doors
         self._runner: web.AppRunner | None = None
+        self._site: web.SockSite | None = None
         self._log: structlog.stdlib.BoundLogger = supervisor.tools.log
 
     async def start(self) -> None:
@@ -81,15 +82,22 @@ class Control:
         app.add_routes(self._routes())
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
-        await web.SockSite(self._runner, bind_private(self.path, self._group)).start()
+        await self._listen(self._runner)
 
     async def rebind_if_lost(self) -> bool:
         """Open the socket anew when somebody deleted its file; return whether that was so (fault 19)."""
         if self.path.is_socket() or self._runner is None:
             return False
-        await web.SockSite(self._runner, bind_private(self.path, self._group)).start()
+        former = self._site
+        await self._listen(self._runner)
+        if former is not None:  # nobody can reach it any more
+            await former.stop()
         self._log.warning("control.rebound", path=str(self.path))
         return True
+
+    async def _listen(self, runner: web.AppRunner) -> None:
+        self._site = web.SockSite(runner, bind_private(self.path, self._group))
+        await self._site.start()
 
     async def close(self) -> None:
         """Stop serving and remove the socket's file."""

@@ -97,3 +97,26 @@ def test_a_place_that_cannot_hold_a_lock_is_named(tmp_path: Path) -> None:
         DaemonLock.acquire(tmp_path / "missing" / "l40sd.lock")
     assert caught.value.code == "cannot_lock"
     assert "missing" in caught.value.where
+
+
+def test_fault_19_a_lock_whose_file_was_deleted_is_taken_anew(path: Path) -> None:
+    lock = DaemonLock.acquire(path)
+    assert not lock.restore()
+    path.unlink()
+    assert lock_is_free(str(path)), "the shims would count the daemon as gone"
+    assert lock.restore()
+    assert not lock_is_free(str(path))
+    assert lock.is_intact()
+    lock.release()
+
+
+def test_fault_19_a_place_that_another_daemon_took_meanwhile_stays_its_own(path: Path) -> None:
+    lock = DaemonLock.acquire(path)
+    path.unlink()
+    other = DaemonLock.acquire(path)
+    with pytest.raises(L40sError) as caught:
+        lock.restore()
+    assert caught.value.code == "already_running"
+    assert other.is_intact()
+    lock.release()
+    other.release()
