@@ -499,7 +499,8 @@ class Supervisor:
     def _note_ended(self, spec: InstanceSpec, record: ExitRecord) -> None:
         wanted = next((w for w in self.want.wanted if w.placement.worker == spec.worker), None)
         keys = {"cause": record.cause, "ended_at": record.ended_at, "ran_s": round(record.ran_s, 1)}
-        self._log.warning("worker.ended_meanwhile", worker=spec.worker, exit_code=record.code, **keys)
+        keys |= {"exit_code": record.code, "exit_signal": record.signal, "oom": record.oom}
+        self._log.warning("worker.ended_meanwhile", worker=spec.worker, **keys)
         self.tools.processes.forget(spec.instance)  # nobody else will: its directory and its cgroup go
         if wanted is None or spec.worker in self.workers or record.cause in ("stopped", "orphaned"):
             return
