@@ -1,0 +1,1 @@
+"""Long runs over real processes: random operations, random kills of the daemon, connections without end."""
