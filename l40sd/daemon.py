@@ -84,7 +84,9 @@ def main(config_path: str | None, *, check_config: bool) -> None:
     except L40sError as error:
         structlog.get_logger().error("daemon.failed", reason=error.what, where=error.where, hint=error.hint)
         sys.exit(EXIT_BAD_CONFIG if error.code in ("bad_config", "does_not_fit", "unknown_pattern") else EXIT_FAILED)
-    if ending is Ending.UPGRADE:
+    if ending is not Ending.UPGRADE:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told again while the interpreter ends: the answer is the same
+    else:
         handover.exec_again()
 
 

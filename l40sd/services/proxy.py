@@ -25,6 +25,7 @@ from l40sd.services.proxy_shared import Shared
 from l40sd.services.routes import Routes
 
 BACKLOG = 4096
+DRAIN_POLL_S = 0.01
 ROUNDS_TO_CLOSE = 3
 TICK_LIMITS_S = (0.02, 0.5)
 DESCRIPTORS_KEPT = 96  # for workers, probes, logs and the control socket
@@ -66,7 +67,6 @@ class Proxy:
         self._shared: Shared | None = None
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._quiet: asyncio.Event = asyncio.Event()  # set when the last request has ended, while stopping
         self._paths: list[Path] = []
         self.sockets: list[socket.socket] = []
         self.addresses: tuple[str, ...] = ()
@@ -147,7 +147,6 @@ class Proxy:
         """Accept on every listener, after ``pause_accepting`` or a ``drain`` that led to nothing."""
         shared = self._running
         shared.is_stopping = False
-        self._quiet.clear()
         for sock in self.sockets:
             own = sock.dup()  # a server closes its socket when it stops; the listener must outlive it
             own.setblocking(False)
@@ -167,10 +166,11 @@ class Proxy:
         shared = self._running
         shared.is_stopping = True
         await self.pause_accepting()
-        self._close_idle()
         try:
             async with asyncio.timeout(grace_s):
-                await self._quiet.wait()
+                while shared.clients:  # also those that are closing: the last bytes of a reply may still be on their way
+                    self._close_idle()
+                    await asyncio.sleep(DRAIN_POLL_S)
         except TimeoutError:
             log.warning("proxy.drain_deadline", in_flight=self.stats.in_flight, after_s=grace_s)
         return self.stats.in_flight
@@ -230,8 +230,6 @@ class Proxy:
         for client in list(shared.clients):
             if client.is_idle():
                 client.close()
-        if all(client.is_closing for client in shared.clients):
-            self._quiet.set()
 
     # Listeners
 
