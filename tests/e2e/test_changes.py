@@ -119,3 +119,17 @@ async def test_a_stop_before_anything_is_ready_leaves_nothing(site_of: SiteOf) -
     await site.until(lambda now: any(w.phase == "starting" for w in now.workers), "a worker starts", 30)
     assert await site.stop(60) == 0, site.tail()
     assert site.leftovers() == []
+
+
+async def test_where_there_is_no_time_to_drain_the_log_says_what_was_cut(site_of: SiteOf) -> None:
+    """Also shows that the load is hard to please: without draining it does lose streams."""
+    hasty = SIMULATED.replace(', "--drain-s", "30"', "") + START_SMALL + "\n[workers]\ndrain_timeout_s = 0\n"
+    site = site_of(hasty)
+    await site.start()
+    await site.until_ready("small", START_S)
+    async with load(mix(await site.url(), "small", streams=12)) as tally:
+        assert (await site.change("pairs", CHANGE_S)).state == "done"
+    assert tally.truncated > 0
+    assert tally.failed == 0, tally.examples
+    cut = sum(event.data["in_flight"] for event in await site.events() if event.event == "worker.drain_deadline")
+    assert cut >= tally.truncated
