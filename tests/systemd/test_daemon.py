@@ -270,6 +270,20 @@ def test_stop_frees_everything_and_nothing_starts_it_again(serving: Container, s
         assert serving.show(unit, "ActiveState")["ActiveState"] == "inactive", unit
 
 
+def test_when_the_host_goes_down_the_daemon_drains_its_workers_itself(serving: Container) -> None:
+    """systemd stops everything at once then, workers too; the order of the units keeps its hands off them."""
+    began = serving.output("date +%s.%N")
+    serving.write("/run/systemd/system/nearly-down.target", "[Unit]\nAllowIsolate=yes\nRequires=basic.target\n")
+    serving.run("systemctl daemon-reload; systemctl isolate nearly-down.target")
+    until(lambda: serving.show("l40sd.service", "ActiveState")["ActiveState"] == "inactive", "the daemon has ended")
+    assert processes_of_l40sd(serving) == ""
+    said = serving.output(f"journalctl --no-pager -o cat --since @{began}")
+    assert "Stopping l40sd.service" in said
+    assert "Stopped l40s-worker@" in said
+    assert "Stopping l40s-worker@" not in said, "a job of systemd's own would have cut what was being answered"
+    serving.run("systemctl isolate multi-user.target")
+
+
 def test_without_polkit_rules_the_workers_survive_a_restart_as_well(host: Container) -> None:
     """Ubuntu 22.04's case: the drop-in that install adds there, and no rule."""
     rule = "/etc/polkit-1/rules.d/50-l40sd.rules"
