@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from faults.rig import (
     PACED,
     PATIENCE_S,
@@ -29,7 +30,6 @@ from faults.rig import (
     until,
 )
 from faults.suite import Outcome, fault
-
 from l40sd.core.errors import L40sError
 from l40sd.core.messages import Status
 from l40sd.sim.load import Mix, load

@@ -21,9 +21,6 @@ from l40sd.sim.site import Site
 PATIENCE_S = 60.0
 STOP_S = 60.0
 LOOK_S = 0.02
-PORTS_EACH = 40
-FIRST_PORT = 15000
-"""Below the ports that the kernel gives to outgoing connections, above the well-known ones."""
 
 WORKERS = {
     "start_parallel": 4,
@@ -108,13 +105,11 @@ class Rig:
 
         Timeouts are short; what is given is laid over them.
         """
-        first = FIRST_PORT + (self.number * 4 + len(self.sites) % 4) * PORTS_EACH
-        ports = {"port_first": first, "port_last": first + PORTS_EACH - 1}
         toy = {"engine": "simulated", "attention_heads": 64, "args": [*args], **(model or {})}
         few = {"model": "toy", "count": count, "tp": tp}
         sections = {
             "host": {"inventory": "l40s-12-4+2", **(host or {})},
-            "workers": {**WORKERS, **ports, **(workers or {})},
+            "workers": {**WORKERS, **(workers or {})},
             "health": {**HEALTH, **(health or {})},
             "proxy": {**PROXY, **(proxy or {})},
             "models.toy": toy,

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from faults.rig import Broken, Rig
-
 from l40sd.core.errors import L40sError
 
 QUICK_LIMIT_S = 120.0

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import psutil
+
 from faults.rig import (
     PACED,
     Rig,
