@@ -42,6 +42,7 @@ class Site:
         settings: More of ``[daemon]``.
         prefix: A program that the daemon is started through, e.g. ``("unshare", "--mount")``.
         environ: Laid over this process's own environment.
+        pass_fds: Descriptors that the daemon's process keeps, e.g. a listening socket.
         daemon: The daemon's process, once started.
     """
 
@@ -52,6 +53,7 @@ class Site:
     settings: Mapping[str, str | float] = field(default_factory=dict)
     prefix: tuple[str, ...] = ()
     environ: Mapping[str, str] = field(default_factory=dict)
+    pass_fds: tuple[int, ...] = ()
     daemon: subprocess.Popen[bytes] | None = None
 
     # -- the process ---------------------------------------------------------------------------------------------
@@ -91,6 +93,7 @@ class Site:
                 cwd=self.folder,
                 env=os.environ | {"PATH": path} | dict(self.environ),
                 start_new_session=True,
+                pass_fds=self.pass_fds,
             )
 
     async def start(self, timeout_s: float = 30.0) -> Status:
@@ -173,7 +176,9 @@ class Site:
         """Return the workers' cgroups of this site that are still there (provider ``cgroup``)."""
         name = f"l40sd-{hashlib.sha256(os.fsencode(self.folder / 'run')).hexdigest()[:12]}"
         mounts = [part.mountpoint for part in psutil.disk_partitions(all=True) if part.fstype == "cgroup2"]
-        return [str(group) for mount in mounts for base in Path(mount).rglob(name) for group in base.glob("*/")]
+        # Not rglob, which raises when another's cgroup goes away meanwhile.
+        bases = [Path(at) / name for mount in mounts for at, inner, _ in os.walk(mount) if name in inner]
+        return [str(group) for base in bases for group in base.glob("*/")]
 
     # -- what it says --------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="draw the same again; what meets what is up to the kernel")
     given = parser.parse_args(argv)
     number = secrets.randbelow(1 << 32) if given.seed is None else given.seed
-    say(f"{given.what}: seed {number}")
+    say(f"{given.what}: seed {number}" if given.what != "connections" else given.what)
     try:
         match given.what:
             case "operations":
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
             case "kills":
                 kills.soak(given.count or 300, number, say)
             case _:
-                connections.soak(number, say)
+                connections.soak(say)
     except (Broken, L40sError) as error:
         say(f"NOT KEPT: {error}")
         return 1
