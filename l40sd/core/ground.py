@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from l40sd.core.grouping import Cost, Grouping, Replica, Shape
+from l40sd.core.grouping import Grouping
 from l40sd.core.model import GpuId, Inventory, Link, ModelName
+from l40sd.core.shape import Cost, Replica, Shape
 from l40sd.core.tree import Part, tree_of
 
 Kind = tuple[ModelName, int, int]

@@ -11,19 +11,14 @@ inner parts each have one link, and any two GPUs are as far apart as the lowest 
 That makes the best grouping a knapsack over the tree: for every part, the cheapest way to complete each *tally* (so
 many groups of each shape); a part's tallies are its children's, added, plus what it completes itself at its own link.
 Parts of one form (as most switches of a host are) share one table. Exact, and polynomial in the number of GPUs.
-
-Cost, compared in this order (``Cost``):
-1. the worst link inside a TP group: TP talks twice in every layer,
-2. the sum of every TP group's worst link,
-3. the worst link inside a PP replica: PP talks once per stage boundary,
-4. the sum of every PP replica's worst link.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from l40sd.core.model import Link
-from l40sd.core.tree import Form, FreePart, Part, links_in, span, without
+from l40sd.core.shape import Cost, Replica, Shape
+from l40sd.core.tree import Form, FreePart, Part, links_in, without
 
 Tally = int
 """Completed groups of each shape, 16 bits a shape: adding two is one addition, and that is where the time goes."""
@@ -31,44 +26,6 @@ _BITS = 16
 _FIELD = (1 << _BITS) - 1
 _STEP = 1 << 32
 """One link of TP outweighs any sum of links of PP; a sum is at most 6 x the number of GPUs."""
-
-Replica = tuple[tuple[int, ...], ...]
-"""Positions of GPUs, a tuple per stage; one stage for plain TP, one GPU per stage for plain PP."""
-
-
-class Shape(NamedTuple):
-    """A replica's form. ``tp * pp`` is at least 2: a single GPU has no link to choose."""
-
-    tp: int
-    pp: int
-
-    @property
-    def has_stages(self) -> bool:
-        """Both TP and PP: TP groups are completed first and then chained."""
-        return self.tp > 1 and self.pp > 1
-
-    @property
-    def unit(self) -> int:
-        """GPUs of what a tally counts: a stage where there are stages, else the whole replica."""
-        return self.tp if self.has_stages else self.tp * self.pp
-
-
-class Cost(NamedTuple):
-    """What a grouping costs; less is better, compared left to right."""
-
-    worst_tp: Link = Link.X
-    sum_tp: int = 0
-    worst_pp: Link = Link.X
-    sum_pp: int = 0
-
-    def plus(self, other: "Cost") -> "Cost":
-        """Return the cost of two groupings side by side."""
-        return Cost(
-            max(self.worst_tp, other.worst_tp),
-            self.sum_tp + other.sum_tp,
-            max(self.worst_pp, other.worst_pp),
-            self.sum_pp + other.sum_pp,
-        )
 
 
 class _Table(NamedTuple):
@@ -83,15 +40,6 @@ class _Table(NamedTuple):
     costs: dict[Tally, int]
     base: dict[Tally, Tally]
     picked: list[dict[Tally, Tally]]
-
-
-def cost_of(tree: Part, shape: Shape, replica: Replica) -> Cost:
-    """Return what one given replica costs on this host."""
-    worst = span(tree, [gpu for stage in replica for gpu in stage])
-    if shape.pp == 1:
-        return Cost(worst, int(worst))
-    stages = [span(tree, stage) for stage in replica] if shape.tp > 1 else []
-    return Cost(max(stages, default=Link.X), sum(stages), worst, int(worst))
 
 
 class Grouping:

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 from l40sd.core.errors import DoesNotFit
 from l40sd.core.ground import Counts, FarPair, Ground, Kind, gpus_needed, positions_of
-from l40sd.core.grouping import Replica
 from l40sd.core.model import GpuId, Inventory, Link
+from l40sd.core.shape import Replica
 from l40sd.core.topology import shared_part
 from l40sd.core.tree import Part
 

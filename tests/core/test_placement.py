@@ -296,22 +296,14 @@ def what_runs(draw: st.DrawFn, host: Inventory, asked: list[Kind]) -> list[tuple
     return running
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_no_layout_is_better_than_the_one_chosen(data: st.DataObject) -> None:
-    """Brute force over every layout: the cost is the least there is, and of that cost none moves less."""
-    host = data.draw(tree_hosts(7))
-    asked = data.draw(st.lists(kinds, min_size=1, max_size=4))
-    assume(sum(tp * pp for _, tp, pp in asked) <= len(host.gpus))
-    force = data.draw(st.booleans())
-    running = data.draw(what_runs(host, asked))
+def check_against_brute_force(
+    host: Inventory, asked: list[Kind], running: list[tuple[Kind, Stages]], *, force: bool
+) -> None:
+    """The cost is the least that any layout has, and of the layouts of that cost none moves less."""
     limit = Link.SYS if force else Link.NODE
-
-    in_order = sorted(asked)
-    every = [(cost(layout, host), layout) for layout in every_layout(tuple(range(len(host.gpus))), in_order)]
+    every = ((cost(layout, host), layout) for layout in every_layout(tuple(range(len(host.gpus))), sorted(asked)))
     allowed = [(its, layout) for its, layout in every if its[0] <= limit]
-    counts = Counter(asked)
-    wanted = pattern(*((model, count, tp, pp) for (model, tp, pp), count in counts.items()))
+    wanted = pattern(*((model, count, tp, pp) for (model, tp, pp), count in Counter(asked).items()))
     current = as_placements(running, host)
     if not allowed:
         with pytest.raises(DoesNotFit):
@@ -321,6 +313,34 @@ def test_no_layout_is_better_than_the_one_chosen(data: st.DataObject) -> None:
     best = min(its for its, _ in allowed)
     assert cost(chosen, host) == best
     assert kept_gpus(chosen, running) == max(kept_gpus(layout, running) for its, layout in allowed if its == best)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_layout_is_better_than_the_one_chosen(data: st.DataObject) -> None:
+    host = data.draw(tree_hosts(7))
+    asked = data.draw(st.lists(kinds, min_size=1, max_size=4))
+    assume(sum(tp * pp for _, tp, pp in asked) <= len(host.gpus))
+    running = data.draw(what_runs(host, asked))
+    check_against_brute_force(host, asked, running, force=data.draw(st.booleans()))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_no_layout_is_better_for_pipelines_of_tp_groups(data: st.DataObject) -> None:
+    """Two pipelines of two pairs take eight GPUs, beyond what every kind at once leaves time for."""
+    host = data.draw(tree_hosts(9).filter(lambda host: len(host.gpus) >= 8))
+    asked = data.draw(st.sampled_from([[(M, 2, 2)] * 2, [(M, 2, 2), (N, 2, 2)], [(M, 2, 2), (N, 2, 1), (N, 2, 1)]]))
+    running = data.draw(what_runs(host, asked))
+    check_against_brute_force(host, asked, running, force=data.draw(st.booleans()))
+
+
+def test_a_shorter_pipeline_does_not_pay_for_slower_tp() -> None:
+    """The triple makes PHB the worst TP link anyway; still the pipeline takes two PIX pairs, a socket apart."""
+    host = tree_host([[[["g", "g"], ["g"], ["g"]]], [[["g", "g"]]], [[["g"], ["g"], ["g"]]]])
+    check_against_brute_force(host, [(M, 2, 2), (N, 3, 1)], [], force=False)
+    layout = place(pattern((M, 1, 2, 2)), CONFIG, host, facts={})
+    assert groups(layout, host) == [[0, 1, 4, 5]]
 
 
 @settings(max_examples=100, deadline=None)
@@ -410,6 +430,14 @@ def test_a_replica_that_can_stay_stays_with_its_rank_order() -> None:
     layout = place(pattern((M, None, 2, 1)), CONFIG, host, facts={}, current=[running])
     assert "llama-gpu3-1" in [p.worker for p in layout.placements]
     assert groups(layout, host)[:2] == [[0, 2], [3, 1]]
+
+
+def test_one_worker_moves_so_that_two_can_stay() -> None:
+    """Keeping GPU0's worker would leave the triple only the switch of the two others."""
+    host = tree_host([[[["g"] * 3], [["g"] * 3]]])
+    running = [Placement(worker=WorkerId(f"x{n}"), model=N, tp=1, pp=1, gpus=gpus_of(host, n)) for n in (0, 3, 4)]
+    layout = place(pattern((N, 3, 1, 1), (M, 1, 3, 1)), CONFIG, host, facts={}, current=running)
+    assert groups(layout, host) == [[3], [4], [5], [0, 1, 2]]
 
 
 def test_a_replica_in_a_bad_place_moves() -> None:
