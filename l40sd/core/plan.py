@@ -22,6 +22,9 @@ from l40sd.core.model import GpuId, ModelName, Placement, WorkerId
 Shape = tuple[ModelName, int, int]
 """Model, TP, PP: what has to prove itself once before more of it replace what works."""
 
+ON_TRIAL = COMING_UP | {Phase.WAITING, Phase.STOPPING, Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED}
+"""Phases of a worker that has yet to give its first answer. One that is idle by the operator's wish has given it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
@@ -188,7 +191,9 @@ def _scene(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limit
         missing=missing,
         sets=sets,
         on_its_way=len(clearing) + len(coming),
-        trial=frozenset(({w.shape for w in clearing} | {o.shape for o in kept if not o.is_serving}) & limits.unproven),
+        trial=frozenset(
+            ({w.shape for w in clearing} | {o.shape for o in kept if o.phase in ON_TRIAL}) & limits.unproven
+        ),
     )
 
 
@@ -202,6 +207,8 @@ def _retirements(wanted: Sequence[Wanted], observed: Sequence[Observed], limits:
     movable = [(w, way) for w, way in scene.sets if not any(o.phase is Phase.STUCK for o in way)]
     todo = [(w, tuple(o for o in way if o.goal is not Goal.GONE)) for w, way in movable]
     todo = sorted(((w, way) for w, way in todo if way), key=lambda pair: _cost(*pair))
+    # What keeps the floor comes first: it may well be what makes room for the rest.
+    todo.sort(key=lambda pair: not _keeps_floor(pair[1], wanted, scene.alive, (), limits))
     on_its_way, trial = scene.on_its_way, scene.trial
     gone: set[WorkerId] = set()
     for w, way in todo:

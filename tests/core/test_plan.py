@@ -187,3 +187,17 @@ def next_phase(o: Observed) -> Phase:
             return Phase.WAITING
         case _:
             return o.phase
+
+
+def test_what_keeps_the_floor_goes_first_so_that_it_makes_room_for_the_rest() -> None:
+    """Seen with 8B on GPUs 0-3 and 70B on three TP2 groups: the 8B went to nothing although it need not."""
+    day = wanted_layout([("small", 1)] * 4 + [("large", 2)] * 4)
+    night = [
+        *wanted_layout([("large", 4)]),
+        *wanted_layout([("small", 1)] * 4 + [("large", 2)] * 3 + [("small", 2)])[-1:],
+        *wanted_layout([("small", 1)] * 4 + [("small", 2)])[-1:],
+        *wanted_layout([("small", 1)] * 6 + [("large", 4)])[-1:],
+    ]
+    steps = preview(night, ready(day), limits_for(ready(day), night))
+    assert min(s.ready[ModelName("small")] for s in steps) >= 0.5
+    assert min(s.ready[ModelName("large")] for s in steps) >= 0.5
