@@ -9,6 +9,7 @@ pytestmark = pytest.mark.systemd
 
 INSTALL = "/src/scripts/install --wheels /wheels"
 INSTALL_TIMEOUT_S = 180.0
+UNITS = "/usr/local/lib/systemd/system"
 PLACES = "/etc /opt /usr /root /home /srv /var/lib /var/log /var/spool /var/mail /run"
 # What any host's own programs write as they go, and the spare copies that adduser leaves of the files it changes.
 _OF_NO_INTEREST = re.compile(
@@ -55,7 +56,7 @@ def test_the_shipped_configuration_passes_its_own_check_as_the_daemon_user(bare:
 
 def test_drop_ins_are_those_that_this_systemd_knows(bare: Container) -> None:
     version = int(bare.output("systemctl --version | sed -n '1s/^systemd \\([0-9]*\\).*/\\1/p'"))
-    installed = bare.output("cd /usr/local/lib/systemd/system && ls l40sd.service.d 2>/dev/null || true").split()
+    installed = bare.output(f"cd {UNITS} && ls l40sd.service.d 2>/dev/null || true").split()
     assert installed == [f"systemd-{known}.conf" for known in (253, 254) if known <= version]
     assert bare.show("l40sd.service", "Type")["Type"] == ("notify-reload" if version >= 253 else "notify")
 
@@ -78,6 +79,20 @@ def test_installing_again_is_an_upgrade(bare: Container) -> None:
     assert set(bare.output("cd /opt/l40sd && ls -d release-*").split()) == set(releases[-2:])
     assert bare.output("tail -n 1 /etc/l40sd/l40sd.toml") == "# mine"
     assert bare.output("getent passwd l40sd; getent group l40sd") == users
+
+
+def test_a_polkit_without_rules_gets_the_drop_in_and_no_rule_is_left(bare: Container) -> None:
+    """Ubuntu 22.04's version; what an install with another polkit had put there goes."""
+    rule, drop_in = "/etc/polkit-1/rules.d/50-l40sd.rules", f"{UNITS}/l40sd.service.d/no-polkit-rules.conf"
+    bare.run(f"test -e {rule} -a ! -e {drop_in}")
+    bare.write("/usr/local/sbin/pkaction", "#!/bin/sh\necho pkaction version 0.105\n")
+    bare.run("chmod +x /usr/local/sbin/pkaction")
+    bare.run(INSTALL, timeout_s=INSTALL_TIMEOUT_S)
+    bare.run(f"test ! -e {rule} -a -e {drop_in}")
+    assert bare.show("l40sd.service", "KillMode", "Delegate") == {"KillMode": "process", "Delegate": "yes"}
+    bare.run("rm /usr/local/sbin/pkaction")
+    bare.run(INSTALL, timeout_s=INSTALL_TIMEOUT_S)
+    bare.run(f"test -e {rule} -a ! -e {drop_in}")
 
 
 def test_a_failed_installation_changes_nothing(bare: Container) -> None:
