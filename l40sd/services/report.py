@@ -21,9 +21,10 @@ from l40sd.core.messages import (
 from l40sd.core.model import GpuId, Layout, Link, Placement
 from l40sd.core.pattern import patterns_of
 from l40sd.core.plan import Do, Limits, capacity, preview
+from l40sd.services.change import Want
 from l40sd.services.host import GpuMemory
 from l40sd.services.proxy import Proxy
-from l40sd.services.supervisor import Supervisor, Want
+from l40sd.services.supervisor import Supervisor
 from l40sd.services.worker import Worker
 
 

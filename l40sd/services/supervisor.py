@@ -12,72 +12,27 @@ import asyncio
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from l40sd.adapters.clock import now_s
-from l40sd.adapters.process import Adoption, ExitRecord, Instance, InstanceSpec
+from l40sd.adapters.process import Adoption
 from l40sd.adapters.store import Store
 from l40sd.core import launch as launching
 from l40sd.core.config import Config
 from l40sd.core.errors import L40sError
 from l40sd.core.lifecycle import Event, Goal, Phase
-from l40sd.core.messages import OperationStatus, plain, restore
+from l40sd.core.messages import OperationStatus
 from l40sd.core.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
-from l40sd.core.plan import Do, Limits, Order, Shape, Wanted, capacity, is_settled, plan, ready_share
+from l40sd.core.plan import Do, Limits, Order, Wanted, capacity, is_settled, plan, ready_share
+from l40sd.services.change import Change, Want, state_of
+from l40sd.services.recall import recall
 from l40sd.services.routes import CatalogEntry
 from l40sd.services.worker import Tools, Worker
 
 TURN_AT_LEAST_EVERY_S = 2.0
 OPERATIONS_KEPT = 50
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Want:
-    """A layout that shall be, with the configuration that its workers are started from."""
-
-    layout: Layout
-    config: Config
-    force: bool = False
-    wanted: tuple[Wanted, ...] = ()
-
-    @property
-    def pattern(self) -> str:
-        """The pattern's name."""
-        return self.layout.pattern
-
-
-@dataclass(slots=True, kw_only=True)
-class Change:
-    """The way from one want to another.
-
-    Attributes:
-        previous: What everything goes back to when the first new worker does not prove itself; None: nowhere to go.
-        baseline: Each model's capacity in GPUs when the change began.
-        proven: Shapes that have given one real answer, or serve unchanged.
-        created: Workers made for this change: only their failures speak against it.
-    """
-
-    id: str
-    pattern: str
-    previous: Want | None
-    baseline: Mapping[ModelName, int]
-    proven: set[Shape] = field(default_factory=set)
-    created: set[WorkerId] = field(default_factory=set)
-    state: str = "running"
-    why: str = ""
-    step: str = ""
-    lowest_ready: float = 1.0
-    began_at_s: float = field(default_factory=now_s)
-
-    @property
-    def previous_pattern(self) -> str:
-        """Name of the pattern it came from; empty when there was none."""
-        return self.previous.pattern if self.previous else ""
 
 
 class Supervisor:
@@ -268,13 +223,11 @@ class Supervisor:
         if change is None:
             return Limits(start_parallel=workers.start_parallel, min_ready=workers.min_ready, baseline={})
         unproven = frozenset(w.shape for w in self.want.wanted) - change.proven
-        # A layout that served before, or the only one there is, needs no trial.
-        is_trial = change.previous is not None and change.state == "running"
         return Limits(
             start_parallel=workers.start_parallel,
             min_ready=workers.min_ready,
             baseline=change.baseline,
-            unproven=unproven if is_trial else frozenset(),
+            unproven=unproven if change.is_trial else frozenset(),
         )
 
     def _judge(self, change: Change) -> None:
@@ -286,7 +239,7 @@ class Supervisor:
                 change.proven.add(worker.wanted.shape)
                 self._log.info("pattern.apply.proven", pattern=change.pattern, worker=worker.id)
                 self._save()
-        if change.state != "running" or change.previous is None:
+        if not change.is_trial:
             return
         for worker in newcomers:
             is_trial = worker.wanted.shape not in change.proven
@@ -416,97 +369,16 @@ class Supervisor:
     # -- start and stop --------------------------------------------------------------------------------------------
 
     async def begin(self, adoption: Adoption) -> None:
-        """Take up what an earlier daemon left: what it wanted, the change it was at, its workers. Before ``run``.
+        """Take up what an earlier daemon left, see recall.py. Before ``run``.
 
-        1. Running instances become workers as they were recorded, wanted or not: the planner sorts them out.
-        2. What is wanted is read back and placed again, which keeps it where it is unless host or config changed.
-        3. A change in the middle is carried on.
-        4. What ended meanwhile counts as the failure it was.
+        Raises:
+            L40sError: The pattern is not possible, and nothing of it is running.
         """
-        for instance in adoption.running:  # 1
-            self._adopt(instance)
-        self._recall(await self.store.load() or {})  # 2, 3
-        for spec, record in adoption.ended:  # 4
-            self._note_ended(spec, record)
-
-    def _adopt(self, instance: Instance) -> None:
-        try:
-            placement = restore(Placement, instance.spec.meta["placement"])
-            self._check_adoptable(placement)
-            wanted = Wanted(placement=placement, fingerprint=str(instance.spec.meta["fingerprint"]))
-            worker = Worker(wanted, self.config, self.tools)
-            worker.adopt(instance)
-        except (KeyError, msgspec.ValidationError, L40sError) as error:
-            self._log.warning("worker.not_adopted", instance=instance.spec.instance, reason=str(error))
-            instance.terminate()
-            return
-        self.workers[worker.id] = worker
-        self._log.info("worker.adopted", worker=worker.id, pid=instance.engine_pid, instance=instance.spec.instance)
-
-    def _check_adoptable(self, placement: Placement) -> None:
-        if placement.model not in self.config.models:
-            raise L40sError(f"model {placement.model} is not in the configuration any more", code="bad_record")
-        if placement.worker in self.workers:
-            raise L40sError("its worker has another instance already", where=placement.worker, code="bad_record")
-
-    def _recall(self, state: Mapping[str, Any]) -> None:
-        pattern = str(state.get("pattern") or self.config.daemon.pattern)
-        stored = self._placements(state.get("placements"))
-        try:
-            force = bool(state.get("force"))
-            self._set_want(self.design(pattern, self.config, force=force, current=stored or None))
-        except L40sError as error:
-            kept = [p for p in stored if self._is_possible(p)]
-            if not kept:
-                raise
-            self._log.error("pattern.degraded", pattern=pattern, reason=str(error), workers=len(kept))
-            self._trouble = f"pattern {pattern} does not fit any more, what is left of it runs: {error.what}"
-            self._set_want(self._want(Layout(pattern=pattern, placements=tuple(kept)), self.config))
-        journal = state.get("change")
-        if isinstance(journal, dict):
-            self._recall_change(journal)
+        state = await self.store.load() or {}
+        recalled = await recall(adoption, state, self.config, self.tools, design=self.design, want_of=self._want)
+        self.workers, self.change, self._trouble = recalled.workers, recalled.change, recalled.trouble
+        self._set_want(recalled.want)
         self._save()
-
-    def _recall_change(self, journal: Mapping[str, Any]) -> None:
-        previous = None
-        former = [p for p in self._placements(journal.get("placements")) if self._is_possible(p)]
-        if former:
-            layout = Layout(pattern=str(journal.get("previous", "")), placements=tuple(former))
-            previous = self._want(layout, self.config)
-        self.change = Change(
-            id=str(journal.get("id")),
-            pattern=str(journal.get("pattern")),
-            previous=previous,
-            baseline={ModelName(k): int(v) for k, v in dict(journal.get("baseline", {})).items()},
-            proven={(ModelName(m), int(t), int(p)) for m, t, p in journal.get("proven", [])},
-            created={w.placement.worker for w in self.want.wanted if w.placement.worker in self.workers},
-            state=str(journal.get("state", "running")),
-            why=str(journal.get("why", "")),
-        )
-        self._log.warning("pattern.apply.resumed", pattern=self.want.pattern, operation=self.change.id)
-
-    def _placements(self, stored: Any) -> list[Placement]:
-        try:
-            return restore(list[Placement], stored or [])
-        except msgspec.ValidationError as error:
-            self._log.error("state.unreadable", reason=str(error))
-            return []
-
-    def _is_possible(self, p: Placement) -> bool:
-        gpus = {gpu.id for gpu in self.tools.host.inventory.gpus}
-        return p.model in self.config.models and gpus.issuperset(p.gpus)
-
-    def _note_ended(self, spec: InstanceSpec, record: ExitRecord) -> None:
-        wanted = next((w for w in self.want.wanted if w.placement.worker == spec.worker), None)
-        keys = {"cause": record.cause, "ended_at": record.ended_at, "ran_s": round(record.ran_s, 1)}
-        keys |= {"exit_code": record.code, "exit_signal": record.signal, "oom": record.oom}
-        self._log.warning("worker.ended_meanwhile", worker=spec.worker, **keys)
-        self.tools.processes.forget(spec.instance)  # nobody else will: its directory and its cgroup go
-        if wanted is None or spec.worker in self.workers or record.cause in ("stopped", "orphaned"):
-            return
-        worker = Worker(wanted, self.config, self.tools)
-        worker.died_meanwhile(record)
-        self.workers[worker.id] = worker
 
     async def stop(self, timeout_s: float) -> int:
         """Drain and stop every worker within ``timeout_s``; return how many could not be stopped."""
@@ -537,28 +409,7 @@ class Supervisor:
         """Write what is wanted and the change under way; a full disk degrades, it does not stop the work."""
         while self._is_unsaved:
             self._is_unsaved = False
-            await self.store.save(self._state())
-
-    def _state(self) -> dict[str, Any]:
-        change = self.change
-        state: dict[str, Any] = {
-            "pattern": self.want.pattern,
-            "force": self.want.force,
-            "placements": plain(self.want.layout.placements),
-            "change": None,
-        }
-        if change is not None and change.state in ("running", "rolling_back"):
-            state["change"] = {
-                "id": change.id,
-                "pattern": change.pattern,
-                "previous": change.previous_pattern,
-                "placements": plain(change.previous.layout.placements) if change.previous else [],
-                "baseline": dict(change.baseline),
-                "proven": [list(shape) for shape in sorted(change.proven)],
-                "state": change.state,
-                "why": change.why,
-            }
-        return state
+            await self.store.save(state_of(self.want, self.change))
 
     def _note_step(self, text: str) -> None:
         if self.change is not None:
@@ -574,18 +425,7 @@ class Supervisor:
             change.lowest_ready = min(change.lowest_ready, ready_share(model, self.want.wanted, observed, limits))
         serving = {(o.worker, o.fingerprint) for o in observed if o.is_serving}
         done = sum((w.placement.worker, w.fingerprint) in serving for w in self.want.wanted)
-        self.operations[change.id] = OperationStatus(
-            id=change.id,
-            pattern=change.pattern,
-            previous=change.previous_pattern,
-            state=change.state,
-            done=done,
-            total=len(self.want.wanted),
-            step=change.step,
-            lowest_ready=change.lowest_ready,
-            why=change.why,
-            duration_s=now_s() - change.began_at_s,
-        )
+        self.operations[change.id] = change.status(done=done, total=len(self.want.wanted))
         while len(self.operations) > OPERATIONS_KEPT:
             self.operations.pop(next(iter(self.operations)))
 

@@ -1,0 +1,150 @@
+"""Take up what an earlier daemon left: what it wanted, the change it was at, its workers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import msgspec
+
+from l40sd.adapters.process import Adoption, ExitRecord, Instance, InstanceSpec
+from l40sd.core.config import Config, ModelConfig
+from l40sd.core.errors import L40sError
+from l40sd.core.messages import restore
+from l40sd.core.model import Layout, Placement, WorkerId
+from l40sd.core.plan import Wanted
+from l40sd.services.change import Change, Want
+from l40sd.services.worker import Tools, Worker
+
+
+@dataclass(slots=True, kw_only=True)
+class Recalled:
+    """What the supervisor begins with.
+
+    Attributes:
+        trouble: A sentence for the operator when not all of what was wanted is possible any more.
+    """
+
+    want: Want
+    workers: dict[WorkerId, Worker] = field(default_factory=dict)
+    change: Change | None = None
+    trouble: str = ""
+
+
+class Design(Protocol):
+    """How a pattern becomes a want; ``Supervisor.design``."""
+
+    def __call__(self, pattern_name: str, config: Config, *, force: bool, current: list[Placement] | None) -> Want:
+        """Return the pattern placed; raises L40sError."""
+
+
+async def recall(
+    adoption: Adoption,
+    state: Mapping[str, Any],
+    config: Config,
+    tools: Tools,
+    *,
+    design: Design,
+    want_of: Callable[[Layout, Config], Want],
+) -> Recalled:
+    """Return what to begin with.
+
+    1. Running instances become workers as they were recorded, wanted or not: the planner sorts them out.
+    2. What is wanted is placed again, which keeps it where it is unless host or config changed.
+    3. A change in the middle is carried on.
+    4. What ended meanwhile counts as the failure it was.
+
+    Raises:
+        L40sError: The pattern is not possible, and nothing of it is running.
+    """
+    workers: dict[WorkerId, Worker] = {}
+    for instance in adoption.running:  # 1
+        await _adopt(instance, workers, config, tools)
+    recalled = _recall_want(state, config, tools, design, want_of)  # 2
+    recalled.workers = workers
+    journal = state.get("change")
+    if isinstance(journal, dict):  # 3
+        former = [p for p in _placements(journal.get("placements"), tools) if _is_possible(p, config, tools)]
+        layout = Layout(pattern=str(journal.get("previous", "")), placements=tuple(former))
+        ids = {w.placement.worker for w in recalled.want.wanted}
+        previous = want_of(layout, config) if former else None
+        recalled.change = Change.resumed(journal, previous, ids & workers.keys())
+        tools.log.warning("pattern.apply.resumed", pattern=recalled.want.pattern, operation=recalled.change.id)
+    for spec, record in adoption.ended:  # 4
+        _note_ended(spec, record, recalled, config, tools)
+    return recalled
+
+
+async def _adopt(instance: Instance, workers: dict[WorkerId, Worker], config: Config, tools: Tools) -> None:
+    """Make a worker of a running instance; one whose record says too little to talk to it is ended here."""
+    try:
+        placement = restore(Placement, instance.spec.meta["placement"])
+        _refuse_second(placement, workers)
+        wanted = Wanted(placement=placement, fingerprint=str(instance.spec.meta["fingerprint"]))
+        worker = Worker(wanted, _with_model(config, placement), tools)
+        worker.adopt(instance)
+    except (KeyError, msgspec.ValidationError, L40sError) as error:
+        tools.log.warning("worker.not_adopted", instance=instance.spec.instance, reason=str(error))
+        if await instance.kill(config.workers.kill_timeout_s):
+            tools.processes.forget(instance.spec.instance)
+        return
+    workers[worker.id] = worker
+    tools.log.info("worker.adopted", worker=worker.id, pid=instance.engine_pid, instance=instance.spec.instance)
+
+
+def _refuse_second(placement: Placement, workers: Mapping[WorkerId, Worker]) -> None:
+    if placement.worker in workers:
+        raise L40sError("its worker has another instance already", where=placement.worker, code="bad_record")
+
+
+def _with_model(config: Config, placement: Placement) -> Config:
+    """Return a config that knows the placement's model. One that is not configured any more is only there to go."""
+    if placement.model in config.models:
+        return config
+    gone = ModelConfig(name=placement.model, engine="simulated", source="not configured any more")
+    return replace(config, models={**config.models, placement.model: gone})
+
+
+def _recall_want(
+    state: Mapping[str, Any],
+    config: Config,
+    tools: Tools,
+    design: Design,
+    want_of: Callable[[Layout, Config], Want],
+) -> Recalled:
+    pattern = str(state.get("pattern") or config.daemon.pattern)
+    stored = _placements(state.get("placements"), tools)
+    try:
+        return Recalled(want=design(pattern, config, force=bool(state.get("force")), current=stored or None))
+    except L40sError as error:
+        kept = tuple(p for p in stored if _is_possible(p, config, tools))
+        if not kept:
+            raise
+        tools.log.warning("pattern.degraded", pattern=pattern, reason=str(error), workers=len(kept))
+        trouble = f"pattern {pattern} does not fit any more, what is left of it runs: {error.what}"
+        return Recalled(want=want_of(Layout(pattern=pattern, placements=kept), config), trouble=trouble)
+
+
+def _placements(stored: Any, tools: Tools) -> list[Placement]:
+    try:
+        return restore(list[Placement], stored or [])
+    except msgspec.ValidationError as error:
+        tools.log.warning("state.unreadable", reason=str(error))
+        return []
+
+
+def _is_possible(p: Placement, config: Config, tools: Tools) -> bool:
+    gpus = {gpu.id for gpu in tools.host.inventory.gpus}
+    return p.model in config.models and gpus.issuperset(p.gpus)
+
+
+def _note_ended(spec: InstanceSpec, record: ExitRecord, recalled: Recalled, config: Config, tools: Tools) -> None:
+    keys = {"cause": record.cause, "ended_at": record.ended_at, "ran_s": round(record.ran_s, 1)}
+    keys |= {"exit_code": record.code, "exit_signal": record.signal, "oom": record.oom}
+    tools.log.warning("worker.ended_meanwhile", worker=spec.worker, **keys)
+    tools.processes.forget(spec.instance)  # nobody else will: its directory and its cgroup go
+    wanted = next((w for w in recalled.want.wanted if w.placement.worker == spec.worker), None)
+    if wanted is None or spec.worker in recalled.workers or record.cause in ("stopped", "orphaned"):
+        return
+    worker = Worker(wanted, config, tools)
+    worker.died_meanwhile(record)
+    recalled.workers[worker.id] = worker
