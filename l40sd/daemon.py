@@ -274,11 +274,16 @@ class Daemon:
     async def hand_over(self) -> None:
         """Let open requests finish, bounded; then keep the listener and the lock for the next daemon in this process.
 
-        New connections are not refused meanwhile: they wait in the listener's backlog.
+        New connections are not refused meanwhile: they wait in the listener's backlog. The watchdog is fed on: the
+        open requests may take longer than it allows.
         """
-        await self._proxy.pause_accepting()
         drain_s = self._loaded.config.workers.drain_timeout_s
-        cut = await self._proxy.drain(drain_s)
+        async with asyncio.TaskGroup() as group:
+            watchdog = group.create_task(self._feed_watchdog(), name="watchdog")
+            await self._proxy.pause_accepting()
+            cut = await self._proxy.drain(drain_s)
+            watchdog.cancel()
+        self.notifier.watchdog()
         self._log.info("daemon.handing_over", requests_cut=cut)
         handover.give(self._lock.keep_over_exec(), self._proxy.sockets)
 

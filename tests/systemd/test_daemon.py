@@ -141,6 +141,26 @@ def test_upgrade_turns_the_daemon_into_the_new_release_and_touches_no_worker(ser
     assert json.loads(serving.output(CHAT))["choices"]
 
 
+def test_an_upgrade_lets_a_stream_finish_that_takes_longer_than_the_watchdog(host: Container) -> None:
+    """Seen: nobody fed the watchdog while the open streams finished, and systemd killed the daemon in mid upgrade."""
+    host.run("systemctl stop l40sd")
+    slow = CONFIG.replace('source = "tiny"', 'source = "tiny"\nargs = ["--tokens-per-s", "8"]')
+    host.write("/etc/l40sd/l40sd.toml", slow.replace("drain_timeout_s = 2", "drain_timeout_s = 60"))
+    drop_in(host, "[Service]\nWatchdogSec=2s\n")
+    host.run("systemctl start l40sd")
+    wait_until_ready(host)
+    daemon = main_pid(host)
+    stream = CHAT.replace("-sS -m 20", "-sSN -m 60").replace('"max_tokens": 4', '"max_tokens": 48, "stream": true')
+    with host.background(stream) as asked:
+        assert asked.stdout is not None
+        assert asked.stdout.readline().startswith("data:")
+        host.run("l40sctl upgrade", timeout_s=120)
+        assert asked.communicate(timeout=60)[0].rstrip().endswith("data: [DONE]")
+    assert main_pid(host) == daemon
+    drop_in(host, "")
+    host.run("systemctl stop l40sd")
+
+
 def test_daemon_reload_touches_nothing(serving: Container) -> None:
     before, daemon = worker_pids(serving), main_pid(serving)
     serving.run("systemctl daemon-reload && systemctl daemon-reexec")
