@@ -22,6 +22,7 @@ from l40sd.services.proxy_shared import Shared
 AHEAD_LIMIT_BYTES = 65536
 DISCARD_LIMIT_BYTES = 65536  # a refused request's body is read to its end up to this; beyond, the connection is closed
 LINGER_S = 2.0  # for a refused client to read why before its connection is reset
+PARTING_S = 0.25  # for a request that is on its way on an idle connection, when nothing new shall come
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 PASSED_ON = {
@@ -48,6 +49,7 @@ class Client(asyncio.Protocol):
     """The protocol of one accepted connection."""
 
     __slots__ = (
+        "_allowed",
         "_chunks",
         "_head",
         "_held",
@@ -84,6 +86,7 @@ class Client(asyncio.Protocol):
     def _begin_request(self) -> None:
         self._head: RequestHead | None = None
         self._target = b""  # what to ask a worker for; empty: answered here
+        self._allowed: tuple[bytes, ...] = ()  # what to answer to OPTIONS
         self._parts: list[bytes] = []
         self._missing = 0  # bytes of the body still to come
         self._chunks: ChunkedBody | None = None
@@ -171,18 +174,25 @@ class Client(asyncio.Protocol):
         """Whether the connection is between two requests."""
         return self.exchange is None and self._head is None and not self._held and not self.is_closing
 
+    def part(self) -> None:
+        """Close an idle connection soon: a client that has just been told it may go on is not cut off in doing so."""
+        self.deadline_s = min(self.deadline_s, self._shared.now_s + PARTING_S)
+
     def will_keep_alive(self) -> bool:
-        """Whether another request may follow the present one."""
-        return self.keep_alive and not self._shared.is_stopping
+        """Decide, for the head of a reply, whether another request may follow; it is a promise."""
+        self.keep_alive = self.keep_alive and not self._shared.is_stopping
+        return self.keep_alive
 
     def finished(self) -> None:
         """Go on to the next request: the answer to this one is written."""
         self.exchange = None
-        if not self.will_keep_alive():
+        if not self.keep_alive:
             self.close()
             return
         self._begin_request()
         self.expect(self._shared.config.client_idle_timeout_s)
+        if self._shared.is_stopping:
+            self.part()
         if self._held and not self._is_reading:  # otherwise the caller is _proceed, which goes on itself
             self.transport.resume_reading()
             self._shared.loop.call_soon(self._proceed)
@@ -299,7 +309,10 @@ class Client(asyncio.Protocol):
         methods = (b"POST", b"OPTIONS") if target else (b"GET", b"HEAD", b"OPTIONS")
         if head.method not in methods:  # 2
             raise Refused(405, "method_not_allowed", "this method is not for this path", b", ".join(methods).decode())
-        if head.method == b"OPTIONS" or path in OPEN_PAGES:
+        if head.method == b"OPTIONS":
+            self._allowed = methods
+            return
+        if path in OPEN_PAGES:
             return
         if not self._shared.has_key(head.credential):  # 3
             raise Refused(401, "invalid_api_key", "a valid API key is needed: Authorization: Bearer KEY")
@@ -333,17 +346,14 @@ class Client(asyncio.Protocol):
         assert head is not None
         if self._refused is not None:
             self._count_and_refuse(self._refused)
+        elif self._allowed:
+            self._answer(204, b"", fields=b"allow: %b\r\n" % b", ".join(self._allowed))
         elif self._target:
             self._pass_on(head)
-        elif head.method == b"OPTIONS":
-            self._answer(204, b"", fields=b"allow: GET, HEAD, POST, OPTIONS\r\n")
         else:
             self._show(head)
 
     def _pass_on(self, head: RequestHead) -> None:
-        if head.method == b"OPTIONS":
-            self._answer(204, b"", fields=b"allow: POST, OPTIONS\r\n")
-            return
         parts = self._parts
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         try:

@@ -29,12 +29,11 @@ def answer(
         close: The connection is closed after it.
         head_only: It answers a HEAD request.
     """
-    head = b"HTTP/1.1 %d %b\r\nx-l40s-source: l40sd\r\n%bcontent-length: %d\r\ncontent-type: %b\r\n%b\r\n" % (
+    head = b"HTTP/1.1 %d %b\r\nx-l40s-source: l40sd\r\n%b%b%b\r\n" % (
         status,
         HTTPStatus(status).phrase.encode(),
         fields,
-        len(body),
-        content_type,
+        b"" if status == 204 else b"content-length: %d\r\ncontent-type: %b\r\n" % (len(body), content_type),
         b"connection: close\r\n" if close else b"",
     )
     return head if head_only else head + body
