@@ -272,8 +272,9 @@ class Stand:
         """Close the clients; then nobody may hold anything."""
         for dialog in self.dialogs:
             dialog.close()
-        await self.until(lambda: self.leases() == 0)
-        assert self.routes.waiting(CHAT) == 0
-        await self.proxy.stop(5.0)
-        for worker in self.workers:
-            await worker.stop()
+        try:
+            await self.until(lambda: self.leases() == 0 and self.routes.waiting(CHAT) == 0)
+        finally:
+            await self.proxy.stop(5.0)
+            for worker in self.workers:
+                await worker.stop()
