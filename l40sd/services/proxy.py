@@ -161,6 +161,9 @@ class Proxy:
     async def drain(self, grace_s: float) -> int:
         """Accept nothing more and let open requests end; return how many had not after ``grace_s``.
 
+        A connection that was told it may be used again is closed a moment later, not at once: a client that goes
+        straight on with its next request would find it closed. That request is answered, as the connection's last.
+
         The listeners stay open: whoever has them next, a restarted self or a new one, refuses nobody.
         """
         shared = self._running
@@ -169,7 +172,7 @@ class Proxy:
         try:
             async with asyncio.timeout(grace_s):
                 while shared.clients:  # also those that are closing: the last bytes of a reply may still be on their way
-                    self._close_idle()
+                    self._part()
                     await asyncio.sleep(DRAIN_POLL_S)
         except TimeoutError:
             log.warning("proxy.drain_deadline", in_flight=self.stats.in_flight, after_s=grace_s)
@@ -222,14 +225,18 @@ class Proxy:
             if not route.is_open and not route.in_flight and not peer.idle:
                 del shared.peers[route]
         if shared.is_stopping:
-            self._close_idle()
+            self._part()
         self._timer = shared.loop.call_later(shared.tick_s, self._tick)
 
-    def _close_idle(self) -> None:
+    def _part(self) -> None:
+        """Close what is idle, a moment after it was first seen so."""
         shared = self._running
+        now_s = shared.now_s = shared.loop.time()
         for client in list(shared.clients):
             if client.is_idle():
-                client.close()
+                client.part()
+                if client.deadline_s <= now_s:
+                    client.close()
 
     # Listeners
 
