@@ -72,7 +72,7 @@ async def log_flood(rig: Rig) -> Outcome:
     35,
     "a worker writes one line of 100 MB; NULs; invalid UTF-8",
     how="one line of 100 MiB without an end, then 100 lines of NULs and broken UTF-8",
-    expected="The line is cut at the file's cap; what `l40sctl logs` shows is escaped; the shim's memory does not grow.",
+    expected="The line is cut at the file's cap; what `l40sctl logs` shows is escaped; the shim does not grow.",
     promise="below 20 MB more",
 )
 async def odd_output(rig: Rig) -> Outcome:

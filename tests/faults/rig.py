@@ -161,7 +161,7 @@ class Rig:
         left: list[str] = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(3):  # what was killed takes a moment to go
-                while left := [*site.leftovers(), *site.cgroups()]:
+                while left := [*site.leftovers(), *site.cgroups()]:  # noqa: ASYNC110 - the kernel does it
                     await asyncio.sleep(LOOK_S)
         if site.socket.exists():
             left.append(f"the socket's file {site.socket}")

@@ -164,7 +164,7 @@ async def fork_bomb(rig: Rig) -> Outcome:
     within_s=8.0,
 )
 async def stopped_worker(rig: Rig) -> Outcome:
-    default = {"probe_interval_s": 2.0, "probe_timeout_s": 5.0, "stall_timeout_s": 120.0, "canary_interval_s": 60.0}
+    default = {"probe_interval_s": 2.0, "probe_timeout_s": 2.0, "stall_timeout_s": 120.0, "canary_interval_s": 60.0}
     site = rig.site(health=default)
     status = await rig.serve(site)
     victim, other = status.workers
