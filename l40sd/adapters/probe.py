@@ -87,6 +87,19 @@ class Prober:
             tokens=sum(tokens) if tokens else None,
         )
 
+    async def loops_back(self, host: str, timeout_s: float) -> bool:
+        """Return whether this host reaches itself at a worker's address, as it must to reach the worker (fault 61)."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                server = await asyncio.start_server(_hang_up, host, 0, backlog=1)
+                async with server:
+                    port: int = server.sockets[0].getsockname()[1]
+                    _, writer = await asyncio.open_connection(host, port)
+                    writer.close()
+                    return True
+        except (OSError, TimeoutError):
+            return False
+
     async def close(self) -> None:
         """Close what is open; questions under way end with an error."""
         await self._session.close()
@@ -125,6 +138,10 @@ class Prober:
         except (aiohttp.ClientError, OSError, ValueError) as error:
             first_line = (str(error) or type(error).__name__).splitlines()[0]
             return ProbeResult(ok=False, error=f"broken answer: {first_line[:120]}"), b""
+
+
+async def _hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.close()
 
 
 async def _read(reply: aiohttp.ClientResponse) -> bytes:

@@ -79,7 +79,7 @@ class Watch:
             if verdict is StartVerdict.READY:
                 post(Event.UP)
                 return
-            if verdict is StartVerdict.LATE and self._instance is not None:
+            if verdict is StartVerdict.LATE and self._instance is not None and await self._is_to_blame():
                 reason = f"not up after {self._deadline_s:.0f} s: {self._startup.reason}"
                 post(Event.START_FAILED, reason, kind=f"start deadline ({self._startup.stage.name.lower()})")
                 return
@@ -117,13 +117,15 @@ class Watch:
         async with asyncio.TaskGroup() as canaries:
             canary: asyncio.Task[None] | None = None
             while True:
+                began_s = now_s()
                 was_suspected = self._suspected.is_set()
                 self._suspected.clear()
                 pace = await self._look(readiness, progress, post, was_suspected=was_suspected)
                 if (pace is Pace.CANARY_DUE or was_suspected) and (canary is None or canary.done()):
                     canary = canaries.create_task(self._canary(progress, post))
                 try:
-                    async with asyncio.timeout(self._config.probe_interval_s):
+                    # From the start of one look to the next: probes that time out must not make the looks rarer.
+                    async with asyncio.timeout(max(0.0, self._config.probe_interval_s - (now_s() - began_s))):
                         await self._suspected.wait()
                 except TimeoutError:
                     continue
@@ -140,19 +142,28 @@ class Watch:
             post(Event.ROSE)
         pace = progress.feed(counters, leases=self._leases(), replies=self._replies(), now_s=now_s())  # 2
         if pace is Pace.STALLED:
-            self._stalled(post, f"no token for {self._config.stall_timeout_s:.0f} s although requests are running")
+            await self._stalled(
+                post, f"no token for {self._config.stall_timeout_s:.0f} s although requests are running"
+            )
         return pace
 
     async def _canary(self, progress: Progress, post: Post) -> None:
         result = await self._one_token(self._config.canary_timeout_s)
         if progress.feed_canary(result) is Pace.STALLED:
-            self._stalled(post, f"idle, and one token did not come: {result.error}")
+            await self._stalled(post, f"idle, and one token did not come: {result.error}")
 
-    def _stalled(self, post: Post, reason: str) -> None:
+    async def _stalled(self, post: Post, reason: str) -> None:
         if self._instance is None:
             post(Event.FELL, reason)  # somebody else's to restart
-        else:
+        elif await self._is_to_blame():
             post(Event.STALLED, reason, kind="hung")
+
+    async def _is_to_blame(self) -> bool:
+        """Return whether silence speaks against the worker: not while this host does not even reach itself.
+
+        A restart would not mend a loopback that is down or filtered, and it would take every worker at once.
+        """
+        return await self._prober.loops_back(self._launch.host, self._config.probe_timeout_s)
 
     async def _health(self) -> ProbeResult:
         return await self._prober.health(*self._target, self._config.probe_timeout_s)

@@ -269,3 +269,8 @@ def test_whatever_a_label_holds_the_values_are_summed(values: dict[str, int]) ->
 
     text = "".join(f'm{{l="{quoted(label)}"}} {value}\n' for label, value in values.items())
     assert sum_metrics(text, {"m"}).get("m", 0) == sum(values.values())
+
+
+async def test_fault_61_a_host_that_does_not_reach_itself_says_so(prober: Prober) -> None:
+    assert await prober.loops_back("127.0.0.1", 5)
+    assert not await prober.loops_back("192.0.2.1", 5), "an address that this host does not have"
