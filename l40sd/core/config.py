@@ -203,7 +203,7 @@ class HealthConfig:
     """``[health]``: has it come up, may it receive requests, is it making tokens."""
 
     probe_interval_s: float = option(2.0, "between two readiness probes", least=0.05, most=300)
-    probe_timeout_s: float = option(5.0, "for one readiness probe", least=0.05, most=300)
+    probe_timeout_s: float = option(2.0, "for one readiness probe", least=0.05, most=300)
     startup_interval_s: float = option(0.25, "between two probes of a starting worker", least=0.02, most=60)
     fall: int = option(3, "failed probes in a row, then no more requests", least=1, most=100)
     rise: int = option(2, "good probes in a row, then requests again", least=1, most=100)
