@@ -11,6 +11,7 @@ import sys
 from contextlib import AsyncExitStack, suppress
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import click
 import structlog
@@ -74,6 +75,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
     if check_config:
         click.echo(f"{path}: good")
         return
+    handover.hold_signals()  # until there is somebody to answer them: a stop in mid start is a stop of the workers too
     events = Events(loaded.config.daemon.events_kept)
     log.configure(loaded.config.daemon.log_level, on_event=events.add)
     try:
@@ -100,6 +102,10 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
     logger = structlog.get_logger()
     logger.info("daemon.starting", version=__version__, config=str(path), pid=os.getpid())
     async with AsyncExitStack() as stack:
+        # 0. systemd watches from the first moment: a slow NVML or many workers to adopt are no reason to be killed.
+        notifier = systemd.Notifier()
+        background = await stack.enter_async_context(asyncio.TaskGroup())
+        stack.callback(background.create_task(feed_watchdog(notifier), name="watchdog").cancel)
         # 1. Nobody else is in charge of this host.
         prepare_directories(config)
         runtime_dir = Path(config.daemon.runtime_dir)
@@ -149,7 +155,8 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         for note in (*adoption.notes, *supervisor.store.notes):
             logger.warning("daemon.found", note=note)
         # 5. The operator.
-        daemon = Daemon(path, loaded, supervisor, proxy, lock)
+        daemon = Daemon(path, loaded, supervisor, proxy, lock, notifier)
+        stack.push_async_callback(supervisor.write_down)  # what was accepted last, once nothing more can be
         control = Control(control_socket(config), config.daemon.control_group, supervisor, events, daemon.doors())
         await control.start()
         stack.push_async_callback(control.close)
@@ -158,15 +165,23 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         logger.info("daemon.ready", adopted=len(adoption.running), listen=list(proxy.addresses), **daemon.facts())
         ending = await daemon.live(control)
         if ending is Ending.UPGRADE:
-            await daemon.hand_over()
+            daemon.hand_over()
         return ending
 
 
 class Daemon:
     """The running whole: answers signals, keeps systemd informed, ends as it is told to."""
 
-    def __init__(self, path: Path, loaded: Loaded, supervisor: Supervisor, proxy: Proxy, lock: DaemonLock) -> None:
-        self.notifier = systemd.Notifier()
+    def __init__(
+        self,
+        path: Path,
+        loaded: Loaded,
+        supervisor: Supervisor,
+        proxy: Proxy,
+        lock: DaemonLock,
+        notifier: systemd.Notifier,
+    ) -> None:
+        self.notifier = notifier
         self._path = path
         self._loaded = loaded
         self._supervisor = supervisor
@@ -174,6 +189,7 @@ class Daemon:
         self._lock = lock
         self._began_at_s = now_s()
         self._ending: asyncio.Future[Ending | None] = asyncio.get_running_loop().create_future()
+        self._is_upgrading = False
         self._reload_wanted = asyncio.Event()
         self._log = structlog.get_logger()
 
@@ -184,18 +200,18 @@ class Daemon:
             loop.add_signal_handler(number, self._told_to_end, None)
         loop.add_signal_handler(signal.SIGUSR2, self._told_to_end, Ending.UPGRADE)
         loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
+        handover.release_signals()
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(self._supervisor.run(), name="supervisor"),
                 group.create_task(self._tick(control), name="tick"),
                 group.create_task(self._reload_on_hup(), name="reload"),
-                group.create_task(self._feed_watchdog(), name="watchdog"),
             ]
-            ending = await self._ending or await self._ending_by_signal()
+            ending = await self._told()
+            if ending is Ending.UPGRADE and not await self._finish_open_requests():
+                ending = await self._told()
             self._log.info("daemon.stopping", because=ending)
-            if ending is Ending.UPGRADE:
-                self.notifier.reloading("upgrading")
-            else:
+            if ending is not Ending.UPGRADE:
                 self.notifier.stopping(str(ending))
             if ending is Ending.STOP:
                 self._proxy.send_away_waiting()
@@ -271,24 +287,37 @@ class Daemon:
             "provider": tools.processes.provider,
         }
 
-    async def hand_over(self) -> None:
-        """Let open requests finish, bounded; then keep the listener and the lock for the next daemon in this process.
-
-        New connections are not refused meanwhile: they wait in the listener's backlog. The watchdog is fed on: the
-        open requests may take longer than it allows.
-        """
-        drain_s = self._loaded.config.workers.drain_timeout_s
-        async with asyncio.TaskGroup() as group:
-            watchdog = group.create_task(self._feed_watchdog(), name="watchdog")
-            await self._proxy.pause_accepting()
-            cut = await self._proxy.drain(drain_s)
-            watchdog.cancel()
+    def hand_over(self) -> None:
+        """Keep the listener and the lock for the next daemon in this process; from now on signals wait for it."""
+        handover.hold_signals()
         self.notifier.watchdog()
-        self._log.info("daemon.handing_over", requests_cut=cut)
+        self._log.info("daemon.handing_over", requests_cut=self._proxy.stats.in_flight)
         handover.give(self._lock.keep_over_exec(), self._proxy.sockets)
 
+    async def _finish_open_requests(self) -> bool:
+        """Let open requests end, bounded, before an upgrade; False: told to end meanwhile, which comes first.
+
+        New connections are not refused meanwhile: they wait in the listener's backlog. Workers, watchdog and operator
+        are looked after as ever, since it may take as long as the longest request.
+        """
+        self._log.info("daemon.upgrading", in_flight=self._proxy.stats.in_flight)
+        self.notifier.reloading("upgrading")
+        self._is_upgrading, self._ending = True, asyncio.get_running_loop().create_future()
+        async with asyncio.TaskGroup() as group:
+            drain = group.create_task(self._proxy.drain(self._loaded.config.workers.drain_timeout_s), name="drain")
+            either: set[asyncio.Future[Any]] = {drain, self._ending}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            drain.cancel()
+        if self._ending.done():
+            await self._proxy.resume_accepting()  # those that wait are told why, rather than reset
+            return False
+        return True
+
+    async def _told(self) -> Ending:
+        return await self._ending or await self._ending_by_signal()
+
     def _told_to_end(self, ending: Ending | None) -> None:
-        if not self._ending.done():
+        if not self._ending.done() and not (self._is_upgrading and ending is Ending.UPGRADE):
             self._ending.set_result(ending)
 
     async def _ending_by_signal(self) -> Ending:
@@ -330,12 +359,6 @@ class Daemon:
             else:
                 self._log.error("daemon.lock_lost", reason=str(error))
 
-    async def _feed_watchdog(self) -> None:
-        interval_s = self.notifier.watchdog_interval_s
-        while interval_s is not None:
-            self.notifier.watchdog()
-            await asyncio.sleep(interval_s)
-
     def _config_diff(self) -> str:
         fresh = load(configfiles.read(self._path)).config
         return "\n".join(configshow.diff(self._loaded.config, fresh))
@@ -349,6 +372,13 @@ def own_python() -> str:
     """
     beside = Path(sys.argv[0]).with_name("python")
     return str(beside) if beside.is_file() else sys.executable
+
+
+async def feed_watchdog(notifier: systemd.Notifier) -> None:
+    """Tell systemd that the loop turns, for as long as it does; returns at once where nobody watches."""
+    while (interval_s := notifier.watchdog_interval_s) is not None:
+        notifier.watchdog()
+        await asyncio.sleep(interval_s)
 
 
 def prepare_directories(config: Config) -> None:
