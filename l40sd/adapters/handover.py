@@ -1,6 +1,7 @@
 """What a daemon keeps when it replaces itself by exec: the same pid and children, its lock and its listeners."""
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import MutableMapping, Sequence
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 
 VARIABLE = "L40SD_HANDOVER"
 """``LOCK:LISTENER,LISTENER``: numbers of the descriptors that are kept."""
+
+HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,16 @@ def exec_again() -> None:
     if os.access(sys.argv[0], os.X_OK):
         os.execv(sys.argv[0], sys.argv)
     os.execv(sys.executable, [sys.executable, "-m", "l40sd", *sys.argv[1:]])
+
+
+def hold_signals() -> None:
+    """Let the signals that we answer wait, over an exec too, for ``release_signals``: their default is our death."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+
+
+def release_signals() -> None:
+    """Receive them, those that came meanwhile first."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
 def _copy(descriptor: int) -> int:

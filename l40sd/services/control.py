@@ -226,6 +226,7 @@ class Control:
         if wish.dry_run:
             return _json(report.change_preview(want, self._supervisor))
         operation = self._supervisor.apply(want)
+        await self._supervisor.write_down()  # what is accepted is not lost with this daemon
         return _json({"operation": operation.id}, 202)
 
     async def _reload(self, _: web.Request) -> web.Response:

@@ -205,7 +205,7 @@ class Supervisor:
             return
         if self.change is not None:
             self._judge(self.change)  # 1
-        await self._write_down()
+        await self.write_down()
         for order in plan(self.want.wanted, [w.observed() for w in self.workers.values()], self._limits()):  # 2
             self._carry_out(order)
         if self.change is not None and self._is_reached():  # 3
@@ -405,7 +405,7 @@ class Supervisor:
         self._is_unsaved = True
         self._wake.set()
 
-    async def _write_down(self) -> None:
+    async def write_down(self) -> None:
         """Write what is wanted and the change under way; a full disk degrades, it does not stop the work."""
         while self._is_unsaved:
             self._is_unsaved = False

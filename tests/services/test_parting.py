@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import time
 from collections.abc import Callable
 
 from l40sd.sim.site import Site
@@ -51,3 +52,51 @@ async def test_the_request_after_a_stream_that_an_upgrade_waited_for_is_answered
         writer.close()
     assert reply.startswith(b"HTTP/1.1 200")
     assert b"\r\nconnection: close\r\n" in reply
+
+
+async def test_a_stop_while_an_upgrade_waits_for_a_stream_is_a_stop(site_of: SiteOf) -> None:
+    """It was lost: a service manager would have waited for its timeout, and killed the daemon without its workers."""
+    site = site_of(SLOW)
+    await site.start()
+    address = (await site.until_ready("wide", PATIENCE_S)).proxy.listen[0]
+    host, _, port = address.rpartition(":")
+    async with asyncio.timeout(PATIENCE_S):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(request(tokens=120, stream=True))
+        await reader.readuntil(b"\r\n\r\n")
+        site.signal(signal.SIGUSR2)
+        await site.until_event("daemon.upgrading", PATIENCE_S)
+        assert (await site.status()).workers, "the operator is answered meanwhile"
+        assert await site.stop(PATIENCE_S) == 0
+        assert b"data: [DONE]" in await reader.read(), "a stop lets streams end as well"
+        writer.close()
+    assert site.leftovers() == []
+
+
+async def test_a_stop_in_the_middle_of_an_exec_is_a_stop(site_of: SiteOf) -> None:
+    site = site_of(SLOW)
+    await site.start()
+    await site.until_ready("wide", PATIENCE_S)
+    site.signal(signal.SIGUSR2)
+    await asyncio.to_thread(wait_for_line, site, "daemon.handing_over")
+    assert await site.stop(PATIENCE_S) == 0
+    assert site.leftovers() == []
+
+
+async def test_a_pattern_that_was_accepted_is_not_lost_with_the_daemon(site_of: SiteOf) -> None:
+    site = site_of(SLOW + '[[patterns.pair.replicas]]\nmodel = "toy"\ntp = 2\ncount = 1\n')
+    await site.start()
+    for pattern in ("pair", "wide", "pair"):
+        await site.request(pattern)
+        await site.kill()
+        await site.start()
+        assert (await site.status()).pattern == pattern
+    await site.until_ready("pair", PATIENCE_S)
+
+
+def wait_for_line(site: Site, word: str) -> None:
+    """Return once the daemon's log has this word; the control socket is closed by then."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while word not in site.log_file.read_text():
+        assert time.monotonic() < deadline_s, site.tail()
+        time.sleep(0.001)
