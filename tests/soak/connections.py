@@ -131,11 +131,12 @@ async def connect(ground: Ground, listener: socket.socket, ways: tuple[str, ...]
             raise group.exceptions[0] from None
         raise
     kills = ways.count("kill")
-    say(f"connections: {account.answered} answered, {account.refused} refused, {account.cut.total()} cut by {kills} kills")
+    cut = account.cut.total()
+    say(f"connections: {account.answered} answered, {account.refused} refused, {cut} cut by {kills} kills")
     say(f"  longest wait {account.longest_s:.2f} s; streams: {tally.answered} whole, {tally.lost} cut")
     if account.refused or account.failed:
         raise Broken(f"{account.refused} refused; failed: {dict(account.failed)}")
-    if account.cut.total() > kills * LANES or tally.lost > kills * STREAMS:
+    if cut > kills * LANES or tally.lost > kills * STREAMS:
         raise Broken(f"more was cut than {kills} kills can: {dict(account.cut)}, streams: {tally.examples}")
 
 
@@ -154,7 +155,7 @@ async def _end(ground: Ground, way: str) -> None:
 async def _until(holds: Callable[[], bool], what: str) -> None:
     try:
         async with asyncio.timeout(WAIT_S):
-            while not holds():
+            while not holds():  # noqa: ASYNC110 - what is awaited are counts of several lanes
                 await asyncio.sleep(0.02)
     except TimeoutError:
         raise Broken(f"not within {WAIT_S:g} s: {what}") from None

@@ -6,9 +6,12 @@ it is told to, and a worker that nothing touches keeps its process. Claims that 
 """
 
 import asyncio
+import contextlib
 import json
 import os
+import random
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -122,15 +125,19 @@ class Ground:
     keeps: dict[str, Living] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, folder: Path, *, listen: str = "127.0.0.1:0") -> "Ground":
-        """Write a host of four GPUs into a folder, and make a site there; nothing is started."""
+    def make(cls, folder: Path, *, listen: str = "") -> "Ground":
+        """Write a host of four GPUs into a folder, and make a site there; nothing is started.
+
+        Args:
+            listen: The endpoint's address; by default a free one. Not port 0: each upgrade would add a port.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         text = files("l40sd").joinpath("sim/hosts/l40s-8.toml").read_text("utf-8")
         whole = parse_host_file(text, source="l40s-8")
         small = replace(whole, host="small", gpus=tuple(gpu for gpu in whole.gpus if gpu.index in GPUS))
         host_file = folder / "host.toml"
         host_file.write_text(format_host_file(small))
-        return cls(site=Site(folder=folder / "site", config=config(host_file), listen=listen))
+        return cls(site=Site(folder=folder / "site", config=config(host_file), listen=listen or free_address()))
 
     @property
     def folder(self) -> Path:
@@ -306,6 +313,7 @@ class Ground:
         Raises:
             Broken: It is not reached in time, or something else is there as well.
         """
+
         def is_reached(status: Status) -> bool:
             shapes = Counter((w.model, w.tp) for w in status.workers)
             return (
@@ -339,7 +347,8 @@ class Ground:
     def surplus(self, status: Status) -> list[str]:
         """Return what belongs to no worker of this status: processes, cgroups and directories."""
         instances = {w.instance for w in status.workers}
-        strangers = [f"process {p.pid} of {p.instance}" for p in living(self.runtime_dir) if p.instance not in instances]
+        found = living(self.runtime_dir)
+        strangers = [f"process {p.pid} of {p.instance}" for p in found if p.instance not in instances]
         places = [p for p in (*self.site.cgroups(), *self.directories()) if Path(p).name not in instances]
         return [*strangers, *places]
 
@@ -358,6 +367,15 @@ class Ground:
             )
 
 
+def free_address() -> str:
+    """Return an address of this host that nobody listens on, below the ports of outgoing connections."""
+    for port in random.SystemRandom().sample(range(10_000, 15_000), 100):
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            return f"127.0.0.1:{port}"
+    raise Broken("no free port")
+
+
 def belongs(found: Iterable[Living], *statuses: Status) -> list[str]:
     """Return, in words, the processes that belong to no worker of these statuses; one that spawns has no id yet."""
     instances = {w.instance for status in statuses for w in status.workers}
@@ -365,9 +383,7 @@ def belongs(found: Iterable[Living], *statuses: Status) -> list[str]:
     return [
         f"process {process.pid} of {process.instance}"
         for process in found
-        if process.instance not in instances
-        and process.instance.rpartition("-")[0] not in spawning
-        and process.lives()
+        if process.instance not in instances and process.instance.rpartition("-")[0] not in spawning and process.lives()
     ]
 
 
