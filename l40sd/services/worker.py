@@ -299,6 +299,10 @@ class Worker:
             case Action.DRAIN:
                 self._start_job("drain", self._drain())
             case Action.TERMINATE:
+                if self.process is not None and self.process.instance is not None:
+                    # Here and not in the job: a stop that is told of has reached the shim, which completes it even if
+                    # this daemon dies in the next moment.
+                    self.process.instance.terminate()
                 self._start_job("terminate", self._terminate())
             case Action.CLEAN_UP:
                 self._clean_up(happening.exit)
@@ -469,7 +473,6 @@ class Worker:
             self.post(Event.EXITED)
             return
         instance, workers = self.process.instance, self.config.workers
-        instance.terminate()
         with suppress(TimeoutError):
             async with asyncio.timeout(self.process.launch.term_timeout_s + workers.kill_timeout_s):
                 await instance.exited()
