@@ -171,7 +171,9 @@ class Proxy:
         await self.pause_accepting()
         try:
             async with asyncio.timeout(grace_s):
-                while shared.clients:  # also those that are closing: the last bytes of a reply may still be on their way
+                while (
+                    shared.clients
+                ):  # also those that are closing: the last bytes of a reply may still be on their way
                     self._part()
                     await asyncio.sleep(DRAIN_POLL_S)
         except TimeoutError:
@@ -219,6 +221,8 @@ class Proxy:
                 late.append(client)
         for client in late:
             client.expired()
+        for client in list(shared.unread):
+            client.look_for_hangup()
         self._routes.expire(now_s)
         for route, peer in list(shared.peers.items()):
             peer.sweep(now_s, shared.config.upstream_idle_timeout_s)

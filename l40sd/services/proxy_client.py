@@ -6,6 +6,7 @@ client sends ahead (pipelining) waits its turn, up to a bound; then the socket i
 
 import asyncio
 import re
+import select
 import socket
 import struct
 from math import inf
@@ -124,6 +125,7 @@ class Client(asyncio.Protocol):
             self._proceed()
         elif len(self._held) > AHEAD_LIMIT_BYTES:
             self.transport.pause_reading()
+            self._shared.unread.add(self)
 
     def eof_received(self) -> None:
         """Take a half-closed connection for a client that has gone: that is what it nearly always is."""
@@ -132,6 +134,7 @@ class Client(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of everything."""
         self._shared.clients.discard(self)
+        self._shared.unread.discard(self)
         self._gone()
 
     def pause_writing(self) -> None:
@@ -170,6 +173,17 @@ class Client(asyncio.Protocol):
         else:
             self.close()
 
+    def look_for_hangup(self) -> None:
+        """Notice that a client has gone whose socket is not being read: no event tells of it."""
+        raw = self.transport.get_extra_info("socket")
+        if raw is None or raw.fileno() < 0:
+            return
+        poll = select.poll()
+        poll.register(raw.fileno(), select.POLLRDHUP)
+        if poll.poll(0):
+            self._gone()
+            self.transport.abort()
+
     def is_idle(self) -> bool:
         """Whether the connection is between two requests."""
         return self.exchange is None and self._head is None and not self._held and not self.is_closing
@@ -195,6 +209,7 @@ class Client(asyncio.Protocol):
             self.part()
         if self._held and not self._is_reading:  # otherwise the caller is _proceed, which goes on itself
             self.transport.resume_reading()
+            self._shared.unread.discard(self)
             self._shared.loop.call_soon(self._proceed)
 
     def refuse(self, refused: Refused, *, request_id: bytes = b"") -> None:

@@ -25,6 +25,7 @@ class Shared:
         connection_limit: Clients at once; what is configured, or less where file descriptors are few.
         key_digests: Of the API keys, made with a secret of this process: looking one up takes the same time whatever
             is asked for, as far as an attacker can choose it. Empty: everybody may ask.
+        unread: Clients that sent too far ahead to be read for now.
         peers: By route, made when first used.
         is_stopping: Nothing new is accepted; what is open ends.
         is_closing: No worker will come any more: nobody needs to wait for one.
@@ -42,6 +43,7 @@ class Shared:
     is_stopping: bool = False
     is_closing: bool = False
     clients: "set[Client]" = field(default_factory=set)
+    unread: "set[Client]" = field(default_factory=set)
     peers: dict[Route, Peer] = field(default_factory=dict)
     dials: set[asyncio.Task[None]] = field(default_factory=set)
 
