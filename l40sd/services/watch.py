@@ -13,7 +13,7 @@ from l40sd.adapters.clock import now_s
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Instance
 from l40sd.core.config import HealthConfig
-from l40sd.core.health import Pace, ProbeResult, Progress, Readiness, Stage, Startup, StartVerdict, Turn
+from l40sd.core.health import TIMEOUT, Pace, ProbeResult, Progress, Readiness, Stage, Startup, StartVerdict, Turn
 from l40sd.core.launch import Launch
 from l40sd.core.lifecycle import Event
 
@@ -131,9 +131,12 @@ class Watch:
                     continue
 
     async def _look(self, readiness: Readiness, progress: Progress, post: Post, *, was_suspected: bool) -> Pace:
+        replies = self._replies()
         result, counters = await asyncio.gather(
             self._health(), self._prober.counters(*self._target, self._config.probe_timeout_s)
         )
+        if result.error == TIMEOUT and self._replies() != replies:  # 4
+            result = ProbeResult(ok=True)
         is_closed = result.error == "refused"
         turn = readiness.trip() if is_closed and was_suspected else readiness.feed(result)  # 1, 3
         if turn is Turn.FELL:

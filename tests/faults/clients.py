@@ -184,7 +184,8 @@ async def idle_crowd(rig: Rig) -> Outcome:
     count = 2000 if rig.is_quick else 10_000
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2 * count + 1000:
         raise NotHereError(f"needs a limit of {2 * count + 1000} file descriptors")
-    site = rig.site(proxy={"client_header_timeout_s": 15.0, "client_idle_timeout_s": 15.0})
+    stay_s = 6.0 if rig.is_quick else 20.0
+    site = rig.site(proxy={"client_header_timeout_s": stay_s, "client_idle_timeout_s": stay_s})
     await rig.serve(site)
     assert site.daemon is not None
     process = psutil.Process(site.daemon.pid)

@@ -130,28 +130,32 @@ def daemon_pids_note(site: Site, text: str) -> bool:
     how="a worker that needs its term_timeout_s is told to restart; SIGKILL to the daemon while it is stopping",
     expected="The stop goes on without the daemon and is completed; the next one starts the worker again.",
     promise="term_timeout_s",
-    within_s=5.0,
+    within_s=2.0,
 )
 async def killed_while_stopping(rig: Rig) -> Outcome:
-    site = rig.site(args=("--fault", "ignore-term"), workers={"term_timeout_s": 1.5})
+    site = rig.site(args=("--fault", "ignore-term"), workers={"term_timeout_s": 1.0})
     status = await rig.serve(site)
-    victim, other = status.workers
-    tree = tree_of(victim.pid)
-    mark = await rig.mark(site)
-    await post(site, f"/v1/workers/{victim.id}/restart")
-    await rig.told(site, mark, "worker.stopping", victim.id)
-    began = time.monotonic()
-    await site.kill()
-    await site.start(PATIENCE_S)
-    await until(lambda: not living(tree), "the old process is gone", 10)
-    took_s = time.monotonic() - began
-    after = await site.until(
-        lambda s: all(w.phase == "ready" for w in s.workers) and pids(s)[victim.id] != victim.pid,
-        "it serves again",
-        PATIENCE_S,
-    )
-    check(pids(after)[other.id] == other.pid, "the other one was not touched")
-    return Outcome(took_s=took_s)
+    other = status.workers[1]
+    longest_s = 0.0
+    rounds = 3 if rig.is_quick else 20
+    for _ in range(rounds):
+        victim = (await site.status()).workers[0]
+        tree = tree_of(victim.pid)
+        mark = await rig.mark(site)
+        await post(site, f"/v1/workers/{victim.id}/restart")
+        await rig.told(site, mark, "worker.stopping", victim.id)
+        began = time.monotonic()
+        await site.kill()
+        site.spawn()
+        await until(lambda old=tree: not living(old), "the old process is gone", 10)
+        longest_s = max(longest_s, time.monotonic() - began)
+        after = await site.until(
+            lambda s, old=victim: all(w.phase == "ready" for w in s.workers) and pids(s)[old.id] != old.pid,
+            "it serves again",
+            PATIENCE_S,
+        )
+        check(pids(after)[other.id] == other.pid, "the other one was not touched")
+    return Outcome(took_s=longest_s, note=f"{rounds} kills; the longest; term_timeout_s was 1")
 
 
 @fault(

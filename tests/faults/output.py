@@ -38,7 +38,7 @@ def cpu_s(pid: int) -> float:
     promise="log_files x log_file_bytes",
 )
 async def log_flood(rig: Rig) -> Outcome:
-    mib = 1000 if rig.is_quick else 10_000
+    mib = 500 if rig.is_quick else 4000
     site = rig.site(count=1, args=PACED, workers={"log_file_bytes": MIB, "log_files": 3})
     status = await rig.serve(site)
     victim = status.workers[0]

@@ -155,21 +155,21 @@ async def hung_busy(rig: Rig) -> Outcome:
     27,
     "a worker is saturated: /health answers too late, tokens come",
     how="health probes and scrapes answer after 60 s, all slots are busy",
-    expected="It may get no new requests for a while; it is not restarted, and loses nothing.",
+    expected="As long as its replies come it is neither restarted nor taken out.",
     promise="0 kills",
 )
 async def saturated(rig: Rig) -> Outcome:
-    soak_s = 8.0 if rig.is_quick else 120.0
+    soak_s = 8.0 if rig.is_quick else 60.0
     site = rig.site(count=2, args=(*PACED, "--slots", "4"))
     before = await rig.serve(site)
     async with rig.loaded(site, streams=12, shorts=2, timeout_s=60.0) as tally:
         for worker in before.workers:
             await set_faults(worker, slow_health=60, slow_metrics=60)
         began = time.monotonic()
-        answered = tally.answered
-        await until(lambda: time.monotonic() - began > soak_s, "the soak is over", soak_s + 30)
-        check(pids(await site.status()) == pids(before), "no worker was restarted")
-        check(tally.answered > answered, "requests are answered meanwhile")
+        while time.monotonic() - began < soak_s:
+            answered = tally.answered
+            await until(lambda a=answered: tally.answered > a + 12, "requests are answered all the time", 10)
+            check(pids(await site.status()) == pids(before), "no worker was restarted")
         for worker in before.workers:
             await set_faults(worker, slow_health=None, slow_metrics=None)
         await site.until(lambda s: all(w.phase == "ready" for w in s.workers), "both are ready again", 30)
