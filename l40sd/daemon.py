@@ -79,7 +79,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
     events = Events(loaded.config.daemon.events_kept)
     log.configure(loaded.config.daemon.log_level, on_event=events.add)
     try:
-        ending = uvloop.run(run(path, loaded, events))
+        ending = run_to_its_end(path, loaded, events)
     except ConfigError as error:
         click.echo(str(error), err=True)
         sys.exit(EXIT_BAD_CONFIG)
@@ -90,6 +90,20 @@ def main(config_path: str | None, *, check_config: bool) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told again while the interpreter ends: the answer is the same
     else:
         handover.exec_again()
+
+
+def run_to_its_end(path: Path, loaded: Loaded, events: Events) -> Ending:
+    """Run the loop; an error for the operator comes out as itself, not as part of a TaskGroup's (fault 39)."""
+    try:
+        return uvloop.run(run(path, loaded, events))
+    except BaseExceptionGroup as group:
+        ours, others = group.split(L40sError)
+        error: BaseException | None = ours if others is None else None
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if error is None:
+            raise
+        raise error from None
 
 
 async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
