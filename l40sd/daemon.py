@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from enum import StrEnum
 from pathlib import Path
@@ -45,6 +46,7 @@ from l40sd.services.worker import Tools
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 78  # EX_CONFIG: systemd does not try again (RestartPreventExitStatus)
 TICK_S = 5.0
+THREADS = 8
 ADOPT_TIMEOUT_S = 30.0
 PROXY_GRACE_S = 5.0
 PASSED_ON = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "HF_HOME", "CUDA_HOME")
@@ -114,6 +116,11 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
     """
     config = loaded.config
     logger = structlog.get_logger()
+    # Signals are the loop's alone: a helper thread that took one while the loop ends would lose it. libuv's own threads
+    # come into being with its first look-up, and inherit what is held now.
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(THREADS, initializer=handover.hold_signals))
+    await loop.getaddrinfo("127.0.0.1", None)
     logger.info("daemon.starting", version=__version__, config=str(path), pid=os.getpid())
     async with AsyncExitStack() as stack:
         # 0. systemd watches from the first moment: a slow NVML or many workers to adopt are no reason to be killed.
