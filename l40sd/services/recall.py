@@ -65,12 +65,13 @@ async def recall(
     if isinstance(journal, dict):  # 3
         former = [p for p in _placements(journal.get("placements"), tools) if _is_possible(p, config, tools)]
         layout = Layout(pattern=str(journal.get("previous", "")), placements=tuple(former))
-        ids = {w.placement.worker for w in recalled.want.wanted}
         previous = want_of(layout, config) if former else None
-        recalled.change = Change.resumed(journal, previous, ids & workers.keys())
+        recalled.change = Change.resumed(journal, previous, set())
         tools.log.warning("pattern.apply.resumed", pattern=recalled.want.pattern, operation=recalled.change.id)
     for spec, record in adoption.ended:  # 4
         _note_ended(spec, record, recalled, config, tools)
+    if recalled.change is not None:  # whoever is there, dead or alive, is on trial; the others when they are made
+        recalled.change.created |= {w.placement.worker for w in recalled.want.wanted} & workers.keys()
     return recalled
 
 
