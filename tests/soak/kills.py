@@ -13,6 +13,8 @@ from soak.ground import GOOD, Broken, Ground, belongs
 from soak.living import living
 
 LONGEST_LIFE_S = 1.5
+AT_ONCE = 0.2
+"""How often the daemon is killed as soon as it has accepted what is asked: that must not be lost with it."""
 CHANGES = ("change", "change", "change", "restart", "drain", "replaced", "bad", "nothing")
 
 
@@ -39,7 +41,8 @@ async def one_kill(ground: Ground, chance: random.Random) -> tuple[str, float]:
             await ground.tell(chance.choice(workers), what)
         case _:
             pass
-    until_s = time.monotonic() + chance.uniform(0.0, LONGEST_LIFE_S)
+    at_once = chance.random() < AT_ONCE
+    until_s = time.monotonic() + (0.0 if at_once else chance.uniform(0.0, LONGEST_LIFE_S))
     while time.monotonic() < until_s:
         ground.look()
         await asyncio.sleep(min(0.02, max(0.0, until_s - time.monotonic())))
