@@ -50,6 +50,7 @@ class RequestHead:
     """
 
     __slots__ = (
+        "_content_type",
         "content_length",
         "credential",
         "expects_continue",
@@ -77,12 +78,15 @@ class RequestHead:
         self.hosts = 0
         self.hop_by_hop: list[bytes] = []
         self.fields = b""
+        self._content_type: bytes | None = None  # looked for once: a head may serve many requests (HeadTemplate)
 
     @property
     def content_type(self) -> bytes:
         """The body's type, lower case only where the client wrote it so."""
-        found = _content_type(self.fields)
-        return found[1] if found else b""
+        if self._content_type is None:
+            found = _content_type(self.fields)
+            self._content_type = found[1] if found else b""
+        return self._content_type
 
 
 def parse_request(head: bytes) -> RequestHead:
@@ -186,7 +190,7 @@ class ResponseHead:
     def __init__(self, status: int, lines: bytes) -> None:
         self.status = status
         self.lines = lines
-        self.is_framed = status in (204, 304) or _framing(lines) is not None
+        self.is_framed = b"\r\ncontent-length:" in lines or _framing(lines) is not None or status in (204, 304)
 
     @property
     def is_event_stream(self) -> bool:

@@ -120,6 +120,8 @@ class Client(asyncio.Protocol):
             self._missing -= len(data)
             self.expect(self._shared.config.client_body_timeout_s)
             return
+        if self.exchange is None and not self._held and self._head is None and self._pass_on_at_once(data):
+            return
         self._held = self._held + data if self._held else data
         if self.exchange is None:
             self._proceed()
@@ -203,7 +205,8 @@ class Client(asyncio.Protocol):
         if not self.keep_alive:
             self.close()
             return
-        self._begin_request()
+        if self._head is not None:
+            self._begin_request()
         self.expect(self._shared.config.client_idle_timeout_s)
         if self._shared.is_stopping:
             self.part()
@@ -270,28 +273,39 @@ class Client(asyncio.Protocol):
                 self.expect(self._shared.config.client_header_timeout_s)
             self._scanned = max(0, len(held) - 3)
             return False
-        if not self._is_same_head(held, end):
-            self._take_head(held[:end], parse_request(held[:end]))
+        head = self._known_head(held, end)
+        if head is None:
+            head = parse_request(held[:end])
+            self._take_head(held[:end], head)
+        else:
+            assert self._template is not None
+            self._head = head
+            self._target = self._template[1]
+            self._missing = head.content_length
         self._held = held[end:]
-        assert self._head is not None
-        if self._head.expects_continue and not self._held:
+        if head.expects_continue and not self._held:
             self.transport.write(CONTINUE)
         self.expect(self._shared.config.client_body_timeout_s)
         return True
 
-    def _is_same_head(self, held: bytes, end: int) -> bool:
-        """Take a head that was parsed and admitted on this connection before; return whether it was one."""
+    def _known_head(self, held: bytes, end: int) -> RequestHead | None:
+        """Return the head that was parsed and admitted on this connection before, if this is the same."""
         if self._template is None:
-            return False
-        template, target, keys = self._template
+            return None
+        template, _, keys = self._template
         if keys is not self._shared.key_digests or not template.matches(held, end):
-            return False
+            return None
         head = template.request
-        if head.content_length > self._shared.config.body_limit_bytes:
+        return head if head.content_length <= self._shared.config.body_limit_bytes else None
+
+    def _pass_on_at_once(self, data: bytes) -> bool:
+        """Pass on what is exactly one request with a known head; return whether it was: most are, it saves 2 us."""
+        end = data.find(b"\r\n\r\n") + 4
+        head = self._known_head(data, end)
+        if head is None or len(data) - end != head.content_length:
             return False
-        self._head = head
-        self._target = target
-        self._missing = head.content_length
+        assert self._template is not None
+        self._pass_on(head, self._template[1], data[end:])
         return True
 
     def _take_head(self, raw: bytes, head: RequestHead) -> None:
@@ -364,20 +378,19 @@ class Client(asyncio.Protocol):
         elif self._allowed:
             self._answer(204, b"", fields=b"allow: %b\r\n" % b", ".join(self._allowed))
         elif self._target:
-            self._pass_on(head)
+            parts = self._parts
+            self._parts = []
+            self._pass_on(head, self._target, parts[0] if len(parts) == 1 else b"".join(parts))
         else:
             self._show(head)
 
-    def _pass_on(self, head: RequestHead) -> None:
-        parts = self._parts
-        body = parts[0] if len(parts) == 1 else b"".join(parts)
+    def _pass_on(self, head: RequestHead, target: bytes, body: bytes) -> None:
         try:
             field = find_model(body, head.content_type)
         except Refused as refused:
             self._count_and_refuse(refused)
             return
-        self._parts = []
-        self.exchange = Exchange(self._shared, self, head, self._target, body, field)
+        self.exchange = Exchange(self._shared, self, head, target, body, field)
         self.exchange.start()
 
     def _show(self, head: RequestHead) -> None:

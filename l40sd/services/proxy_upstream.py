@@ -15,6 +15,7 @@ from l40sd.services.routes import Route
 
 RESPONSE_HEAD_LIMIT_BYTES = 65536
 JOIN_BELOW_BYTES = 16384  # a head and a smaller body are joined: one copy is cheaper than a second buffer
+BROKEN = (httptools.HttpParserError, httptools.HttpParserUpgrade)  # nobody asked for another protocol
 
 
 class Asker(Protocol):
@@ -136,7 +137,7 @@ class Upstream(asyncio.Protocol):
         """Return whether a chunked reply, lost now, could be continued with a whole chunk. Ends the parsing."""
         try:
             self._feed(b"0\r\n\r\n")  # a last chunk is one only where a chunk may begin
-        except httptools.HttpParserError:
+        except BROKEN:
             return False
         return self.is_done
 
@@ -148,7 +149,7 @@ class Upstream(asyncio.Protocol):
             return
         try:
             self._feed(data)
-        except httptools.HttpParserError as error:
+        except BROKEN as error:
             self._lost(f"broken framing: {error}")
             return
         if self.is_done:
@@ -193,7 +194,7 @@ class Upstream(asyncio.Protocol):
         try:
             self._feed(data)
             head = parse_response(data[:end])
-        except (httptools.HttpParserError, ValueError) as error:
+        except (*BROKEN, ValueError) as error:
             self._lost(f"broken head: {error}")
             return
         if self._begun > 1:

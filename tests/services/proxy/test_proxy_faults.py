@@ -69,7 +69,7 @@ BEFORE_A_REPLY = {
 }
 
 
-@pytest.mark.parametrize("fault", [k for k in BEFORE_A_REPLY if k not in ("folded field", "101")])
+@pytest.mark.parametrize("fault", list(BEFORE_A_REPLY))
 async def test_a_worker_that_fails_before_its_reply_is_blamed_and_another_answers(
     stand: StartStand, fault: str
 ) -> None:
@@ -83,7 +83,7 @@ async def test_a_worker_that_fails_before_its_reply_is_blamed_and_another_answer
     assert s.proxy.stats.retried == len(s.workers[0].requests) > 0
 
 
-@pytest.mark.parametrize("fault", [k for k in BEFORE_A_REPLY if k not in ("folded field", "101")])
+@pytest.mark.parametrize("fault", list(BEFORE_A_REPLY))
 async def test_when_every_worker_fails_the_client_gets_a_502_soon(stand: StartStand, fault: str) -> None:
     s = await stand(workers=2, retries=2)
     for worker in s.workers:
