@@ -17,6 +17,7 @@ from l40sd.adapters.http import HeadTemplate, RequestHead, parse_request, templa
 from l40sd.adapters.requestbody import find_model
 from l40sd.core.refused import Refused
 from l40sd.services import proxy_pages as pages
+from l40sd.services.proxy_admission import admit
 from l40sd.services.proxy_exchange import Exchange
 from l40sd.services.proxy_shared import Shared
 
@@ -26,23 +27,6 @@ LINGER_S = 2.0  # for a refused client to read why before its connection is rese
 PARTING_S = 0.25  # for a request that is on its way on an idle connection, when nothing new shall come
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-PASSED_ON = {
-    path.encode(): path.encode()
-    for path in (
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/embeddings",
-        "/v1/responses",
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-        "/v1/rerank",
-        "/v1/score",
-        "/tokenize",
-        "/detokenize",
-    )
-} | {b"/v1/tokenize": b"/tokenize", b"/v1/detokenize": b"/detokenize"}  # engines have them without the version
-passed_on_below = re.compile(rb"/v1/(?:audio|images)/[A-Za-z0-9_/-]+").fullmatch
-OPEN_PAGES = (b"/health", b"/ready", b"/metrics")
 bare_line_feed = re.compile(rb"(?<!\r)\n").search
 
 
@@ -311,45 +295,19 @@ class Client(asyncio.Protocol):
     def _take_head(self, raw: bytes, head: RequestHead) -> None:
         self._head = head
         self.keep_alive = head.keep_alive
+        config = self._shared.config
         try:
-            self._admit(head)
+            self._target, self._allowed = admit(head, self._shared.has_key, config.body_limit_bytes)
         except Refused as refused:
             if head.is_chunked or head.content_length > DISCARD_LIMIT_BYTES or head.expects_continue:
                 raise
             self._refused = refused
         if head.is_chunked:
-            self._chunks = ChunkedBody(self._shared.config.body_limit_bytes)
+            self._chunks = ChunkedBody(config.body_limit_bytes)
         else:
             self._missing = max(0, head.content_length)
         template = template_of(head, raw) if self._target else None
         self._template = (template, self._target, self._shared.key_digests) if template else None
-
-    def _admit(self, head: RequestHead) -> None:
-        """Decide from the head alone whether the request may go on.
-
-        1. A path that is not ours: 404.  2. A method it does not have: 405.  3. No valid key where keys are asked
-        for: 401.  4. A body larger than the limit: 413.
-        """
-        path = head.target.partition(b"?")[0]
-        target = PASSED_ON.get(path) or (path if passed_on_below(path) else None)
-        is_page = path in OPEN_PAGES or path == b"/v1/models" or path.startswith(b"/v1/models/")
-        if target is None and not is_page and head.target != b"*":  # 1
-            raise Refused(404, "not_found", f"there is nothing at {path[:200].decode()}")
-        methods = (b"POST", b"OPTIONS") if target else (b"GET", b"HEAD", b"OPTIONS")
-        if head.method not in methods:  # 2
-            raise Refused(405, "method_not_allowed", "this method is not for this path", b", ".join(methods).decode())
-        if head.method == b"OPTIONS":
-            self._allowed = methods
-            return
-        if path in OPEN_PAGES:
-            return
-        if not self._shared.has_key(head.credential):  # 3
-            raise Refused(401, "invalid_api_key", "a valid API key is needed: Authorization: Bearer KEY")
-        limit = self._shared.config.body_limit_bytes
-        if head.content_length > limit:  # 4
-            raise Refused(413, "request_too_large", f"the body is larger than {limit} bytes")
-        if target:
-            self._target = target + head.target[len(path) :]
 
     def _read_body(self) -> bool:
         """Take the body off what was read; return whether it is whole."""
@@ -394,25 +352,18 @@ class Client(asyncio.Protocol):
         self.exchange.start()
 
     def _show(self, head: RequestHead) -> None:
-        routes = self._shared.routes
         path = head.target.partition(b"?")[0]
-        status, content_type = 200, pages.JSON
         try:
-            if path == b"/health":
-                status, body = pages.health(routes)
-            elif path == b"/ready":
-                status, body = pages.ready(routes, is_stopping=self._shared.is_stopping)
-            elif path == b"/metrics":
-                content_type = b"text/plain; version=0.0.4; charset=utf-8"
-                body = self._shared.metrics.text(routes, len(self._shared.clients)).encode()
-            elif path == b"/v1/models":
-                body = pages.models(routes)
-            else:
-                body = pages.model(routes, path.removeprefix(b"/v1/models/").decode())
+            page = pages.show(
+                path, self._shared.routes, is_stopping=self._shared.is_stopping, metrics=self._metrics_text
+            )
         except Refused as refused:
             self._count_and_refuse(refused)
             return
-        self._answer(status, body, content_type=content_type)
+        self._answer(page.status, page.body, content_type=page.content_type)
+
+    def _metrics_text(self) -> str:
+        return self._shared.metrics.text(self._shared.routes, len(self._shared.clients))
 
     def _count_and_refuse(self, refused: Refused) -> None:
         self._shared.metrics.answered("", refused.status)

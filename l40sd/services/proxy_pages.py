@@ -3,8 +3,9 @@
 All of them carry ``x-l40s-source: l40sd``, so that a client can tell them from a worker's.
 """
 
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from l40sd.core.messages import encode
@@ -13,6 +14,7 @@ from l40sd.core.refused import Refused
 from l40sd.services.routes import Line, Routes
 
 JSON = b"application/json"
+PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
 RETRY_AFTER_S = 5
 
 
@@ -76,6 +78,33 @@ def no_worker(routes: Routes, model: ModelName, why: str) -> Refused:
     return Refused(
         503, "no_worker", f"no worker of {model!r} could take the request: {why}{'; ' + note if note else ''}"
     )
+
+
+class Page(NamedTuple):
+    """A page of ours."""
+
+    status: int
+    body: bytes
+    content_type: bytes = JSON
+
+
+def show(path: bytes, routes: Routes, *, is_stopping: bool, metrics: Callable[[], str]) -> Page:
+    """Return the page at one of our paths.
+
+    Raises:
+        Refused: 404; ``/v1/models/NAME`` names none.
+    """
+    match path:
+        case b"/health":
+            return Page(*health(routes))
+        case b"/ready":
+            return Page(*ready(routes, is_stopping=is_stopping))
+        case b"/metrics":
+            return Page(200, metrics().encode(), PROMETHEUS)
+        case b"/v1/models":
+            return Page(200, models(routes))
+        case _:
+            return Page(200, model(routes, path.removeprefix(b"/v1/models/").decode()))
 
 
 def models(routes: Routes) -> bytes:
