@@ -221,7 +221,8 @@ async def many_cycles(rig: Rig) -> Outcome:
     took_s = time.monotonic() - began
     await until(lambda: process.num_fds() <= base, f"descriptors are back to {base}, now {process.num_fds()}", 20)
     grown = process.memory_info().rss - memory
-    check(process.num_threads() <= threads + 2, f"{process.num_threads()} threads, {threads} before")
+    # The pool for blocking calls fills up to its bound of 8, whatever is asked of it.
+    check(process.num_threads() <= threads + 8, f"{process.num_threads()} threads, {threads} before")
     check(grown < 15_000_000, f"memory grew by {grown} bytes")
     check(len(site.leftovers()) == 2 * count, f"{len(site.leftovers())} processes")
     groups = site.cgroups()
