@@ -112,6 +112,12 @@ def measure(proxy: str, work: str, seconds: float, cpus: tuple[int, int]) -> dic
     }
 
 
+def best_of(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Return the cheapest run among those that kept up: where events merge, each looks cheaper than it is."""
+    least = min(run["events_per_read"] for run in runs)
+    return min((run for run in runs if run["events_per_read"] <= max(1.1, least)), key=lambda run: run["cpu_us"])
+
+
 def main() -> None:
     """Measure in rounds and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,7 +135,7 @@ def main() -> None:
     write = sys.stdout.write
     write(f"{'':10} {'proxy':8} {'CPU us each':>12} {'median':>8} {'a second':>9} {'events/read':>12} {'x nginx':>8}\n")
     for work in WORK:
-        best = {proxy: min(runs[work, proxy], key=lambda run: run["cpu_us"]) for proxy in proxies}
+        best = {proxy: best_of(runs[work, proxy]) for proxy in proxies}
         for proxy in proxies:
             run = best[proxy]
             median = statistics.median(each["cpu_us"] for each in runs[work, proxy])

@@ -62,19 +62,24 @@ class ModelField(NamedTuple):
     end: int
 
 
-def find_model(body: bytes, content_type: bytes) -> ModelField:
+def find_model(body: bytes, content_type: bytes, start: int = 0) -> ModelField:
     """Return the model that a JSON object or a multipart form names at its top.
+
+    Args:
+        body: May have something else before the body proper, which begins at ``start``.
+        content_type: The body's.
+        start: So that a large body need not be copied out of what was read.
 
     Raises:
         Refused: 400; it names none, or is neither.
     """
-    match = _first(body) or _last(body, _search_from(body))
+    match = _first(body, start) or _last(body, _search_from(body, start))
     if match is not None:
         return _field(body, match.start(1), match.end(1))
     if content_type[:10].lower() == b"multipart/":
-        return _find_in_form(body, content_type)
+        return _find_in_form(body, content_type, start)
     try:
-        name = _decode(body).model
+        name = _decode(memoryview(body)[start:]).model
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Refused(400, "invalid_json", f"the body is not a JSON object with a model: {error}") from error
     if name is None:
@@ -82,28 +87,28 @@ def find_model(body: bytes, content_type: bytes) -> ModelField:
     return ModelField(name, -1, -1)
 
 
-def replace_model(body: bytes, field: ModelField, name: str) -> bytes:
-    """Return the body with another model's name in the place that ``find_model`` found; nothing else changes."""
+def replace_model(body: bytes, field: ModelField, name: str, start: int = 0) -> bytes:
+    """Return the body proper with another model's name where ``find_model`` found one; nothing else changes."""
     if field.start >= 0:
         new = name.encode()
         is_json = body[field.start - 1 : field.start] == b'"'
-        return body[: field.start] + (msgspec.json.encode(name)[1:-1] if is_json else new) + body[field.end :]
-    fields: dict[str, Any] = {**_decode_fields(body), "model": name}
+        return body[start : field.start] + (msgspec.json.encode(name)[1:-1] if is_json else new) + body[field.end :]
+    fields: dict[str, Any] = {**_decode_fields(memoryview(body)[start:]), "model": name}
     return msgspec.json.encode(fields)
 
 
-def _search_from(body: bytes) -> int:
+def _search_from(body: bytes, start: int) -> int:
     """Return where the last ``"model"`` near the end stands; the end itself when there is none."""
-    found = body.rfind(b'"model"', max(0, len(body) - TAIL_BYTES))
+    found = body.rfind(b'"model"', max(start, len(body) - TAIL_BYTES))
     return found if found >= 0 else len(body)
 
 
-def _find_in_form(body: bytes, content_type: bytes) -> ModelField:
+def _find_in_form(body: bytes, content_type: bytes, start: int) -> ModelField:
     match = _boundary(content_type)
     if match is None:
         raise Refused(400, "bad_request", "the multipart body's type names no boundary")
     delimiter = b"--" + (match[1] or match[2])
-    at = 0 if body.startswith(delimiter) else body.find(b"\r\n" + delimiter) + 2
+    at = start if body.startswith(delimiter, start) else body.find(b"\r\n" + delimiter, start) + 2
     for _ in range(PARTS_LIMIT):
         head_end = body.find(b"\r\n\r\n", at)
         end = body.find(b"\r\n" + delimiter, max(at, head_end))

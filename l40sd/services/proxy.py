@@ -18,6 +18,7 @@ from pathlib import Path
 
 import structlog
 
+from l40sd.adapters import heap
 from l40sd.core.config import ProxyConfig
 from l40sd.core.errors import L40sError
 from l40sd.services.proxy_client import Client
@@ -81,6 +82,7 @@ class Proxy:
         Raises:
             L40sError: An address cannot be listened on.
         """
+        heap.keep_freed_memory()
         loop = asyncio.get_running_loop()
         self._shared = Shared(config=self._config, routes=self._routes, loop=loop, now_s=loop.time())
         self.set_api_keys(self._api_keys)

@@ -289,7 +289,7 @@ class Client(asyncio.Protocol):
         if head is None or len(data) - end != head.content_length:
             return False
         assert self._template is not None
-        self._pass_on(head, self._template[1], data[end:])
+        self._pass_on(head, self._template[1], data, end)
         return True
 
     def _take_head(self, raw: bytes, head: RequestHead) -> None:
@@ -338,17 +338,17 @@ class Client(asyncio.Protocol):
         elif self._target:
             parts = self._parts
             self._parts = []
-            self._pass_on(head, self._target, parts[0] if len(parts) == 1 else b"".join(parts))
+            self._pass_on(head, self._target, parts[0] if len(parts) == 1 else b"".join(parts), 0)
         else:
             self._show(head)
 
-    def _pass_on(self, head: RequestHead, target: bytes, body: bytes) -> None:
+    def _pass_on(self, head: RequestHead, target: bytes, body: bytes, body_at: int) -> None:
         try:
-            field = find_model(body, head.content_type)
+            field = find_model(body, head.content_type, body_at)
         except Refused as refused:
             self._count_and_refuse(refused)
             return
-        self.exchange = Exchange(self._shared, self, head, target, body, field)
+        self.exchange = Exchange(self._shared, self, head, target, body, body_at, field)
         self.exchange.start()
 
     def _show(self, head: RequestHead) -> None:

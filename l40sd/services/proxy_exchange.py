@@ -38,7 +38,7 @@ from l40sd.core.model import ModelName
 from l40sd.core.refused import Refused
 from l40sd.services.proxy_pages import error_event, no_worker, unknown_model
 from l40sd.services.proxy_shared import Shared
-from l40sd.services.proxy_upstream import Peer, Unchunk, Upstream
+from l40sd.services.proxy_upstream import JOIN_BELOW_BYTES, Peer, Unchunk, Upstream
 from l40sd.services.routes import FailureKind, Lease, Route, Waiter
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Exchange:
         "_asked_at_s",
         "_barred",
         "_body",
+        "_body_at",
         "_client",
         "_dial",
         "_field",
@@ -90,13 +91,21 @@ class Exchange:
     )
 
     def __init__(
-        self, shared: Shared, client: "Client", head: RequestHead, target: bytes, body: bytes, field: ModelField
+        self,
+        shared: Shared,
+        client: "Client",
+        head: RequestHead,
+        target: bytes,
+        body: bytes,
+        body_at: int,
+        field: ModelField,
     ) -> None:
         self._shared = shared
         self._client = client
         self._head = head
         self._target = target
         self._body = body
+        self._body_at = body_at  # what stands before it was read with it
         self._field = field
         self._request_id = head.request_id or shared.make_request_id()
         self._started_at_s = shared.loop.time()
@@ -190,9 +199,13 @@ class Exchange:
         self._client.expect(self._shared.config.first_byte_timeout_s)
         backend = upstream.peer.route.backend
         served_name = backend.served_name or backend.model
-        body = self._body
+        body: bytes | memoryview
         if served_name != self._field.name:
-            body = replace_model(body, self._field, served_name)
+            body = replace_model(self._body, self._field, served_name, self._body_at)
+        elif len(self._body) < JOIN_BELOW_BYTES:
+            body = self._body[self._body_at :]
+        else:
+            body = memoryview(self._body)[self._body_at :]
         head = format_request(self._head, self._target, self._request_id, len(body), upstream.peer.fields)
         upstream.ask(self, head, body)
 

@@ -103,7 +103,7 @@ class Upstream(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._feed = self._parser.feed_data
 
-    def ask(self, asker: Asker, head: bytes, body: bytes) -> None:
+    def ask(self, asker: Asker, head: bytes, body: bytes | memoryview) -> None:
         """Send a request; its reply goes to ``asker``."""
         self.asker = asker
         self._write: Callable[[bytes], object] | None = None

@@ -155,10 +155,13 @@ def test_the_top_level_model_is_found_and_replaced_and_nothing_else(
     items.insert(data.draw(st.integers(0, len(items))), ("model", name))
     whole = dict([("pad", "y" * pad), *items])
     body = json.dumps(whole, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
-    field = find_model(body, b"application/json")
-    assert field.name == name
-    replaced = json.loads(replace_model(body, field, new))
-    assert list(replaced.items()) == list({**whole, "model": new}.items())
+    before = b'x-a: {"model":"wrong"}\r\n\r\n'
+    for start in (0, len(before)):  # the body alone, or as it was read, behind its head
+        read = before[:start] + body
+        field = find_model(read, b"application/json", start)
+        assert field.name == name
+        replaced = json.loads(replace_model(read, field, new, start))
+        assert list(replaced.items()) == list({**whole, "model": new}.items())
 
 
 @pytest.mark.parametrize(
