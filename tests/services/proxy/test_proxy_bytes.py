@@ -1,6 +1,7 @@
 """However the bytes of a request or a reply are cut into packets, what arrives is the same."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import uvloop
 from hypothesis import given, settings
@@ -16,13 +17,20 @@ def pieces(data: bytes, at: list[int]) -> list[bytes]:
     return [piece for piece in (data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True)) if piece]
 
 
+async def closed(stand: Stand, converse: Callable[[Stand], Awaitable[None]]) -> None:
+    """Close everything also after a failure: uvloop waits for ever for a server that was left open."""
+    try:
+        await converse(stand)
+    finally:
+        await stand.finish()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(events, st.booleans(), cuts), min_size=1, max_size=3), cuts, st.booleans())
 def test_requests_and_replies_survive_any_cutting(
     exchanges: list[tuple[list[bytes], bool, list[int]]], request_cuts: list[int], is_chunked: bool
 ) -> None:
-    async def run() -> None:
-        stand = Stand()
+    async def converse(stand: Stand) -> None:
         queue = list(exchanges)
         bodies = [b'{"model":"chat","n":"%d%b"}' % (n, b"y" * (n * 700)) for n in range(len(exchanges))]
 
@@ -47,13 +55,12 @@ def test_requests_and_replies_survive_any_cutting(
             assert reply.raw_body == expected
         assert [request.body for request in stand.worker.requests] == bodies
         assert stand.failures == []
-        await stand.finish()
 
     def chunked(body: bytes) -> bytes:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         return head + b"".join(chunk(piece) for piece in pieces(body, request_cuts)) + b"0\r\n\r\n"
 
-    uvloop.run(run())
+    uvloop.run(closed(Stand(), converse))
 
 
 @settings(max_examples=40, deadline=None)
@@ -64,8 +71,7 @@ def test_a_reply_cut_anywhere_is_never_taken_for_whole(
     whole = STREAM_HEAD + b"".join(map(chunk, parts)) + b"0\r\n\r\n" if is_stream else plain(b"".join(parts))
     broken = whole[: end % len(whole)]
 
-    async def run() -> None:
-        stand = Stand(retries=0)
+    async def converse(stand: Stand) -> None:
 
         async def behave(talk: Conversation, request: Request) -> None:
             for piece in pieces(broken, reply_cuts):
@@ -88,6 +94,5 @@ def test_a_reply_cut_anywhere_is_never_taken_for_whole(
             else:
                 assert len(raw) < len(b"".join(parts))
             assert len(stand.failures) == 1
-        await stand.finish()
 
-    uvloop.run(run())
+    uvloop.run(closed(Stand(retries=0), converse))
