@@ -104,8 +104,8 @@ class Supervisor:
         if self.change is not None:
             self._end("replaced", f"replaced by a change to {want.pattern}")
             previous, baseline = self.change.previous, {**baseline, **self.change.baseline}
-            on_trial = self.change.created & {w.placement.worker for w in want.wanted}
-        there = {(o.worker, o.fingerprint): o for o in observed}
+            on_trial = set(self.change.created)  # also what the change between did not want: it may be there still
+        there = {(o.worker, o.fingerprint): o for o in observed if o.goal is not Goal.GONE}
         kept = [o for w in want.wanted if (o := there.get((w.placement.worker, w.fingerprint))) is not None]
         self.change = Change(
             id=secrets.token_hex(4),

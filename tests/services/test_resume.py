@@ -66,3 +66,18 @@ async def test_a_worker_on_trial_that_died_with_the_daemon_is_still_on_trial(sit
     await site.until_event("worker.ended_meanwhile", 10)
     await site.until_event("pattern.apply.rolled_back", 30)
     await site.until_ready("good", 30)
+
+
+async def test_a_worker_on_trial_is_still_on_trial_when_its_pattern_is_asked_for_again(site_of: SiteOf) -> None:
+    """It was there, on its way out, and counted as one that has nothing to prove: the second time, a pattern that
+    cannot come up was tried until its workers were quarantined."""
+    site = site_of(MUTE.replace("startup_timeout_s = 1", "startup_timeout_s = 3"))
+    await site.start()
+    await site.until_ready("good", 30)
+    await site.request("bad")
+    await site.until(lambda s: any(w.model == "mute" and w.phase == "starting" for w in s.workers), "on trial", 30)
+    await site.request("good")
+    asked = await site.request("bad")
+    assert (await site.operation(asked, 30)).state == "rolled_back"
+    status = await site.until_ready("good", 30)
+    assert {w.model for w in status.workers} == {"toy"}
