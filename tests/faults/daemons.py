@@ -468,7 +468,7 @@ async def upgrade(rig: Rig) -> Outcome:
     check(pids(after) == pids(before), "the same workers")
     check(knocks.refused == 0, f"{knocks.refused} connections were refused")
     check(tally.lost == 0, tally.examples)
-    note = f"{knocks.made} connections, 0 refused, longest wait for one {knocks.longest_s * 1000:.0f} ms"
+    note = f"{knocks.made} connections, 0 refused, the longest took {knocks.longest_s * 1000:.0f} ms"
     return Outcome(took_s=took_s, lost=tally.lost, note=f"{streams} streams; {note}")
 
 

@@ -224,7 +224,9 @@ def table(results: Mapping[int, Result]) -> str:
         rows.append(f"| {number} | {one.title} | {one.expected} | {one.promise} | {measured} | {lost} |")
     run = [result for result in results.values() if result.verdict != "not run"]
     survived = sum(result.verdict == "survived" for result in run)
-    return HEAD + "\n".join(rows) + f"\n\n{survived} of {len(run)} survived.\n"
+    missing = sorted(number for number in FAULTS if number not in {result.number for result in run})
+    not_run = f", not run: {', '.join(map(str, missing))}" if missing else ""
+    return HEAD + "\n".join(rows) + f"\n\n{survived} of {len(run)} survived{not_run}.\n"
 
 
 def now_s() -> float:

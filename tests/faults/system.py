@@ -111,6 +111,7 @@ async def cgroup_left(rig: Rig) -> Outcome:
     left = base / "toy-gpu0-old" / "engine"
     left.mkdir(parents=True)
     process = await asyncio.create_subprocess_exec("sleep", "1000")
+    rig.at_end(lambda: process.returncode is None and process.kill())
     (left / "cgroup.procs").write_text(str(process.pid))
     began = time.monotonic()
     await site.start(PATIENCE_S)
@@ -143,7 +144,7 @@ async def under_systemd(rig: Rig) -> Outcome:
         raise NotHereError("needs the container's image: `scripts/test` builds it")
     began = time.monotonic()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SYSTEMD_TESTS / "test_daemon.py")),
+        *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(SYSTEMD_TESTS / "test_daemon.py")),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         cwd=SYSTEMD_TESTS.parents[1],
@@ -155,9 +156,8 @@ async def under_systemd(rig: Rig) -> Outcome:
             process.terminate()
     lines = said.decode(errors="replace").strip().splitlines()
     check(process.returncode == 0, "\n".join(lines[-30:]))
-    return Outcome(
-        took_s=time.monotonic() - began, note=f"{lines[-1]}; {next((s for s in lines if 'refused' in s), '').strip()}"
-    )
+    knocked = next((line.strip() for line in lines if "'refused'" in line), "").translate(str.maketrans("", "", "{}'"))
+    return Outcome(took_s=time.monotonic() - began, note=f"{lines[-1]}; {knocked}")
 
 
 @fault(
