@@ -33,6 +33,8 @@ from l40sd.services.worker import Tools, Worker
 
 TURN_AT_LEAST_EVERY_S = 2.0
 OPERATIONS_KEPT = 50
+SERVED = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
+"""Phases of a worker that receives requests, or did until it was asked not to."""
 
 
 class Supervisor:
@@ -350,7 +352,7 @@ class Supervisor:
         """Pass the operator's wish on to a worker: restart, drain, undrain or reset.
 
         Raises:
-            L40sError: No such worker or verb, or the worker is being retired.
+            L40sError: No such worker or verb, the worker is being retired, or has nothing to drain.
         """
         events = {"restart": Event.RESTART, "drain": Event.DRAIN, "undrain": Event.UNDRAIN, "reset": Event.RESET}
         worker = self.worker(worker_id)
@@ -358,6 +360,13 @@ class Supervisor:
             raise L40sError(f"a worker cannot be told to {verb!r}", hint=f"one of {', '.join(events)}", code="bad_verb")
         if worker.goal is Goal.GONE:
             raise L40sError(f"{worker_id} is on its way out", where=worker_id, code="worker_retiring")
+        if verb == "drain" and worker.phase not in SERVED:
+            raise L40sError(
+                f"{worker_id} is {worker.phase}: there is nothing to drain",
+                where=worker_id,
+                hint="drain it once it is ready",
+                code="not_serving",
+            )
         worker.post(events[verb], f"{verb} by the operator")
 
     def on_request_failure(self, worker_id: WorkerId, _kind: str) -> None:

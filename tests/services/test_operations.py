@@ -198,6 +198,17 @@ async def test_drain_undrain_and_restart(site_of: SiteOf) -> None:
     assert one.id in unknown.value.hint
 
 
+async def test_a_worker_that_does_not_serve_yet_cannot_be_drained(site_of: SiteOf) -> None:
+    """It was answered with 202, and forgotten."""
+    site = site_of(TOY.replace('engine = "simulated"', 'engine = "simulated"\nargs = ["--start-delay-s", "60"]'))
+    await site.start()
+    status = await site.until(lambda s: any(w.phase == "starting" for w in s.workers), "starting", 20)
+    starting = next(w.id for w in status.workers if w.phase == "starting")
+    with pytest.raises(L40sError, match="nothing to drain") as refusal:
+        await post(site, f"/v1/workers/{starting}/drain")
+    assert refusal.value.code == "not_serving"
+
+
 async def test_a_daemon_killed_in_the_middle_of_a_change_is_carried_on_by_the_next(site_of: SiteOf) -> None:
     """Fault 12."""
     site = site_of(TOY)
