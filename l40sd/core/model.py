@@ -193,4 +193,3 @@ class ModelFacts:
     layers: int | None = None
     size_bytes: int | None = None
     missing: bool = False
-
