@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 from faults import clients, daemons, output, starts, state, system, workers
-from faults.suite import FAULTS, now_s, recall, remember, run_all, summary, table
+from faults.suite import FAULTS, Result, now_s, recall, remember, run_all, summary, table
 
 RESULTS = Path(__file__).resolve().parents[2] / ".cache" / "faults" / "results.json"
 MODULES = (workers, daemons, starts, output, state, clients, system)
 QUICK_SLACK = 3.0
+SECOND_TRIES = 3
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,9 +35,24 @@ def main(argv: list[str] | None = None) -> int:
     began_s = now_s()
     slack = given.slack or (QUICK_SLACK if given.quick else 1.0)
     results = run_all(numbers, say, is_quick=given.quick, slack=slack, keep=given.keep)
+    if given.quick:
+        results = again(results, slack=slack, keep=given.keep)
     remember(RESULTS, results)
     say(summary(results, now_s() - began_s))
     return int(any(result.verdict == "failed" for result in results))
+
+
+def again(results: list[Result], *, slack: float, keep: Path | None) -> list[Result]:
+    """Return the results, what was not survived tried once more and said so: bounds are times, machines are shared.
+
+    More than a few at once are no matter of a busy machine, and stay as they are.
+    """
+    failed = [result.number for result in results if result.verdict == "failed"]
+    if not 0 < len(failed) <= SECOND_TRIES:
+        return results
+    say(f"not survived at the first try: {', '.join(map(str, failed))}; tried once more:")
+    second = {result.number: result for result in run_all(failed, say, is_quick=True, slack=slack, keep=keep)}
+    return [second.get(result.number, result) for result in results]
 
 
 def chosen(only: str | None) -> list[int]:
