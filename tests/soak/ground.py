@@ -257,7 +257,7 @@ class Ground:
         try:
             await asyncio.to_thread(self.site.client.post, f"/v1/workers/{worker}/{verb}")
         except L40sError as error:
-            if error.code not in ("unknown_worker", "worker_retiring"):
+            if error.code not in ("unknown_worker", "worker_retiring", "not_serving"):
                 raise
             return
         match verb:
