@@ -204,7 +204,8 @@ HEAD = """# What happens when
 Every line was injected into a running l40sd with real processes, signals and sockets, and measured from outside;
 `scripts/faults` does it again on your machine, and this page is its output (`scripts/faults --table`). *Promised*
 holds with the default configuration; *measured* is the suite's, with its short timeouts, on the simulated engine, on
-two busy CPU cores. *Lost* counts requests without their whole answer.
+two busy CPU cores. *Lost* counts requests without their whole answer. Each line is that fault's latest result:
+lines may come from different runs, some of them with doubled bounds because the machine was shared.
 
 """
 
