@@ -15,6 +15,7 @@ from l40sd.core.refused import Refused
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 REQUEST_ID_LIMIT = 128
 LENGTH_DIGITS = 15
+_DIGITS_ALIKE = bytes.maketrans(b"123456789", b"000000000")
 
 _fields = rb"(?:" + TOKEN + rb"++:[^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+\r\n"
 _request = re.compile(rb"([A-Z]{1,20}+) ([!-~]++) HTTP/1\.([01])\r\n" + _fields).fullmatch
@@ -134,17 +135,17 @@ class HeadTemplate:
         self._before = before
         self._after = after
 
-    def matches(self, data: bytes, end: int) -> bool:
-        """Return whether ``data[:end]`` is this head again; if so, ``request`` has its content length."""
+    def end_in(self, data: bytes) -> int:
+        """Return where this head ends if ``data`` begins with it, else 0; ``request`` has its content length then."""
+        if not data.startswith(self._before):
+            return 0
         start = len(self._before)
-        stop = end - len(self._after)
-        if not data.startswith(self._before) or not data.startswith(self._after, stop):
-            return False
+        stop = data.find(b"\r", start)
         digits = data[start:stop]
-        if not digits.isdigit() or len(digits) > LENGTH_DIGITS:
-            return False
+        if not data.startswith(self._after, stop) or not digits.isdigit() or len(digits) > LENGTH_DIGITS:
+            return 0
         self.request.content_length = int(digits)
-        return True
+        return stop + len(self._after)
 
 
 def template_of(request: RequestHead, head: bytes) -> HeadTemplate | None:
@@ -156,9 +157,9 @@ def template_of(request: RequestHead, head: bytes) -> HeadTemplate | None:
 
 
 def format_request(
-    request: RequestHead, target: bytes, request_id: bytes, content_length: int, peer_fields: bytes
+    request: RequestHead, target: bytes, request_id: bytes, content_length: int, peer_fields: bytes, body: bytes = b""
 ) -> bytes:
-    """Return the head that a worker gets.
+    """Return the head that a worker gets, and its body where that comes along.
 
     Args:
         request: The client's.
@@ -166,15 +167,59 @@ def format_request(
         request_id: The client's or ours.
         content_length: Of the body as it will be sent.
         peer_fields: Host and key of the worker, each as ``CR LF name: value``.
+        body: A small one, in one copy with the head; empty when it is sent on its own.
     """
-    return b"%b %b HTTP/1.1%b%b\r\nx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
+    return b"%b %b HTTP/1.1%b%b\r\nx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b" % (
         request.method,
         target,
         peer_fields,
         request.fields,
         request_id,
         content_length,
+        body,
     )
+
+
+class KnownReply:
+    """A kind of reply head that was parsed before: with a length, nothing to be taken out, and digits that may differ.
+
+    Attributes:
+        status: Neither 1xx, 204, 304 nor 5xx.
+        line_end: Where the status line ends.
+        alike: The head from the status line to the empty line, all digits zero.
+        end: Its length.
+    """
+
+    __slots__ = ("_length_at", "_length_end", "_start", "alike", "end", "line_end", "status")
+
+    def __init__(self, head: bytes, status: int, length_at: int, length_end: int) -> None:
+        self.status = status
+        self.line_end = head.index(b"\r\n")
+        self.alike = head.translate(_DIGITS_ALIKE)
+        self.end = len(head)
+        self._start = head[:12]  # with the status: its digits may not differ
+        self._length_at = length_at
+        self._length_end = length_end
+
+    def is_whole(self, data: bytes) -> bool:
+        """Return whether ``data`` is one whole reply with such a head."""
+        end = self.end
+        return (
+            data.startswith(self._start)
+            and data[:end].translate(_DIGITS_ALIKE) == self.alike
+            and len(data) - end == int(data[self._length_at : self._length_end])
+        )
+
+
+def known_reply(head: bytes, response: "ResponseHead") -> KnownReply | None:
+    """Return the kind of a head that llhttp found well-formed; None for one that has to be parsed each time."""
+    found = _length(head)
+    is_plain = len(response.lines) == len(head) - 4 and b"x-l00s-" not in head.translate(_DIGITS_ALIKE).lower()
+    if found is None or not is_plain or response.is_chunked or head[:8] != b"HTTP/1.1":
+        return None
+    if found.end() - found.start(1) > LENGTH_DIGITS or not 200 <= response.status < 500:
+        return None
+    return None if response.status in (204, 304) else KnownReply(head, response.status, found.start(1), found.end(1))
 
 
 class ResponseHead:

@@ -87,6 +87,36 @@ def find_model(body: bytes, content_type: bytes, start: int = 0) -> ModelField:
     return ModelField(name, -1, -1)
 
 
+class ModelMemory:
+    """``find_model`` for one client's connection: its bodies begin alike, or end alike, up to and with the model."""
+
+    __slots__ = ("_begins", "_ends", "_name")
+
+    def __init__(self) -> None:
+        self._begins = b""
+        self._ends = b""
+        self._name = ""
+
+    def name(self, body: bytes, content_type: bytes, start: int = 0) -> str:
+        """Return the name that ``find_model`` finds.
+
+        Raises:
+            Refused: As there.
+        """
+        if self._begins:
+            if body.startswith(self._begins, start):
+                return self._name
+        elif self._ends and body.endswith(self._ends) and not _first(body, start):
+            return self._name
+        field = find_model(body, content_type, start)
+        self._name = field.name
+        is_first = field.start >= 0 and _first(body, start) is not None
+        is_last = field.start >= 0 and not is_first and content_type[:10].lower() != b"multipart/"
+        self._begins = body[start : field.end + 1] if is_first else b""
+        self._ends = body[_search_from(body, start) :] if is_last else b""
+        return field.name
+
+
 def replace_model(body: bytes, field: ModelField, name: str, start: int = 0) -> bytes:
     """Return the body proper with another model's name where ``find_model`` found one; nothing else changes."""
     if field.start >= 0:

@@ -32,19 +32,20 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from l40sd.adapters.http import RequestHead, ResponseHead, format_request
-from l40sd.adapters.requestbody import ModelField, replace_model
+from l40sd.adapters.http import KnownReply, RequestHead, ResponseHead, format_request
+from l40sd.adapters.requestbody import find_model, replace_model
 from l40sd.core.model import ModelName
 from l40sd.core.refused import Refused
 from l40sd.services.proxy_pages import error_event, no_worker, unknown_model
 from l40sd.services.proxy_shared import Shared
-from l40sd.services.proxy_upstream import JOIN_BELOW_BYTES, Peer, Unchunk, Upstream
+from l40sd.services.proxy_upstream import Peer, Unchunk, Upstream
 from l40sd.services.routes import FailureKind, Lease, Route, Waiter
 
 if TYPE_CHECKING:
     from l40sd.services.proxy_client import Client
 
 STALE_WITHIN_S = 1.0  # a kept connection that closes later than this was closed over the request itself
+JOIN_BELOW_BYTES = 16384  # a head and a smaller body are joined: one copy is cheaper than a second buffer
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = structlog.get_logger()
@@ -72,11 +73,11 @@ class Exchange:
         "_body_at",
         "_client",
         "_dial",
-        "_field",
         "_first_byte_at_s",
         "_head",
         "_lease",
         "_model",
+        "_name",
         "_phase",
         "_reply",
         "_request_id",
@@ -98,7 +99,7 @@ class Exchange:
         target: bytes,
         body: bytes,
         body_at: int,
-        field: ModelField,
+        name: str,
     ) -> None:
         self._shared = shared
         self._client = client
@@ -106,13 +107,13 @@ class Exchange:
         self._target = target
         self._body = body
         self._body_at = body_at  # what stands before it was read with it
-        self._field = field
+        self._name = name  # of the model, as the body has it
         self._request_id = head.request_id or shared.make_request_id()
         self._started_at_s = shared.loop.time()
         self._first_byte_at_s = 0.0
         self._tries_left = shared.config.retries
-        self._tried: list[int] = []  # serials of routes that failed
-        self._barred: list[int] = []  # those of them that could not be connected to
+        self._tried: tuple[int, ...] = ()  # serials of routes that failed
+        self._barred: tuple[int, ...] = ()  # those of them that could not be connected to
         self._model = ModelName("")
         self._lease: Lease | None = None
         self._waiter: Waiter | None = None
@@ -125,14 +126,20 @@ class Exchange:
 
     def start(self) -> None:
         """Look for a worker; everything further happens through callbacks."""
-        model = self._shared.routes.resolve(self._field.name)
+        routes = self._shared.routes
+        model = routes.resolve(self._name)
         if model is None:
-            self._refuse(unknown_model(self._shared.routes, self._field.name))
+            self._refuse(unknown_model(routes, self._name))
             return
         self._model = model
-        self._look_for_worker()
+        lease = routes.take(model)
+        if lease is not None:
+            self._use(lease)
+        else:
+            self._look_further()
 
-    def _look_for_worker(self) -> None:
+    def _look_further(self) -> None:
+        """Take a worker that has not had the request, else one that could be connected to, else wait for one."""
         routes = self._shared.routes
         lease = routes.take(self._model, self._tried)
         if lease is None and len(self._tried) > len(self._barred):
@@ -154,8 +161,8 @@ class Exchange:
         self._waiter = None
         if lease is not None:
             self._use(lease)
-        elif self._shared.routes.resolve(self._field.name) is None:
-            self._refuse(unknown_model(self._shared.routes, self._field.name))
+        elif self._shared.routes.resolve(self._name) is None:
+            self._refuse(unknown_model(self._shared.routes, self._name))
         else:
             why = f"none was free within {self._shared.config.queue_timeout_s:g} s"
             self._refuse(no_worker(self._shared.routes, self._model, CLOSING if self._shared.is_closing else why))
@@ -197,26 +204,29 @@ class Exchange:
         self._upstream = upstream
         self._asked_at_s = self._shared.now_s
         self._client.expect(self._shared.config.first_byte_timeout_s)
-        backend = upstream.peer.route.backend
-        served_name = backend.served_name or backend.model
+        peer = upstream.peer
         body: bytes | memoryview
-        if served_name != self._field.name:
-            body = replace_model(self._body, self._field, served_name, self._body_at)
+        if peer.served_name != self._name:
+            field = find_model(self._body, self._head.content_type, self._body_at)
+            body = replace_model(self._body, field, peer.served_name, self._body_at)
         elif len(self._body) < JOIN_BELOW_BYTES:
             body = self._body[self._body_at :]
         else:
             body = memoryview(self._body)[self._body_at :]
-        head = format_request(self._head, self._target, self._request_id, len(body), upstream.peer.fields)
-        upstream.ask(self, head, body)
+        if isinstance(body, bytes) and len(body) < JOIN_BELOW_BYTES:
+            upstream.ask(self, format_request(self._head, self._target, self._request_id, len(body), peer.fields, body))
+        else:
+            head = format_request(self._head, self._target, self._request_id, len(body), peer.fields)
+            upstream.ask(self, head, body)
 
     def _try_failed(self, kind: FailureKind, why: str) -> None:
         """Go on elsewhere after a failure before the first byte, or give up."""
         assert self._lease is not None
         route = self._lease.route
         self._lease.failed(kind)
-        self._tried.append(route.serial)
+        self._tried = (*self._tried, route.serial)
         if kind is FailureKind.CONNECT:
-            self._barred.append(route.serial)
+            self._barred = (*self._barred, route.serial)
         self._let_go()
         if not self._tries_left:
             self._refuse(
@@ -224,7 +234,7 @@ class Exchange:
             )
             return
         self._count_retry(route)
-        self._look_for_worker()
+        self._look_further()
 
     def _count_retry(self, route: Route) -> None:
         self._tries_left -= 1
@@ -269,8 +279,35 @@ class Exchange:
         else:
             write(write_head + rest)  # in one: the client wakes once
         if client.is_paused:
-            self._upstream.transport.pause_reading()
+            self._upstream.pause(is_paused=True)
         return write
+
+    def on_whole(self, known: KnownReply, data: bytes) -> None:
+        """Pass on a reply that is whole as it came; most of those that are no streams take this way and no other."""
+        lease, upstream, client, shared = self._lease, self._upstream, self._client, self._shared
+        assert lease is not None
+        assert upstream is not None
+        lease.answered()
+        client.transport.write(
+            b"%b\r\nx-request-id: %b%b%b%b"
+            % (
+                data[: known.line_end],
+                self._request_id,
+                upstream.peer.reply_field,
+                b"" if client.will_keep_alive() else b"\r\nconnection: close",
+                data[known.line_end :],
+            )
+        )
+        upstream.release(shared.now_s)
+        self._upstream = None
+        now_s = self._first_byte_at_s = shared.loop.time()
+        shared.metrics.answered_at_once(self._model, known.status, now_s - self._started_at_s)
+        if shared.config.access_log:
+            self._log("", known.status)
+        self._phase = Phase.ENDED
+        lease.release()
+        self._lease = None
+        client.finished()
 
     def _use_another(self) -> bool:
         """Take the request to a worker that has not had it, if one is free now; return whether there was one."""
@@ -278,11 +315,12 @@ class Exchange:
         if not self._tries_left:
             return False
         route = self._lease.route
-        another = self._shared.routes.take(self._model, [*self._tried, route.serial])
+        tried = (*self._tried, route.serial)
+        another = self._shared.routes.take(self._model, tried)
         if another is None:
             return False
         self._lease.failed(FailureKind.STATUS)
-        self._tried.append(route.serial)
+        self._tried = tried
         self._let_go()
         self._count_retry(route)
         self._use(another)
@@ -361,10 +399,7 @@ class Exchange:
         """Stop or go on reading the reply: the client takes it too slowly, or keeps up again."""
         self.is_moving = True
         if self._upstream is not None and self._phase is Phase.REPLYING:
-            if is_paused:
-                self._upstream.transport.pause_reading()
-            else:
-                self._upstream.transport.resume_reading()
+            self._upstream.pause(is_paused=is_paused)
 
     def _whole(self) -> None:
         assert self._reply is not None
@@ -405,12 +440,12 @@ class Exchange:
         log.info(
             "proxy.request",
             request=self._request_id.decode(),
-            model=self._model or self._field.name,
+            model=self._model or self._name,
             path=self._target.decode(),
             worker=self._lease.route.backend.worker if self._lease else "",
             status=status,
             tries=len(self._tried) + 1,
-            first_byte_s=round(self._first_byte_at_s - self._started_at_s, 4) if self._reply else None,
+            first_byte_s=round(self._first_byte_at_s - self._started_at_s, 4) if self._first_byte_at_s else None,
             duration_s=round(self._shared.loop.time() - self._started_at_s, 4),
             problem=problem,
         )

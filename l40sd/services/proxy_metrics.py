@@ -77,6 +77,18 @@ class Metrics:
         timings.first_byte.observe(first_byte_s)
         timings.duration.observe(duration_s)
 
+    def answered_at_once(self, model: str, status: int, duration_s: float) -> None:
+        """Count a worker's whole answer whose first byte came with its last."""
+        key = (model, status)
+        self.answers[key] = self.answers.get(key, 0) + 1
+        timings = self.timings.get(model)
+        if timings is None:
+            timings = self.timings[model] = Timings()
+        slot = bisect_left(BOUNDS_S, duration_s)
+        for histogram in (timings.first_byte, timings.duration):
+            histogram.buckets[slot] += 1
+            histogram.sum_s += duration_s
+
     @property
     def served(self) -> int:
         """Requests answered below 500."""

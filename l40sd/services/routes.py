@@ -87,11 +87,6 @@ class Route:
         self.is_open = True
         self.failing = 0  # failures in a row
 
-    def hold(self, change: int) -> None:
-        """Count a lease, or one less."""
-        self.in_flight += change
-        self.load = load_with_one_more(self.in_flight, self.backend.weight)
-
 
 class Lease:
     """One request's hold on one backend."""
@@ -119,7 +114,12 @@ class Lease:
         """Give the backend back; again is nothing."""
         if self._is_held:
             self._is_held = False
-            self._routes.released(self.route)
+            route = self.route
+            route.in_flight -= 1
+            assert route.in_flight >= 0, "a lease was counted twice"
+            route.load = load_with_one_more(route.in_flight, route.backend.weight)
+            if route.line.waiters or not route.is_open or self._routes.is_draining:
+                self._routes.released(route)
 
 
 TurnCallback = Callable[[Lease | None], None]
@@ -145,15 +145,14 @@ class Waiter:
 class Line:
     """One model: its routes, and those who wait for one. First in, first out among those who can be served."""
 
-    __slots__ = ("entry", "is_in_catalog", "model", "routes", "turn", "waiters")
+    __slots__ = ("entry", "is_in_catalog", "model", "routes", "waiters")
 
     def __init__(self, model: ModelName) -> None:
         self.model = model
         self.entry = CatalogEntry()
         self.is_in_catalog = False
-        self.routes: list[Route] = []
+        self.routes: deque[Route] = deque()
         self.waiters: deque[Waiter] = deque()
-        self.turn = 0
 
 
 class Routes:
@@ -236,6 +235,11 @@ class Routes:
         """Return the requests on a worker now, those on earlier instances of it included."""
         return sum(route.in_flight for route in self._routes.get(worker, ()))
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether anybody waits in ``drained``."""
+        return bool(self._drains)
+
     def served(self, worker: WorkerId) -> int:
         """Return the requests that a worker answered since the daemon started."""
         return self.tally(worker).served
@@ -293,12 +297,13 @@ class Routes:
 
         Overtakes nobody: whoever still waits cannot be served by what is free, or would have been.
         """
-        line = self._lines[model]
-        line.turn += 1
-        route = choose(line.routes, line.turn, limit=self._in_flight_limit, tried=tried)
+        routes = self._lines[model].routes
+        routes.rotate(-1)  # ties go round
+        route = choose(routes, limit=self._in_flight_limit, tried=tried)
         if route is None:
             return None
-        route.hold(1)
+        route.in_flight += 1
+        route.load = load_with_one_more(route.in_flight, route.backend.weight)
         return Lease(self, route)
 
     def wait(
@@ -327,9 +332,7 @@ class Routes:
                 self._send_away(line, [w for w in line.waiters if w.deadline_s <= now_s])
 
     def released(self, route: Route) -> None:
-        """Take back one lease; called by the lease, once."""
-        route.hold(-1)
-        assert route.in_flight >= 0, "a lease was counted twice"
+        """Tell whoever cares that a lease was given back."""
         if route.line.waiters:
             self._serve(route.line)
         if not route.in_flight and not route.is_open:
