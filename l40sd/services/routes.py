@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from l40sd.core.balancer import choose, load_with_one_more
+from l40sd.core.balancer import AWAY, choose, load_with_one_more
 from l40sd.core.model import ModelName, WorkerId
 
 
@@ -75,7 +75,7 @@ class Tally:
 class Route:
     """One backend that may receive requests, and the requests on it. Changed by ``Routes`` and ``Lease`` only."""
 
-    __slots__ = ("backend", "failing", "in_flight", "is_open", "line", "load", "serial", "tally")
+    __slots__ = ("backend", "failing", "in_flight", "is_open", "line", "place", "serial", "tally")
 
     def __init__(self, backend: Backend, serial: int, line: "Line", tally: Tally) -> None:
         self.backend = backend
@@ -83,7 +83,7 @@ class Route:
         self.line = line
         self.tally = tally
         self.in_flight = 0
-        self.load = load_with_one_more(0, backend.weight)
+        self.place = 0  # in the line's routes and loads, while open
         self.is_open = True
         self.failing = 0  # failures in a row
 
@@ -117,8 +117,10 @@ class Lease:
             route = self.route
             route.in_flight -= 1
             assert route.in_flight >= 0, "a lease was counted twice"
-            route.load = load_with_one_more(route.in_flight, route.backend.weight)
-            if route.line.waiters or not route.is_open or self._routes.is_draining:
+            line = route.line
+            if route.is_open:
+                line.loads[route.place] = load_with_one_more(route.in_flight, route.backend.weight)
+            if line.waiters or not route.is_open or self._routes.is_draining:
                 self._routes.released(route)
 
 
@@ -145,14 +147,22 @@ class Waiter:
 class Line:
     """One model: its routes, and those who wait for one. First in, first out among those who can be served."""
 
-    __slots__ = ("entry", "is_in_catalog", "model", "routes", "waiters")
+    __slots__ = ("entry", "is_in_catalog", "loads", "model", "routes", "turn", "waiters")
 
     def __init__(self, model: ModelName) -> None:
         self.model = model
         self.entry = CatalogEntry()
         self.is_in_catalog = False
-        self.routes: deque[Route] = deque()
+        self.routes: list[Route] = []
+        self.loads: list[float] = []  # of each of them, with one request more
+        self.turn = 0  # where to look first among equals
         self.waiters: deque[Waiter] = deque()
+
+    def seat(self) -> None:
+        """Number the routes after one came or went."""
+        for place, route in enumerate(self.routes):
+            route.place = place
+        self.loads = [load_with_one_more(route.in_flight, route.backend.weight) for route in self.routes]
 
 
 class Routes:
@@ -217,6 +227,7 @@ class Routes:
         route.serial = self._serial  # new, so that requests which tried it before may try it again
         route.failing = 0
         line.routes.append(route)
+        line.seat()
         self._name_lines()
         self._serve(line)
 
@@ -297,13 +308,15 @@ class Routes:
 
         Overtakes nobody: whoever still waits cannot be served by what is free, or would have been.
         """
-        routes = self._lines[model].routes
-        routes.rotate(-1)  # ties go round
-        route = choose(routes, limit=self._in_flight_limit, tried=tried)
-        if route is None:
+        line = self._lines[model]
+        loads = self._loads_but(line, tried) if tried or self._in_flight_limit else line.loads
+        place = choose(loads, line.turn)
+        if place < 0:
             return None
+        line.turn = place + 1
+        route = line.routes[place]
         route.in_flight += 1
-        route.load = load_with_one_more(route.in_flight, route.backend.weight)
+        line.loads[place] = load_with_one_more(route.in_flight, route.backend.weight)
         return Lease(self, route)
 
     def wait(
@@ -345,6 +358,14 @@ class Routes:
 
     # Helpers
 
+    def _loads_but(self, line: Line, tried: Collection[int]) -> list[float]:
+        """Return a line's loads, ``AWAY`` for those that were tried or hold as many requests as they may."""
+        limit = self._in_flight_limit
+        return [
+            AWAY if route.serial in tried or (limit and route.in_flight >= limit) else load
+            for route, load in zip(line.routes, line.loads, strict=True)
+        ]
+
     def _serve(self, line: Line) -> None:
         """Give turns from the front of the line until nobody in it can be served."""
         served: Waiter | None
@@ -367,6 +388,7 @@ class Routes:
         if route is not None:
             route.is_open = False
             route.line.routes.remove(route)
+            route.line.seat()
             if not route.in_flight:
                 self._forget(route)
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l40sd.adapters.chunked import ChunkedBody
-from l40sd.adapters.http import format_request, parse_request, parse_response, template_of
-from l40sd.adapters.requestbody import find_model, replace_model
+from l40sd.adapters.http import format_request, known_reply, parse_request, parse_response, template_of
+from l40sd.adapters.requestbody import ModelMemory, find_model, replace_model
 from l40sd.core.refused import Refused
 
 names = st.text("abcXYZ019-_", min_size=1, max_size=12).map(lambda name: f"x-a-{name}")
@@ -95,6 +95,57 @@ def test_a_responses_own_fields_stay_and_hop_by_hop_ones_go() -> None:
     assert not parse_response(b"HTTP/1.0 200 OK\r\n\r\n").is_framed
 
 
+ALIKE = [  # each a field, or none, in forms that differ in digits only
+    (b"date: Thu, 01 Jan 1970 00:00:00 GMT", b"date: Thu, 09 Jan 2026 11:22:33 GMT"),
+    (b"x-a: 7", b"x-a: 8"),
+    (b"x-l40s-worker: w", b"x-l41s-worker: w"),
+    (b"connection: close",),
+    (b"X-Request-Id: 1", b"X-Request-Id: 2"),
+    (b"transfer-encoding: chunked",),
+    (b"content-length: 3", b"content-length: 4"),
+]
+STATUS_LINES = [b"HTTP/1.1 200 OK", b"HTTP/1.1 204 OK", b"HTTP/1.1 404 OK", b"HTTP/1.1 503 OK", b"HTTP/1.0 200 OK"]
+kinds = st.lists(st.sampled_from(ALIKE), max_size=2)
+
+
+@st.composite
+def replies(draw: st.DrawFn, fields: list[tuple[bytes, ...]]) -> tuple[bytes, list[bytes], int]:
+    return draw(st.sampled_from(STATUS_LINES)), [draw(st.sampled_from(f)) for f in fields], draw(st.integers(10, 99))
+
+
+def reply_head(line: bytes, fields: list[bytes], length: int) -> bytes:
+    return b"\r\n".join([line, *fields, b"Content-Length: %d" % length, b"", b""])
+
+
+@given(kinds, st.integers(-1, 1), st.data())
+def test_a_known_kind_of_reply_says_what_parsing_says(
+    fields: list[tuple[bytes, ...]], more: int, data_of: st.DataObject
+) -> None:
+    seen, now = data_of.draw(replies(fields)), data_of.draw(replies(fields))
+    known = known_reply(reply_head(*seen), parse_response(reply_head(*seen)))
+    head = reply_head(*now)
+    data = head + b"y" * (now[2] + more)
+    if known is None or not known.is_whole(data):
+        return
+    parsed = parse_response(head)
+    assert len(data) == len(head) + now[2], "it is whole"
+    assert (known.status, known.end, known.line_end) == (parsed.status, len(head), len(now[0]))
+    assert parsed.lines == head[:-4], "nothing is to be taken out"
+    assert len(fields) == sum(b"content-length" not in field[0] for field in fields), "there is one length"
+    assert not parsed.is_chunked
+    assert 200 <= parsed.status < 500
+
+
+def test_the_usual_reply_is_known_by_its_second_time() -> None:
+    first = reply_head(b"HTTP/1.1 200 OK", [b"date: Thu, 01 Jan 1970 00:00:00 GMT", b"server: uvicorn"], 17)
+    later = reply_head(b"HTTP/1.1 200 OK", [b"date: Thu, 22 Jan 1970 13:14:15 GMT", b"server: uvicorn"], 99)
+    known = known_reply(first, parse_response(first))
+    assert known is not None
+    assert known.is_whole(later + b"y" * 99)
+    assert not known.is_whole(later + b"y" * 98)
+    assert not known.is_whole(later.replace(b"200", b"500") + b"y" * 99)
+
+
 # -- chunked bodies
 
 
@@ -162,6 +213,26 @@ def test_the_top_level_model_is_found_and_replaced_and_nothing_else(
         assert field.name == name
         replaced = json.loads(replace_model(read, field, new, start))
         assert list(replaced.items()) == list({**whole, "model": new}.items())
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.sampled_from(["first", "last", "both"]), st.integers(0, 3), st.booleans()),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_a_connections_memory_says_what_looking_says(bodies: list[tuple[str, str, int, bool]]) -> None:
+    memory = ModelMemory()
+    for name, where, tokens, is_behind_a_head in bodies:
+        pairs = [("messages", ["x"]), ("max_tokens", tokens)]
+        pairs = [("model", name), *pairs] if where == "first" else [pairs[0], ("model", name), pairs[1]]
+        text = json.dumps(dict(pairs))
+        if where == "both":  # twice: either may be taken, but the same one each time
+            text = text.replace("{", '{"model": "c", ', 1)
+        start = 5 if is_behind_a_head else 0
+        body = b"h" * start + text.encode()
+        assert memory.name(body, b"application/json", start) == find_model(body, b"application/json", start).name
 
 
 @pytest.mark.parametrize(
