@@ -2,7 +2,7 @@ import json
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l40sd.adapters.chunked import ChunkedBody
@@ -109,19 +109,21 @@ kinds = st.lists(st.sampled_from(ALIKE), max_size=2)
 
 
 @st.composite
-def replies(draw: st.DrawFn, fields: list[tuple[bytes, ...]]) -> tuple[bytes, list[bytes], int]:
-    return draw(st.sampled_from(STATUS_LINES)), [draw(st.sampled_from(f)) for f in fields], draw(st.integers(10, 99))
+def replies(draw: st.DrawFn, lines: list[bytes], fields: list[tuple[bytes, ...]]) -> tuple[bytes, list[bytes], int]:
+    return draw(st.sampled_from(lines)), [draw(st.sampled_from(f)) for f in fields], draw(st.integers(10, 99))
 
 
 def reply_head(line: bytes, fields: list[bytes], length: int) -> bytes:
     return b"\r\n".join([line, *fields, b"Content-Length: %d" % length, b"", b""])
 
 
-@given(kinds, st.integers(-1, 1), st.data())
+@settings(max_examples=600)
+@given(kinds, st.sampled_from([0, 0, 0, 1, -1]), st.data())
 def test_a_known_kind_of_reply_says_what_parsing_says(
     fields: list[tuple[bytes, ...]], more: int, data_of: st.DataObject
 ) -> None:
-    seen, now = data_of.draw(replies(fields)), data_of.draw(replies(fields))
+    seen = data_of.draw(replies(STATUS_LINES, fields))
+    now = data_of.draw(replies([seen[0]] * len(STATUS_LINES) + STATUS_LINES, fields))
     known = known_reply(reply_head(*seen), parse_response(reply_head(*seen)))
     head = reply_head(*now)
     data = head + b"y" * (now[2] + more)
