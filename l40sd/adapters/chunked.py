@@ -1,4 +1,4 @@
-"""Chunked request bodies, taken apart: a worker gets the whole body with its length.
+"""Chunked bodies: a request's is taken apart, a worker gets it whole with its length; a reply's is passed on as it is.
 
 Source: RFC 9112 section 7.1.
 """
@@ -11,7 +11,33 @@ CHUNK_LINE_LIMIT = 1024
 TRAILER_LIMIT = 16384
 
 _chunk_size = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?").fullmatch
+_chunk_line = re.compile(rb"(?:\A|(?<=\r\n))([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 _trailer = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\x00-\x08\x0a-\x1f\x7f]*+").fullmatch
+
+
+def ends_between_chunks(data: bytes) -> bool:
+    """Return whether a reply in chunks stands between two of them, as far as its latest bytes can tell.
+
+    That is so when they end with one whole chunk or more. They may begin anywhere: in the middle of a chunk, what
+    follows its end is looked at. A payload may look like that by chance: who acts on it asks the parser.
+
+    Args:
+        data: None at all: at the body's beginning.
+    """
+    if not data:
+        return True
+    if not data.endswith(b"\r\n"):
+        return False
+    for first in _chunk_line.finditer(data):
+        line: re.Match[bytes] | None = first
+        while line is not None:
+            end = line.end() + int(line[1], 16) + 2
+            if data[end - 2 : end] != b"\r\n" or end == line.end() + 2:
+                break
+            if end == len(data):
+                return True
+            line = _chunk_line.match(data, end)
+    return False
 
 
 class ChunkedBody:
@@ -63,6 +89,17 @@ class ChunkedBody:
             at = end + 2
             if self._line(line):
                 return data[at:]
+
+    def so_far(self) -> bytes:
+        """Return what was fed, in other chunks: to another of us, they and what is still to come are the same body."""
+        body = b"".join(self.parts)
+        announced = len(body) + self._left
+        begun = b"%x\r\n%b" % (announced, body) if announced else b""
+        if self._left or self._is_after_chunk:
+            return begun + self._held
+        if begun:
+            begun += b"\r\n"
+        return begun + (b"0\r\n" if self._trailer_bytes >= 0 else b"") + self._held
 
     def _line(self, line: bytes) -> bool:
         """Take one line that is not chunk data; return whether it was the body's last."""

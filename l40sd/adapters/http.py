@@ -121,6 +121,28 @@ def parse_request(head: bytes) -> RequestHead:
     return request
 
 
+def plain_request(request: RequestHead, content_length: int = -1) -> bytes:
+    """Return a request head that says the same as the one that was parsed, in the plainest form.
+
+    Without 100-continue, which was answered, and without what is not passed on.
+
+    Args:
+        request: As ``parse_request`` returned it.
+        content_length: Of the body; -1: it is in chunks.
+    """
+    lines = [
+        b"%b %b HTTP/1.%b" % (request.method, request.target, b"0" if request.is_http10 else b"1"),
+        b"\r\nhost: l40sd\r\nconnection: ",
+        b"keep-alive" if request.keep_alive else b"close",
+        request.fields,
+        b"\r\nauthorization: Bearer " + request.credential if request.credential else b"",
+        b"\r\nx-request-id: " + request.request_id if request.request_id else b"",
+        b"\r\ntransfer-encoding: chunked" if content_length < 0 else b"\r\ncontent-length: %d" % content_length,
+        b"\r\n\r\n",
+    ]
+    return b"".join(lines)
+
+
 class HeadTemplate:
     """A request head of which only Content-Length's digits may differ.
 
@@ -241,6 +263,12 @@ class ResponseHead:
     def is_event_stream(self) -> bool:
         """Whether the body is server-sent events."""
         return _event_stream(self.lines) is not None
+
+    @property
+    def content_length(self) -> int:
+        """What it says of the body's length; -1 when it says nothing."""
+        found = _length(self.lines)
+        return int(found[1]) if found else -1
 
     @property
     def is_chunked(self) -> bool:

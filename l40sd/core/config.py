@@ -147,6 +147,9 @@ class ProxyConfig:
     head_limit_bytes: int = option(32768, "request head, then 431", least=1024, most=1 << 20)
     body_limit_bytes: int = option(64 << 20, "request body, then 413", least=1024, most=1 << 32)
     connection_limit: int = option(20000, "client connections at once, then 503", least=1, most=1_000_000)
+    handover_timeout_s: float = option(
+        1.0, "an upgrade: for connections to reach a point where they can be handed over", least=0.05, most=60
+    )
     retries: int = option(
         2, "further workers that a request is tried on before its first byte came back", least=0, most=10
     )

@@ -193,3 +193,22 @@ class ModelFacts:
     layers: int | None = None
     size_bytes: int | None = None
     missing: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """A ready worker as the proxy sees it.
+
+    Attributes:
+        weight: Relative capacity, at least 1.
+        api_key: Sent to the worker in place of the client's; empty: the worker asks for none.
+        served_name: The model name that the worker's engine answers to; empty: the model's own.
+    """
+
+    worker: WorkerId
+    model: ModelName
+    host: str
+    port: int
+    weight: int = 1
+    api_key: str = ""
+    served_name: str = ""

@@ -21,7 +21,9 @@ import structlog
 from l40sd.adapters import heap
 from l40sd.core.config import ProxyConfig
 from l40sd.core.errors import L40sError
+from l40sd.core.handed import Handed
 from l40sd.services.proxy_client import Client
+from l40sd.services.proxy_handover import gather, settle, take_over
 from l40sd.services.proxy_shared import Shared
 from l40sd.services.routes import Routes
 
@@ -72,10 +74,11 @@ class Proxy:
         self.sockets: list[socket.socket] = []
         self.addresses: tuple[str, ...] = ()
 
-    async def start(self, inherited_sockets: Sequence[socket.socket] = ()) -> None:
+    async def start(self, inherited_sockets: Sequence[socket.socket] = (), handed: Handed | None = None) -> None:
         """Listen and serve.
 
         Args:
+            handed: Connections of a previous self, to go on with before anything new is accepted.
             inherited_sockets: Already listening or bound, from systemd or a previous self; an address in the config
                 that one of them has is not bound again.
 
@@ -99,9 +102,15 @@ class Proxy:
         for sock in self.sockets:
             sock.setblocking(False)
         self.addresses = tuple(_address(sock) for sock in self.sockets)
+        if handed is not None:
+            await take_over(self._shared, handed)
         await self.resume_accepting()
         self._tick()
         log.info("proxy.ready", addresses=self.addresses)
+        if handed is not None:
+            paused_s = round(loop.time() - handed.paused_at_s, 4)
+            stats = self.stats
+            log.info("proxy.taken_over", connections=stats.connections, in_flight=stats.in_flight, paused_s=paused_s)
 
     @property
     def stats(self) -> ProxyStats:
@@ -182,13 +191,36 @@ class Proxy:
             log.warning("proxy.drain_deadline", in_flight=self.stats.in_flight, after_s=grace_s)
         return self.stats.in_flight
 
+    async def hand_over(self) -> Handed:
+        """Leave the open connections to another daemon; what cannot be handed over in time is cut, and named.
+
+        The listeners are the other's as well: those of ours are closed, their Unix paths stay.
+        """
+        shared = self._running
+        timeout_s = shared.config.handover_timeout_s
+        stuck = await settle(shared, timeout_s)
+        await self.pause_accepting()
+        if self._timer is not None:
+            self._timer.cancel()
+        handed, lost = await gather(shared, stuck, timeout_s)
+        for each in lost:
+            log.warning("proxy.connection_lost", request=each.request, worker=each.worker, why=each.why)
+        self._paths = []
+        await self._close()
+        return handed
+
     async def stop(self, grace_s: float) -> None:
         """Drain, cut what is left, and close everything; a second time is nothing."""
         if self._shared is None:
             return
-        shared = self._shared
         self._close_sockets()
         await self.drain(grace_s)
+        await self._close()
+        log.info("proxy.stopped")
+
+    async def _close(self) -> None:
+        shared = self._running
+        self._close_sockets()
         for client in list(shared.clients):
             client.reset()
         for peer in shared.peers.values():
@@ -200,7 +232,6 @@ class Proxy:
         for _ in range(ROUNDS_TO_CLOSE):  # transports call connection_lost in one of the loop's next rounds
             await asyncio.sleep(0)
         self._shared = None
-        log.info("proxy.stopped")
 
     @property
     def _running(self) -> Shared:
@@ -216,8 +247,8 @@ class Proxy:
         late = []
         for client in shared.clients:
             exchange = client.exchange
-            if exchange is not None and exchange.is_moving:
-                exchange.is_moving = False
+            if exchange is not None and exchange.latest is not exchange.swept:
+                exchange.swept = exchange.latest
                 client.moved()
             elif client.deadline_s <= now_s:
                 late.append(client)

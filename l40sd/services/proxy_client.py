@@ -5,6 +5,7 @@ client sends ahead (pipelining) waits its turn, up to a bound; then the socket i
 """
 
 import asyncio
+import os
 import re
 import select
 import socket
@@ -13,12 +14,13 @@ from math import inf
 from typing import cast
 
 from l40sd.adapters.chunked import ChunkedBody
-from l40sd.adapters.http import HeadTemplate, RequestHead, parse_request, template_of
+from l40sd.adapters.http import HeadTemplate, RequestHead, parse_request, plain_request, template_of
 from l40sd.adapters.requestbody import ModelMemory
+from l40sd.core.handed import HandedConnection, HandedExchange
 from l40sd.core.refused import Refused
 from l40sd.services import proxy_pages as pages
 from l40sd.services.proxy_admission import admit
-from l40sd.services.proxy_exchange import Exchange
+from l40sd.services.proxy_exchange import Exchange, duplicate
 from l40sd.services.proxy_shared import Shared
 
 AHEAD_LIMIT_BYTES = 65536
@@ -230,6 +232,78 @@ class Client(asyncio.Protocol):
         if raw is not None and raw.family != socket.AF_UNIX:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
+
+    # From one daemon to the next
+
+    def is_settled(self) -> bool:
+        """Whether it is at a point where another daemon could go on with it: nothing unsent, between two chunks."""
+        if self.transport.get_write_buffer_size():
+            return False
+        return self.exchange is None or self.exchange.is_settled()
+
+    def come_to_rest(self) -> None:
+        """Send no more of a reply than to the next such point."""
+        if self.exchange is not None:
+            self.exchange.come_to_rest()
+
+    def hand_over(self) -> HandedConnection | None:
+        """End here, for another daemon to go on; None, and nothing has ended, where that cannot be."""
+        descriptor = duplicate(self.transport)
+        try:
+            found = self._describe()
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if found is None:
+            os.close(descriptor)
+            return None
+        exchange, held = found
+        handed = HandedConnection(client=descriptor, held=held, is_parting=self.is_closing, exchange=exchange)
+        self.exchange = None
+        self.is_closing = True
+        self._held = b""
+        self._shared.clients.discard(self)
+        self.transport.abort()  # no more than a close of this descriptor
+        return handed
+
+    def _describe(self) -> tuple[HandedExchange | None, bytes] | None:
+        """Return what a worker has, and what is to be read again; None where nobody could go on."""
+        if self.is_closing:
+            return None, b""
+        if self.exchange is None:
+            return None, (b"" if self._head is None else self._begun_request(self._head)) + self._held
+        match self.exchange.hand_over(keep_alive=self.keep_alive):
+            case None:
+                return None
+            case bytes(again):
+                return None, again + self._held
+            case handed:
+                return handed, self._held
+
+    def take_up(self, transport: asyncio.Transport, handed: HandedConnection) -> None:
+        """Go on with a connection that an earlier daemon accepted; its exchange is set by whoever has both ends."""
+        self.transport = transport
+        self.is_closing = handed.is_parting
+        self._shared.clients.add(self)
+        self.expect(LINGER_S if handed.is_parting else self._shared.config.client_idle_timeout_s)
+        if handed.is_parting:
+            return
+        if handed.exchange is None:
+            if handed.held:
+                self.data_received(handed.held)
+            return
+        self.keep_alive = handed.exchange.keep_alive
+        self._held = handed.held
+        if len(self._held) > AHEAD_LIMIT_BYTES:
+            transport.pause_reading()
+            self._shared.unread.add(self)
+
+    def _begun_request(self, head: RequestHead) -> bytes:
+        """Return what was read of a request, as another connection could read it."""
+        if self._chunks is not None:
+            return plain_request(head) + self._chunks.so_far()
+        body = b"".join(self._parts)
+        return plain_request(head, len(body) + self._missing) + body
 
     # Reading a request
 

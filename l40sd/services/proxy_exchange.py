@@ -26,19 +26,29 @@ connection is all that a proxy can do about it.
 
 import asyncio
 import errno
+import os
 from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING
 
 import structlog
 
-from l40sd.adapters.http import KnownReply, RequestHead, ResponseHead, format_request
+from l40sd.adapters.chunked import ends_between_chunks
+from l40sd.adapters.http import (
+    KnownReply,
+    RequestHead,
+    ResponseHead,
+    format_request,
+    parse_request,
+    plain_request,
+)
 from l40sd.adapters.requestbody import find_model, replace_model
+from l40sd.core.handed import HandedExchange, HandedReply
 from l40sd.core.model import ModelName
 from l40sd.core.refused import Refused
 from l40sd.services.proxy_pages import error_event, no_worker, unknown_model
 from l40sd.services.proxy_shared import Shared
-from l40sd.services.proxy_upstream import Peer, Unchunk, Upstream
+from l40sd.services.proxy_upstream import Countdown, Peer, Tail, Unchunk, Upstream
 from l40sd.services.routes import FailureKind, Lease, Route, Waiter
 
 if TYPE_CHECKING:
@@ -51,6 +61,11 @@ OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 log = structlog.get_logger()
 
 CLOSING = "this host is being stopped"
+
+
+def duplicate(transport: asyncio.Transport) -> int:
+    """Return another descriptor of a connection, which stays open when the transport closes its own."""
+    return os.dup(transport.get_extra_info("socket").fileno())
 
 
 class Phase(Enum):
@@ -72,6 +87,7 @@ class Exchange:
         "_body",
         "_body_at",
         "_client",
+        "_countdown",
         "_dial",
         "_first_byte_at_s",
         "_head",
@@ -83,12 +99,14 @@ class Exchange:
         "_request_id",
         "_shared",
         "_started_at_s",
+        "_tail",
         "_target",
         "_tried",
         "_tries_left",
         "_upstream",
         "_waiter",
-        "is_moving",
+        "latest",
+        "swept",
     )
 
     def __init__(
@@ -120,7 +138,10 @@ class Exchange:
         self._dial: asyncio.Task[None] | None = None
         self._upstream: Upstream | None = None
         self._reply: ResponseHead | None = None
-        self.is_moving = False
+        self._countdown: Countdown | None = None  # of a reply with a length, while it comes
+        self._tail: Tail | None = None
+        self.latest = b""
+        self.swept: bytes | None = b""  # the part that the sweep has seen
 
     # The way to a worker
 
@@ -256,6 +277,7 @@ class Exchange:
         client = self._client
         self._phase = Phase.REPLYING
         self._reply = head
+        self.latest = rest
         self._body = b""  # nothing can be repeated from here on
         self._first_byte_at_s = self._shared.loop.time()
         client.expect(self._shared.config.idle_timeout_s)
@@ -280,6 +302,9 @@ class Exchange:
             write(write_head + rest)  # in one: the client wakes once
         if client.is_paused:
             self._upstream.pause(is_paused=True)
+        if self._upstream.is_done or head.is_chunked or not head.is_framed:
+            return write
+        write = self._countdown = Countdown(write, head.content_length - len(rest))
         return write
 
     def on_whole(self, known: KnownReply, data: bytes) -> None:
@@ -397,7 +422,7 @@ class Exchange:
 
     def pause_reply(self, *, is_paused: bool) -> None:
         """Stop or go on reading the reply: the client takes it too slowly, or keeps up again."""
-        self.is_moving = True
+        self.swept = None  # for the sweep, something has moved
         if self._upstream is not None and self._phase is Phase.REPLYING:
             self._upstream.pause(is_paused=is_paused)
 
@@ -435,6 +460,143 @@ class Exchange:
         if self._lease is not None:
             self._lease.release()
             self._lease = None
+
+    # From one daemon to the next
+
+    @property
+    def age(self) -> float:
+        """When it began: the order in which requests that wait are to wait on."""
+        return self._started_at_s
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Return what names it in a log."""
+        worker = self._lease.route.backend.worker if self._lease else ""
+        return {"request": self._request_id.decode(), "worker": worker}
+
+    def is_settled(self) -> bool:
+        """Whether it is at a point where another daemon could go on with it, as far as our side is concerned."""
+        if self._phase is Phase.ASKED:
+            assert self._upstream is not None
+            return not self._upstream.has_unsent
+        if self._phase is not Phase.REPLYING:
+            return True
+        assert self._reply is not None
+        return self._is_between_chunks() if self._reply.is_chunked else self._left_bytes() is not None
+
+    def come_to_rest(self) -> None:
+        """Read no more of a reply than to the next point where it could be handed over."""
+        if self._phase is not Phase.REPLYING:
+            return
+        assert self._upstream is not None
+        if self.is_settled():
+            self._upstream.pause(is_paused=True)
+        elif self._tail is not None:
+            self._tail.is_stopping = True
+
+    def hand_over(self, *, keep_alive: bool) -> HandedExchange | bytes | None:
+        """End here, for another daemon to go on.
+
+        Returns:
+            The request's bytes while no worker has them all; None where the next daemon could not tell where in the
+            reply it stands: then nothing has ended.
+        """
+        upstream, lease = self._upstream, self._lease
+        body = self._body[self._body_at :] if self._body_at else self._body
+        head = plain_request(self._head, len(body))
+        if upstream is None or lease is None or (self._phase is Phase.ASKED and upstream.has_unsent):
+            self._stop()
+            return head + body
+        reply = None
+        if self._phase is Phase.REPLYING:
+            assert self._reply is not None
+            left_bytes = self._left_bytes()
+            if left_bytes is None or (self._reply.is_chunked and not upstream.is_between_chunks()):
+                return None
+            reply = HandedReply(
+                status=self._reply.status,
+                lines=self._reply.lines,
+                left_bytes=left_bytes,
+                first_byte_at_s=self._first_byte_at_s,
+            )
+        handed = HandedExchange(
+            upstream=duplicate(upstream.transport),
+            is_reused=upstream.reused,
+            backend=lease.route.backend,
+            head=head,
+            target=self._target,
+            body=body,
+            name=self._name,
+            model=self._model,
+            request_id=self._request_id,
+            keep_alive=keep_alive,
+            tries_left=self._tries_left,
+            started_at_s=self._started_at_s,
+            asked_at_s=self._asked_at_s,
+            begun=b"" if reply else upstream.begun,
+            reply=reply,
+        )
+        self._stop()
+        return handed
+
+    @classmethod
+    def take_up(
+        cls, shared: Shared, client: "Client", handed: HandedExchange, transport: asyncio.Transport
+    ) -> tuple["Exchange", Upstream]:
+        """Go on with a request that an earlier daemon sent to a worker, over this connection to it."""
+        head = parse_request(handed.head)
+        exchange = cls(shared, client, head, handed.target, handed.body, 0, handed.name)
+        exchange._request_id = handed.request_id
+        exchange._started_at_s = handed.started_at_s
+        exchange._asked_at_s = handed.asked_at_s
+        exchange._tries_left = handed.tries_left
+        exchange._model = handed.model
+        exchange._lease = shared.routes.hold(handed.backend)
+        exchange._phase = Phase.ASKED
+        upstream = exchange._upstream = Upstream(shared.peer(exchange._lease.route))
+        upstream.connection_made(transport)
+        upstream.take_up(exchange, begun=handed.begun, is_reused=handed.is_reused)
+        client.expect(shared.config.first_byte_timeout_s)
+        if handed.reply is not None:
+            exchange._take_up_reply(handed.reply, upstream)
+        transport.set_protocol(upstream)
+        return exchange, upstream
+
+    def _take_up_reply(self, handed: HandedReply, upstream: Upstream) -> None:
+        client = self._client
+        head = self._reply = ResponseHead(handed.status, handed.lines)
+        self._phase = Phase.REPLYING
+        self._first_byte_at_s = handed.first_byte_at_s
+        client.expect(self._shared.config.idle_timeout_s)
+        write: Callable[[bytes], object] = client.transport.write
+        framing = b""
+        if head.is_chunked:
+            framing = b"transfer-encoding: chunked\r\n"
+            write = Unchunk(write) if self._head.is_http10 else write
+        elif handed.left_bytes >= 0:
+            framing = b"content-length: %d\r\n" % handed.left_bytes
+            write = self._countdown = Countdown(write, handed.left_bytes)
+        upstream.take_up_reply(write, framing)
+
+    def _is_between_chunks(self) -> bool:
+        if ends_between_chunks(self._tail.data if self._tail else self.latest):
+            return True
+        if self._tail is None:
+            assert self._upstream is not None
+            self._tail = self._upstream.watch(self.latest)
+        return False
+
+    def _left_bytes(self) -> int | None:
+        """Return what is still to come of a body with a length, -1 for one without, None where nobody counts."""
+        assert self._reply is not None
+        if self._countdown is not None:
+            return self._countdown.left_bytes
+        return -1 if self._reply.is_chunked or not self._reply.is_framed else None
+
+    def _stop(self) -> None:
+        """Hold nothing and say nothing: it goes on elsewhere."""
+        self._phase = Phase.ENDED
+        self._let_go()
 
     def _log(self, problem: str, status: int) -> None:
         log.info(

@@ -10,11 +10,13 @@ from typing import Protocol, cast
 
 import httptools
 
+from l40sd.adapters.chunked import ends_between_chunks
 from l40sd.adapters.http import KnownReply, ResponseHead, known_reply, parse_response
 from l40sd.services.routes import Route
 
 RESPONSE_HEAD_LIMIT_BYTES = 65536
 KINDS_LIMIT = 4
+TAIL_LIMIT_BYTES = 1 << 20
 BROKEN = (httptools.HttpParserError, httptools.HttpParserUpgrade)  # nobody asked for another protocol
 
 
@@ -22,10 +24,11 @@ class Asker(Protocol):
     """Who asked, and is told what became of it. Exactly one of ``on_whole``, ``on_complete`` and ``on_lost`` ends it.
 
     Attributes:
-        is_moving: Set with every part of a reply; cleared by whoever watches for silence.
+        latest: Set to every part of a reply as it comes: whoever watches for silence sees whether it is another one,
+            and whoever hands the connection over where in the reply it stands. Costs what a flag would.
     """
 
-    is_moving: bool
+    latest: bytes
 
     def on_whole(self, known: KnownReply, data: bytes) -> None:
         """Take a whole reply of a known kind that came in one read; in place of ``on_head`` and ``on_complete``."""
@@ -142,6 +145,44 @@ class Upstream(asyncio.Protocol):
         else:
             self.transport.write(head)
 
+    def take_up(self, asker: Asker, *, begun: bytes = b"", is_reused: bool = False) -> None:
+        """Wait for the reply to a request that an earlier daemon sent; ``begun`` is what has come of its head."""
+        self.asker = asker
+        self.reused = is_reused
+        self._write = None
+        self._buffer = begun
+        self._begun = 0
+        self._keep = False
+        self.is_done = False
+        self._has_large_body = False
+
+    def take_up_reply(self, write: Callable[[bytes], object], framing: bytes) -> None:
+        """Go on, after ``take_up``, with a reply whose head was passed on; the connection's last.
+
+        Args:
+            write: Where its bytes go.
+            framing: Field lines that say how what is left of the body is framed.
+        """
+        self._write = write
+        self._feed(b"HTTP/1.1 200 OK\r\nconnection: close\r\n%b\r\n" % framing)
+
+    @property
+    def begun(self) -> bytes:
+        """What has come of a reply's head that is not whole yet."""
+        return self._buffer
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether some of the request is still with us."""
+        return self.transport.get_write_buffer_size() > 0
+
+    def watch(self, seen: bytes) -> "Tail":
+        """Keep the latest bytes of a reply in chunks from now on; ``seen`` is its latest part."""
+        assert self._write is not None
+        tail = Tail(self, self._write, seen)
+        self._write = tail
+        return tail
+
     def pause(self, *, is_paused: bool) -> None:
         """Stop reading the reply, or go on."""
         if is_paused != self._is_paused:
@@ -195,7 +236,7 @@ class Upstream(asyncio.Protocol):
             self._complete(data, write)
             return
         write(data)
-        self.asker.is_moving = True  # type: ignore[union-attr]  # a head was taken, so somebody asked
+        self.asker.latest = data  # type: ignore[union-attr]  # a head was taken, so somebody asked
 
     def on_message_begin(self) -> None:
         """Count replies: a second one was not asked for."""
@@ -270,6 +311,45 @@ class Upstream(asyncio.Protocol):
         self.asker = None
         self.transport.abort()
         asker.on_lost(why, is_clean=is_clean)
+
+
+class Tail:
+    """Passes on a reply in chunks and keeps its latest bytes, to find a place between two chunks.
+
+    Attributes:
+        data: The latest bytes.
+        is_stopping: Read no further than such a place.
+    """
+
+    def __init__(self, upstream: Upstream, write: Callable[[bytes], object], seen: bytes) -> None:
+        self._upstream = upstream
+        self._write = write
+        self.data = seen
+        self.is_stopping = False
+
+    def __call__(self, data: bytes) -> None:
+        """Take the next bytes of the body."""
+        self._write(data)
+        self.data = (self.data + data)[-TAIL_LIMIT_BYTES:]
+        if self.is_stopping and ends_between_chunks(self.data):
+            self._upstream.pause(is_paused=True)
+
+
+class Countdown:
+    """Passes on a body with a length that comes in several parts.
+
+    Attributes:
+        left_bytes: Still to come.
+    """
+
+    def __init__(self, write: Callable[[bytes], object], left_bytes: int) -> None:
+        self._write = write
+        self.left_bytes = left_bytes
+
+    def __call__(self, data: bytes) -> None:
+        """Take the next bytes of the body."""
+        self.left_bytes -= len(data)
+        self._write(data)
 
 
 class Unchunk:

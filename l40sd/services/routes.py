@@ -18,26 +18,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from l40sd.core.balancer import AWAY, choose, load_with_one_more
+from l40sd.core.model import Backend as Backend
 from l40sd.core.model import ModelName, WorkerId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backend:
-    """A ready worker as the proxy sees it.
-
-    Attributes:
-        weight: Relative capacity, at least 1.
-        api_key: Sent to the worker in place of the client's; empty: the worker asks for none.
-        served_name: The model name that the worker's engine answers to; empty: the model's own.
-    """
-
-    worker: WorkerId
-    model: ModelName
-    host: str
-    port: int
-    weight: int = 1
-    api_key: str = ""
-    served_name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +212,24 @@ class Routes:
         line.seat()
         self._name_lines()
         self._serve(line)
+
+    def hold(self, backend: Backend) -> Lease:
+        """Return a lease on a backend that need not be routed to: a request that an earlier daemon sent to it.
+
+        A worker that is added as the same backend afterwards has these requests as its load.
+        """
+        line = self._line(backend.model)
+        routes = self._routes.setdefault(backend.worker, [])
+        route = next((r for r in routes if r.backend == backend and r.line is line), None)
+        if route is None:
+            self._serial += 1
+            route = Route(backend, self._serial, line, self._tallies.setdefault(backend.worker, Tally()))
+            route.is_open = False
+            routes.append(route)
+        route.in_flight += 1
+        if route.is_open:
+            line.loads[route.place] = load_with_one_more(route.in_flight, route.backend.weight)
+        return Lease(self, route)
 
     def remove(self, worker: WorkerId) -> None:
         """Let a worker receive no further request; those on it go on. Unknown workers are ignored."""
