@@ -1,6 +1,6 @@
 """The composition root: ``main`` turns ``run`` into an exit code, ``run`` wires the parts in the order they start.
 
-lock ── host ── routes ── proxy (listens; requests wait) ── processes ── supervisor (adopts, plans) ── control
+lock ── routes ── proxy (listens; requests wait) ── host ── processes ── supervisor (adopts, plans) ── control
   READY=1 once the control socket answers; workers may still be loading, the proxy's waiting line holds requests
 """
 
@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import click
 import structlog
@@ -48,6 +47,7 @@ EXIT_BAD_CONFIG = 78  # EX_CONFIG: systemd does not try again (RestartPreventExi
 TICK_S = 5.0
 THREADS = 8
 ADOPT_TIMEOUT_S = 30.0
+CHECK_TIMEOUT_S = 30.0
 PROXY_GRACE_S = 5.0
 PASSED_ON = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "HF_HOME", "CUDA_HOME")
 """What workers see of the daemon's own environment; the rest is theirs to be given in the configuration."""
@@ -134,18 +134,45 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         lock_path = runtime_dir / "l40sd.lock"
         lock = DaemonLock.resume(lock_path, kept.lock) if kept else DaemonLock.acquire(lock_path)
         stack.callback(lock.release)
-        # 2. What the host is made of.
-        host = await Host.open(config.host)
-        stack.push_async_callback(host.close)
-        # 3. The endpoint listens before any worker is looked at: requests wait, none is refused.
+        # 2. The endpoint listens before anything slow: requests wait, none is refused, and connections that the daemon
+        # before us in this process had go on.
         routes = Routes(queue_limit=config.proxy.queue_limit, in_flight_limit=config.proxy.in_flight_limit)
         # Without a catalog the first requests after a restart would be told that there is no such model.
         note = "the daemon has just started"
         routes.set_catalog({m.name: CatalogEntry(aliases=m.aliases, note=note) for m in config.models.values()})
         proxy = Proxy(config.proxy, routes, api_keys=read_keys(config.proxy.api_keys_file))
+        if kept is not None and kept.problem:
+            logger.warning("daemon.connections_lost", reason=kept.problem)
         inherited = kept.listeners if kept else systemd.listen_sockets().get("proxy", [])
-        await proxy.start(inherited)
+        await proxy.start(inherited, kept.connections if kept else None)
         stack.push_async_callback(proxy.stop, PROXY_GRACE_S)
+        ending = await run_workers(path, loaded, events, notifier, lock, routes, proxy)
+        if ending is Ending.UPGRADE:
+            await hand_over(notifier, lock, proxy)
+        return ending
+
+
+async def run_workers(
+    path: Path,
+    loaded: Loaded,
+    events: Events,
+    notifier: systemd.Notifier,
+    lock: DaemonLock,
+    routes: Routes,
+    proxy: Proxy,
+) -> Ending:
+    """Run the host and its workers behind the endpoint until told to end; return why.
+
+    Raises:
+        L40sError: As ``run``.
+    """
+    config = loaded.config
+    logger = structlog.get_logger()
+    runtime_dir = Path(config.daemon.runtime_dir)
+    async with AsyncExitStack() as stack:
+        # 3. What the host is made of.
+        host = await Host.open(config.host)
+        stack.push_async_callback(host.close)
         # 4. Workers: those of an earlier daemon first.
         processes = await Processes.open(
             runtime_dir=runtime_dir, log_dir=Path(config.daemon.log_dir), provider=config.daemon.provider
@@ -184,10 +211,19 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         # 6. Go.
         daemon.notifier.ready(daemon.summary())
         logger.info("daemon.ready", adopted=len(adoption.running), listen=list(proxy.addresses), **daemon.facts())
-        ending = await daemon.live(control)
-        if ending is Ending.UPGRADE:
-            daemon.hand_over()
-        return ending
+        return await daemon.live(control)
+
+
+async def hand_over(notifier: systemd.Notifier, lock: DaemonLock, proxy: Proxy) -> None:
+    """Keep lock, listeners and open connections for the next daemon in this process; from here on nothing is served."""
+    notifier.watchdog()
+    handover.give(lock.keep_over_exec(), proxy.sockets)
+    began_s = now_s()
+    handed, lost = await proxy.hand_over()
+    handover.give_connections(handed)
+    structlog.get_logger().info(
+        "daemon.handing_over", connections=len(handed.connections), lost=lost, took_s=round(now_s() - began_s, 4)
+    )
 
 
 class Daemon:
@@ -210,7 +246,7 @@ class Daemon:
         self._lock = lock
         self._began_at_s = now_s()
         self._ending: asyncio.Future[Ending | None] = asyncio.get_running_loop().create_future()
-        self._is_upgrading = False
+        self._upgrade_wanted = asyncio.Event()
         self._reload_wanted = asyncio.Event()
         self._log = structlog.get_logger()
 
@@ -219,7 +255,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_end, None)
-        loop.add_signal_handler(signal.SIGUSR2, self._told_to_end, Ending.UPGRADE)
+        loop.add_signal_handler(signal.SIGUSR2, self._upgrade_wanted.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
         handover.release_signals()
         async with asyncio.TaskGroup() as group:
@@ -227,12 +263,13 @@ class Daemon:
                 group.create_task(self._supervisor.run(), name="supervisor"),
                 group.create_task(self._tick(control), name="tick"),
                 group.create_task(self._reload_on_hup(), name="reload"),
+                group.create_task(self._upgrade_on_signal(), name="upgrade"),
             ]
             ending = await self._told()
-            if ending is Ending.UPGRADE and not await self._finish_open_requests():
-                ending = await self._told()
             self._log.info("daemon.stopping", because=ending)
-            if ending is not Ending.UPGRADE:
+            if ending is Ending.UPGRADE:
+                self.notifier.reloading("upgrading")
+            else:
                 self.notifier.stopping(str(ending))
             if ending is Ending.STOP:
                 self._proxy.send_away_waiting()
@@ -248,7 +285,7 @@ class Daemon:
             metrics=self._proxy.metrics_text,
             doctor=lambda: examine(self._supervisor, self._loaded.config),
             reload=self.reload,
-            upgrade=lambda: self._told_to_end(Ending.UPGRADE),
+            upgrade=self.upgrade,
             config_toml=lambda: configshow.to_toml(self._loaded.config, self._loaded.origins),
             config_files=lambda: self._loaded.files,
             config_diff=self._config_diff,
@@ -308,38 +345,35 @@ class Daemon:
             "provider": tools.processes.provider,
         }
 
-    def hand_over(self) -> None:
-        """Keep the listener and the lock for the next daemon in this process; from now on signals wait for it."""
-        handover.hold_signals()
-        self.notifier.watchdog()
-        self._log.info("daemon.handing_over", requests_cut=self._proxy.stats.in_flight)
-        handover.give(self._lock.keep_over_exec(), self._proxy.sockets)
+    async def upgrade(self) -> None:
+        """Become the release now installed; it is asked before whether it would start with this configuration.
 
-    async def _finish_open_requests(self) -> bool:
-        """Let open requests end, bounded, before an upgrade; False: told to end meanwhile, which comes first.
-
-        New connections are not refused meanwhile: they wait in the listener's backlog. Workers, watchdog and operator
-        are looked after as ever, since it may take as long as the longest request.
+        Raises:
+            L40sError: It would not; nothing has changed.
         """
-        self._log.info("daemon.upgrading", in_flight=self._proxy.stats.in_flight)
-        self.notifier.reloading("upgrading")
-        self._is_upgrading, self._ending = True, asyncio.get_running_loop().create_future()
-        async with asyncio.TaskGroup() as group:
-            drain = group.create_task(self._proxy.drain(self._loaded.config.workers.drain_timeout_s), name="drain")
-            either: set[asyncio.Future[Any]] = {drain, self._ending}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            drain.cancel()
-        if self._ending.done():
-            await self._proxy.resume_accepting()  # those that wait are told why, rather than reset
-            return False
-        return True
+        problem = await handover.check(CHECK_TIMEOUT_S)
+        if problem:
+            self._log.error("daemon.upgrade.failed", reason=problem)
+            raise L40sError(
+                f"the release now installed would not start: {problem}",
+                where=handover.command()[0],
+                hint="mend the configuration, or install the release that runs now again; this daemon goes on",
+                code="upgrade_refused",
+            )
+        if not self._ending.done():
+            self._log.info("daemon.upgrading", in_flight=self._proxy.stats.in_flight)
+            self._told_to_end(Ending.UPGRADE)
 
     async def _told(self) -> Ending:
         return await self._ending or await self._ending_by_signal()
 
     def _told_to_end(self, ending: Ending | None) -> None:
-        if not self._ending.done() and not (self._is_upgrading and ending is Ending.UPGRADE):
+        if not self._ending.done():
             self._ending.set_result(ending)
+            if ending is Ending.UPGRADE:
+                handover.hold_signals()  # what comes from now on is for the next daemon
+        elif self._ending.result() is Ending.UPGRADE and ending is not Ending.UPGRADE:
+            handover.tell_next(signal.SIGTERM)  # it was on its way already
 
     async def _ending_by_signal(self) -> Ending:
         """Tell a stop from a restart: at SIGTERM systemd knows which job it is doing."""
@@ -358,6 +392,13 @@ class Daemon:
             self._reload_wanted.clear()
             with suppress(L40sError):  # said by reload(); the old configuration stays
                 await self.reload()
+
+    async def _upgrade_on_signal(self) -> None:
+        while True:
+            await self._upgrade_wanted.wait()
+            self._upgrade_wanted.clear()
+            with suppress(L40sError):  # said by upgrade(); this release stays
+                await self.upgrade()
 
     async def _tick(self, control: Control) -> None:
         """Now and then: what nobody else notices."""

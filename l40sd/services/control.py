@@ -53,7 +53,7 @@ class Doors:
     metrics: Callable[[], str]
     doctor: Callable[[], Awaitable[list[Check]]]
     reload: Callable[[], Awaitable[list[str]]]
-    upgrade: Callable[[], None]
+    upgrade: Callable[[], Awaitable[None]]
     config_toml: Callable[[], str]
     config_files: Callable[[], tuple[str, ...]]
     config_diff: Callable[[], str]
@@ -233,7 +233,7 @@ class Control:
         return _json({"changed": await self._doors.reload()})
 
     async def _upgrade(self, _: web.Request) -> web.Response:
-        self._doors.upgrade()
+        await self._doors.upgrade()
         return _json({}, 202)
 
 

@@ -191,8 +191,8 @@ class Proxy:
             log.warning("proxy.drain_deadline", in_flight=self.stats.in_flight, after_s=grace_s)
         return self.stats.in_flight
 
-    async def hand_over(self) -> Handed:
-        """Leave the open connections to another daemon; what cannot be handed over in time is cut, and named.
+    async def hand_over(self) -> tuple[Handed, int]:
+        """Leave the open connections to another daemon; what cannot be handed over in time is cut, named and counted.
 
         The listeners are the other's as well: those of ours are closed, their Unix paths stay.
         """
@@ -207,7 +207,7 @@ class Proxy:
             log.warning("proxy.connection_lost", request=each.request, worker=each.worker, why=each.why)
         self._paths = []
         await self._close()
-        return handed
+        return handed, len(lost)
 
     async def stop(self, grace_s: float) -> None:
         """Drain, cut what is left, and close everything; a second time is nothing."""

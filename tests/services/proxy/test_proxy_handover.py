@@ -27,10 +27,10 @@ from l40sd.services.routes import CatalogEntry, Routes
 StandOf = Callable[..., Awaitable[Stand]]
 
 
-async def hand_over(stand: Stand, *, add_first: bool = False) -> Handed:
+async def hand_over(stand: Stand, *, add_first: bool = False) -> int:
     """Let another proxy, with routes of its own, take the stand's place; its workers are routed to a moment later."""
     kept = stand.proxy.sockets[0].dup()
-    handed = await stand.proxy.hand_over()
+    handed, lost = await stand.proxy.hand_over()
     assert stand.leases() == 0, "nothing is held on the side that is left"
     assert stand.routes.waiting(CHAT) == 0
     routes = Routes(queue_limit=stand.config.queue_limit, in_flight_limit=stand.config.in_flight_limit)
@@ -43,7 +43,7 @@ async def hand_over(stand: Stand, *, add_first: bool = False) -> Handed:
     await stand.proxy.start([kept], msgspec.msgpack.decode(msgspec.msgpack.encode(handed), type=Handed))
     if not add_first:
         add_workers(stand)
-    return handed
+    return lost
 
 
 def add_workers(stand: Stand) -> None:
