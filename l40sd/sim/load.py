@@ -58,6 +58,7 @@ class Tally:
     Attributes:
         open: Requests that are waiting for their answer, or for the rest of it.
         by_worker: Whole answers of each worker (``x-l40s-worker``); ``truncated_on``: those that it did not finish.
+        longest_silence_s: Between two parts of one stream; whoever sets it to 0 measures from then on.
         examples: The first few of what went wrong, in words.
     """
 
@@ -69,6 +70,7 @@ class Tally:
     by_worker: Counter[str] = field(default_factory=Counter)
     truncated_on: Counter[str] = field(default_factory=Counter)
     durations_s: list[float] = field(default_factory=list)
+    longest_silence_s: float = 0.0
     examples: list[str] = field(default_factory=list)
 
     @property
@@ -91,6 +93,7 @@ class Tally:
         times = sorted(plain.pop("durations_s"))
         plain |= {"by_worker": dict(sorted(self.by_worker.items())), "truncated_on": dict(self.truncated_on)}
         plain["median_s"] = round(times[len(times) // 2], 3) if times else None
+        plain["longest_silence_s"] = round(self.longest_silence_s, 3)
         plain["longest_s"] = round(self.longest_s(), 3)
         return plain
 
@@ -161,7 +164,7 @@ async def _lane(session: aiohttp.ClientSession, mix: Mix, tally: Tally, stop: as
         began_s = time.monotonic()
         tally.open += 1
         try:
-            await ask(session, mix, request)
+            await ask(session, mix, request, tally)
         except (TruncatedError, aiohttp.ClientPayloadError, ConnectionResetError) as error:
             tally.truncated += 1
             tally.truncated_on[request.worker] += 1
@@ -190,7 +193,7 @@ async def _pause(stop: asyncio.Event, seconds: float) -> None:
         return
 
 
-async def _short(session: aiohttp.ClientSession, mix: Mix, request: _Request) -> None:
+async def _short(session: aiohttp.ClientSession, mix: Mix, request: _Request, _: Tally) -> None:
     """Ask for one whole reply.
 
     Raises:
@@ -208,7 +211,7 @@ async def _short(session: aiohttp.ClientSession, mix: Mix, request: _Request) ->
             raise TruncatedError(f"{request.tokens} tokens of {mix.short_tokens}")
 
 
-async def _stream(session: aiohttp.ClientSession, mix: Mix, request: _Request) -> None:
+async def _stream(session: aiohttp.ClientSession, mix: Mix, request: _Request, tally: Tally) -> None:
     """Ask for a stream and read it to its end.
 
     Raises:
@@ -220,7 +223,10 @@ async def _stream(session: aiohttp.ClientSession, mix: Mix, request: _Request) -
     ids: set[str] = set()
     async with session.post(f"{mix.url}/v1/chat/completions", json=request.body(mix.stream_tokens) | wish) as reply:
         await _accept(reply, request)
+        heard_s = time.monotonic()
         async for line in reply.content:
+            last_s, heard_s = heard_s, time.monotonic()
+            tally.longest_silence_s = max(tally.longest_silence_s, heard_s - last_s)
             data = line.removeprefix(b"data: ").strip()
             if not line.startswith(b"data: "):
                 continue

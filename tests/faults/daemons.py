@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -437,8 +438,8 @@ async def old_shims(rig: Rig) -> Outcome:
     60,
     "an upgrade in place under load: 12 workers, 200 open streams",
     how="POST /v1/upgrade (exec in place) while connections are opened in a loop",
-    expected="Same pid, workers untouched, no connection refused; open streams run to their end first.",
-    promise="no connection refused",
+    expected="Same pid, workers untouched, no connection refused; open streams go on in the next daemon.",
+    promise="no connection refused, nothing cut",
     within_s=12.0,
 )
 async def upgrade(rig: Rig) -> Outcome:
@@ -455,12 +456,15 @@ async def upgrade(rig: Rig) -> Outcome:
         knocks = Knocks(address[0], int(address[1]))
         async with asyncio.TaskGroup() as group:
             knocking = group.create_task(knocks.run())
+            answered = tally.answered
+            await until(lambda: tally.answered > answered + 20, "streams come to their end")
+            usual_s, tally.longest_silence_s = tally.longest_silence_s, 0.0
             began = time.monotonic()
             await post(site, "/v1/upgrade")
             await until(lambda: site.log_file.read_text().count("event=daemon.ready") == 2, "the next one is ready")
             took_s = time.monotonic() - began
             answered = tally.answered
-            await until(lambda: tally.answered > answered + 20, "the load goes on")
+            await until(lambda: tally.answered > answered + streams, "all streams have come to their end since")
             knocking.cancel()
     after = await site.until_ready("few", PATIENCE_S)
     check(site.daemon.poll() is None, "the same process")
@@ -468,8 +472,21 @@ async def upgrade(rig: Rig) -> Outcome:
     check(pids(after) == pids(before), "the same workers")
     check(knocks.refused == 0, f"{knocks.refused} connections were refused")
     check(tally.lost == 0, tally.examples)
-    note = f"{knocks.made} connections, 0 refused, the longest took {knocks.longest_s * 1000:.0f} ms"
-    return Outcome(took_s=took_s, lost=tally.lost, note=f"{streams} streams; {note}")
+    handed = said(site, "daemon.handing_over")
+    check("lost=0" in handed, handed)
+    taken = said(site, "proxy.taken_over")
+    carried, paused = (re.search(rf"{key}=([0-9.]+)", taken)[1] for key in ("in_flight", "paused_s"))
+    note = (
+        f"{streams} streams, {carried} requests went through the exec, nothing moved for {float(paused) * 1000:.0f} ms; "
+        f"longest silence in a stream {tally.longest_silence_s * 1000:.0f} ms ({usual_s * 1000:.0f} ms before); "
+        f"{knocks.made} connections, 0 refused, the longest took {knocks.longest_s * 1000:.0f} ms"
+    )
+    return Outcome(took_s=took_s, lost=tally.lost, note=note)
+
+
+def said(site: Site, event: str) -> str:
+    """Return the last line of the daemon's log with this event."""
+    return next(line for line in reversed(site.log_file.read_text().splitlines()) if f"event={event}" in line)
 
 
 class Knocks:
