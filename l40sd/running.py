@@ -1,0 +1,324 @@
+"""The host and its workers behind the endpoint: imported, wired and run once the endpoint serves.
+
+host ── processes ── supervisor (adopts, plans) ── control
+  READY=1 once the control socket answers; workers may still be loading, the proxy's waiting line holds requests
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+
+import structlog
+
+from l40sd import log
+from l40sd.adapters import configfiles, handover, systemd
+from l40sd.adapters.apikeys import read_keys
+from l40sd.adapters.clock import now_s
+from l40sd.adapters.lock import DaemonLock
+from l40sd.adapters.ports import PortPool
+from l40sd.adapters.probe import Prober
+from l40sd.adapters.process import Processes
+from l40sd.adapters.store import Store
+from l40sd.core import configshow
+from l40sd.core.config import Config
+from l40sd.core.configfile import Loaded, load
+from l40sd.core.ending import PROXY_GRACE_S, Ending
+from l40sd.core.errors import L40sError
+from l40sd.core.lifecycle import Phase
+from l40sd.core.messages import Status
+from l40sd.services import report
+from l40sd.services.control import Control, Doors
+from l40sd.services.doctor import examine
+from l40sd.services.events import Events
+from l40sd.services.host import Host
+from l40sd.services.proxy import Proxy
+from l40sd.services.routes import Routes
+from l40sd.services.supervisor import Supervisor
+from l40sd.services.worker import Tools
+
+TICK_S = 5.0
+ADOPT_TIMEOUT_S = 30.0
+CHECK_TIMEOUT_S = 30.0
+PASSED_ON = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "HF_HOME", "CUDA_HOME")
+"""What workers see of the daemon's own environment; the rest is theirs to be given in the configuration."""
+STATE_VERSION = 1
+
+
+async def run_workers(
+    path: Path,
+    loaded: Loaded,
+    events: Events,
+    notifier: systemd.Notifier,
+    lock: DaemonLock,
+    routes: Routes,
+    proxy: Proxy,
+) -> Ending:
+    """Run the host and its workers behind the endpoint until told to end; return why.
+
+    Raises:
+        L40sError: As ``run``.
+    """
+    config = loaded.config
+    logger = structlog.get_logger()
+    runtime_dir = Path(config.daemon.runtime_dir)
+    async with AsyncExitStack() as stack:
+        # 1. What the host is made of.
+        host = await Host.open(config.host)
+        stack.push_async_callback(host.close)
+        # 2. Workers: those of an earlier daemon first.
+        processes = await Processes.open(
+            runtime_dir=runtime_dir, log_dir=Path(config.daemon.log_dir), provider=config.daemon.provider
+        )
+        stack.push_async_callback(processes.close)
+        prober = Prober()
+        stack.push_async_callback(prober.close)
+        workers = config.workers
+        tools = Tools(
+            host=host,
+            processes=processes,
+            ports=PortPool(workers.host, workers.port_first, workers.port_last),
+            prober=prober,
+            routes=routes,
+            facts=await host.facts(config),
+            past_loads_s={},
+            python=own_python(),
+            base_env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
+            log=logger,
+        )
+        supervisor = Supervisor(
+            tools, config, Store(Path(config.daemon.state_dir) / "state.json", version=STATE_VERSION)
+        )
+        routes.on_failure = supervisor.on_request_failure
+        async with asyncio.timeout(ADOPT_TIMEOUT_S):
+            adoption = await processes.adopt()
+        await supervisor.begin(adoption)
+        for note in (*adoption.notes, *supervisor.store.notes):
+            logger.warning("daemon.found", note=note)
+        # 3. The operator.
+        daemon = Daemon(path, loaded, supervisor, proxy, lock, notifier)
+        stack.push_async_callback(supervisor.write_down)  # what was accepted last, once nothing more can be
+        control = Control(control_socket(config), config.daemon.control_group, supervisor, events, daemon.doors())
+        await control.start()
+        stack.push_async_callback(control.close)
+        # 4. Go.
+        daemon.notifier.ready(daemon.summary())
+        logger.info("daemon.ready", adopted=len(adoption.running), listen=list(proxy.addresses), **daemon.facts())
+        return await daemon.live(control)
+
+
+class Daemon:
+    """The running whole: answers signals, keeps systemd informed, ends as it is told to."""
+
+    def __init__(
+        self,
+        path: Path,
+        loaded: Loaded,
+        supervisor: Supervisor,
+        proxy: Proxy,
+        lock: DaemonLock,
+        notifier: systemd.Notifier,
+    ) -> None:
+        self.notifier = notifier
+        self._path = path
+        self._loaded = loaded
+        self._supervisor = supervisor
+        self._proxy = proxy
+        self._lock = lock
+        self._began_at_s = now_s()
+        self._ending: asyncio.Future[Ending | None] = asyncio.get_running_loop().create_future()
+        self._upgrade_wanted = asyncio.Event()
+        self._reload_wanted = asyncio.Event()
+        self._log = structlog.get_logger()
+
+    async def live(self, control: Control) -> Ending:
+        """Live until a signal says otherwise, then end in an orderly way."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._told_to_end, None)
+        loop.add_signal_handler(signal.SIGUSR2, self._upgrade_wanted.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
+        handover.release_signals()
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._supervisor.run(), name="supervisor"),
+                group.create_task(self._tick(control), name="tick"),
+                group.create_task(self._reload_on_hup(), name="reload"),
+                group.create_task(self._upgrade_on_signal(), name="upgrade"),
+            ]
+            ending = await self._told()
+            self._log.info("daemon.stopping", because=ending)
+            if ending is Ending.UPGRADE:
+                self.notifier.reloading("upgrading")
+            else:
+                self.notifier.stopping(str(ending))
+            if ending is Ending.STOP:
+                self._proxy.send_away_waiting()
+                await self._stop_workers()
+            for task in tasks:
+                task.cancel()
+        return ending
+
+    def doors(self) -> Doors:
+        """Return what the control API may reach."""
+        return Doors(
+            status=self.status,
+            metrics=self._proxy.metrics_text,
+            doctor=lambda: examine(self._supervisor, self._loaded.config),
+            reload=self.reload,
+            upgrade=self.upgrade,
+            config_toml=lambda: configshow.to_toml(self._loaded.config, self._loaded.origins),
+            config_files=lambda: self._loaded.files,
+            config_diff=self._config_diff,
+        )
+
+    async def status(self) -> Status:
+        """Return everything of `l40sctl status`."""
+        host, store = self._supervisor.tools.host, self._supervisor.store
+        return report.status(
+            self._supervisor,
+            self._proxy,
+            await host.memory(),
+            began_at_s=self._began_at_s,
+            degraded=(*host.degraded, *filter(None, [store.degraded]), *self._supervisor.degraded),
+        )
+
+    async def reload(self) -> list[str]:
+        """Read the configuration again; what changed is returned. A bad one changes nothing.
+
+        Raises:
+            L40sError: The configuration is bad or does not fit this host.
+        """
+        self.notifier.reloading()
+        try:
+            loaded = load(configfiles.read(self._path))
+            changed = list(configshow.diff(self._loaded.config, loaded.config))
+            keys = read_keys(loaded.config.proxy.api_keys_file)
+            facts = await self._supervisor.tools.host.facts(loaded.config)
+            self._supervisor.reconfigure(loaded.config, facts)
+        except L40sError as error:
+            self._log.error("config.reload.failed", reason=str(error))
+            raise
+        finally:
+            self.notifier.ready(self.summary())
+        self._loaded = loaded
+        self._proxy.configure(loaded.config.proxy)
+        self._proxy.set_api_keys(keys)
+        proxy = loaded.config.proxy
+        self._supervisor.tools.routes.configure(queue_limit=proxy.queue_limit, in_flight_limit=proxy.in_flight_limit)
+        log.set_level(loaded.config.daemon.log_level)
+        self._log.info("config.reloaded", changed=changed)
+        return changed
+
+    def summary(self) -> str:
+        """Return one line for `systemctl status`."""
+        workers = self._supervisor.workers.values()
+        ready = sum(w.phase is Phase.READY for w in workers)
+        return f"pattern {self._supervisor.want.pattern}: {ready} of {len(workers)} workers ready"
+
+    def facts(self) -> dict[str, object]:
+        """Return what is worth a line in the log at the start."""
+        tools = self._supervisor.tools
+        return {
+            "pattern": self._supervisor.want.pattern,
+            "host": tools.host.inventory.source,
+            "gpu_count": len(tools.host.inventory.gpus),
+            "provider": tools.processes.provider,
+        }
+
+    async def upgrade(self) -> None:
+        """Become the release now installed; it is asked before whether it would start with this configuration.
+
+        Raises:
+            L40sError: It would not; nothing has changed.
+        """
+        problem = await handover.check(CHECK_TIMEOUT_S)
+        if problem:
+            self._log.error("daemon.upgrade.failed", reason=problem)
+            raise L40sError(
+                f"the release now installed would not start: {problem}",
+                where=handover.command()[0],
+                hint="mend the configuration, or install the release that runs now again; this daemon goes on",
+                code="upgrade_refused",
+            )
+        if not self._ending.done():
+            self._log.info("daemon.upgrading", in_flight=self._proxy.stats.in_flight)
+            self._told_to_end(Ending.UPGRADE)
+
+    async def _told(self) -> Ending:
+        return await self._ending or await self._ending_by_signal()
+
+    def _told_to_end(self, ending: Ending | None) -> None:
+        if not self._ending.done():
+            self._ending.set_result(ending)
+            if ending is Ending.UPGRADE:
+                handover.hold_signals()  # what comes from now on is for the next daemon
+        elif self._ending.result() is Ending.UPGRADE and ending is not Ending.UPGRADE:
+            handover.tell_next(signal.SIGTERM)  # it was on its way already
+
+    async def _ending_by_signal(self) -> Ending:
+        """Tell a stop from a restart: at SIGTERM systemd knows which job it is doing."""
+        return Ending.RESTART if await systemd.stop_reason() == "restart" else Ending.STOP
+
+    async def _stop_workers(self) -> None:
+        timeout_s = self._loaded.config.daemon.stop_timeout_s
+        self.notifier.extend_timeout(timeout_s + 2 * PROXY_GRACE_S)
+        left = await self._supervisor.stop(timeout_s)
+        if left:
+            self._log.error("daemon.workers_left", count=left, workers=sorted(self._supervisor.workers))
+
+    async def _reload_on_hup(self) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            with suppress(L40sError):  # said by reload(); the old configuration stays
+                await self.reload()
+
+    async def _upgrade_on_signal(self) -> None:
+        while True:
+            await self._upgrade_wanted.wait()
+            self._upgrade_wanted.clear()
+            with suppress(L40sError):  # said by upgrade(); this release stays
+                await self.upgrade()
+
+    async def _tick(self, control: Control) -> None:
+        """Now and then: what nobody else notices."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            await control.rebind_if_lost()
+            self._keep_lock()
+            await self._supervisor.store.retry()
+            self.notifier.status(self.summary())
+
+    def _keep_lock(self) -> None:
+        """Without the lock's file the shims would take this daemon for dead, and the next one would not see it."""
+        try:
+            if self._lock.restore():
+                self._log.warning("daemon.lock_restored", path=str(self._lock.path))
+        except L40sError as error:
+            if error.code == "already_running":  # it has adopted the workers: they are its own now
+                self._log.error("daemon.replaced", reason=error.what)
+                self._told_to_end(Ending.RESTART)
+            else:
+                self._log.error("daemon.lock_lost", reason=str(error))
+
+    def _config_diff(self) -> str:
+        fresh = load(configfiles.read(self._path)).config
+        return "\n".join(configshow.diff(self._loaded.config, fresh))
+
+
+def own_python() -> str:
+    """Return this interpreter's path: where there is one, the path that an upgrade keeps.
+
+    It stands in the command line of a simulated worker: beside /opt/l40sd/current/bin/l40sd it stays the same and an
+    upgrade leaves the worker alone; ``sys.executable`` names the release.
+    """
+    beside = Path(sys.argv[0]).with_name("python")
+    return str(beside) if beside.is_file() else sys.executable
+
+
+def control_socket(config: Config) -> Path:
+    """Return the control socket's path."""
+    return Path(config.daemon.control_socket or f"{config.daemon.runtime_dir}/control.sock")
