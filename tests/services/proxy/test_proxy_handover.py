@@ -1,17 +1,24 @@
 """One proxy leaves its connections to another, as over an upgrade: nobody at either end can tell."""
 
 import asyncio
+import errno
+import json
+import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proxykit import (
     CHAT,
+    PATIENCE_S,
     STREAM_HEAD,
     Conversation,
+    Dialog,
     Request,
     Stand,
     answer_ok,
@@ -61,6 +68,17 @@ def chunked_post(body: bytes, at: list[int]) -> bytes:
     return head + b"".join(chunk(piece) for piece in pieces(body, at)) + b"0\r\nX-Trailer: 1\r\n\r\n"
 
 
+def wire(parts: list[bytes], kind: str) -> bytes:
+    """Return a worker's reply on the wire."""
+    match kind:
+        case "chunked":
+            return STREAM_HEAD + b"".join(map(chunk, parts)) + b"0\r\n\r\n"
+        case "length":
+            return plain(b"".join(parts))
+        case _:
+            return b"HTTP/1.1 200 OK\r\nx: 1\r\n\r\n" + b"".join(parts)
+
+
 cuts = st.lists(st.integers(0, 100_000), max_size=8)
 events = st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=8)
 KINDS = ("chunked", "length", "until close")
@@ -89,15 +107,6 @@ def test_nobody_can_tell_at_which_moment_a_proxy_was_replaced(
     last = next((n for n, (_, kind, _) in enumerate(exchanges) if kind == "until close"), len(exchanges) - 1)
     exchanges = exchanges[: last + 1]
     bodies = [b'{"model":"chat","n":"%d%b"}' % (n, b"y" * (n * 700)) for n in range(len(exchanges))]
-
-    def wire(parts: list[bytes], kind: str) -> bytes:
-        match kind:
-            case "chunked":
-                return STREAM_HEAD + b"".join(map(chunk, parts)) + b"0\r\n\r\n"
-            case "length":
-                return plain(b"".join(parts))
-            case _:
-                return b"HTTP/1.1 200 OK\r\nx: 1\r\n\r\n" + b"".join(parts)
 
     async def converse() -> None:
         stand = Stand(handover_timeout_s=5.0)
@@ -135,11 +144,10 @@ def test_nobody_can_tell_at_which_moment_a_proxy_was_replaced(
                 await dialog.send(piece)
                 await step()
             for parts, kind, _ in exchanges:
+                as_sent = wire(parts, "until close" if is_http10 else kind).partition(b"\r\n\r\n")[2]
                 reply = await dialog.reply()
-                whole = b"".join(parts)
-                is_framed = kind == "chunked" and not is_http10
                 assert reply.status == 200
-                assert reply.raw_body == (b"".join(map(chunk, parts)) + b"0\r\n\r\n" if is_framed else whole)
+                assert reply.raw_body == as_sent
             await asyncio.gather(*changing)
             assert [request.body for request in stand.worker.requests] == bodies
             assert stand.failures == []
@@ -153,3 +161,297 @@ def test_nobody_can_tell_at_which_moment_a_proxy_was_replaced(
             await stand.finish()
 
     uvloop.run(converse())
+
+
+class Steps:
+    """A worker whose reply comes in parts, each when it is asked for."""
+
+    def __init__(self) -> None:
+        self.parts: asyncio.Queue[bytes] = asyncio.Queue()
+        self.asked = asyncio.Event()
+
+    async def __call__(self, talk: Conversation, request: Request) -> None:
+        self.asked.set()
+        while part := await self.parts.get():
+            await talk.send(part)
+
+    def say(self, *parts: bytes) -> None:
+        for part in parts:
+            self.parts.put_nowait(part)
+
+    def end(self) -> None:
+        self.parts.put_nowait(b"")
+
+
+async def until_read(dialog: Dialog, data: bytes) -> bytes:
+    """Return what the client reads up to and with these bytes."""
+    async with asyncio.timeout(PATIENCE_S):
+        return await dialog.reader.readuntil(data)
+
+
+async def test_an_idle_connection_is_handed_over(stand: StandOf) -> None:
+    here = await stand()
+    dialog = await here.dial()
+    assert (await dialog.ask(post())).status == 200
+    assert await hand_over(here) == 0
+    assert (await dialog.ask(post())).status == 200
+    assert here.worker.connections == 2, "connections to workers that nobody uses are not worth keeping"
+
+
+async def test_a_stream_goes_on_and_its_lease_counts(stand: StandOf) -> None:
+    here = await stand()
+    here.worker.behave = steps = Steps()
+    dialog = await here.dial()
+    await dialog.send(post())
+    steps.say(STREAM_HEAD, chunk(b"data: 1\n\n"))
+    await until_read(dialog, b"data: 1\n\n\r\n")
+    for number in (2, 3):
+        assert await hand_over(here, add_first=number == 3) == 0
+        assert here.leases() == 1
+        assert here.proxy.stats.in_flight == 1
+        steps.say(chunk(b"data: %d\n\n" % number))
+        await until_read(dialog, b"data: %d\n\n\r\n" % number)
+    steps.say(b"0\r\n\r\n")
+    steps.end()
+    await until_read(dialog, b"0\r\n\r\n")
+    await here.until(lambda: here.leases() == 0)
+    here.worker.behave = answer_ok
+    assert (await dialog.ask(post())).status == 200
+    assert here.failures == []
+
+
+async def test_a_drain_waits_for_a_stream_that_was_handed_over(stand: StandOf) -> None:
+    here = await stand()
+    here.worker.behave = steps = Steps()
+    dialog = await here.dial()
+    await dialog.send(post())
+    steps.say(STREAM_HEAD)
+    await until_read(dialog, b"\r\n\r\n")
+    await hand_over(here)
+    worker = here.backend(here.worker).worker
+    here.routes.remove(worker)
+    drained = asyncio.ensure_future(here.routes.drained(worker))
+    await asyncio.sleep(0)
+    assert not drained.done()
+    steps.say(b"0\r\n\r\n")
+    steps.end()
+    async with asyncio.timeout(PATIENCE_S):
+        await drained
+
+
+async def test_a_request_that_a_worker_has_is_tried_elsewhere_when_that_worker_dies_after_the_hand_over(
+    stand: StandOf,
+) -> None:
+    here = await stand(workers=2)
+    first = Steps()
+    for worker in here.workers:
+        worker.behave = first
+    dialog = await here.dial()
+    await dialog.send(post(b'{"model":"chat","n":1}'))
+    async with asyncio.timeout(PATIENCE_S):
+        await first.asked.wait()
+    assert await hand_over(here) == 0
+    asked = next(worker for worker in here.workers if worker.requests)
+    other = next(worker for worker in here.workers if worker is not asked)
+    other.behave = answer_ok
+    for task in list(asked.tasks):
+        task.cancel()
+    reply = await dialog.reply()
+    assert reply.status == 200
+    assert reply.fields["x-l40s-worker"] == other.name
+    assert [request.body for request in other.requests] == [b'{"model":"chat","n":1}']
+
+
+async def test_a_stream_that_breaks_after_the_hand_over_ends_in_an_error_event(stand: StandOf) -> None:
+    here = await stand()
+
+    async def behave(talk: Conversation, request: Request) -> None:
+        await talk.send(STREAM_HEAD + chunk(b"data: 1\n\n"))
+        await broken.wait()
+        talk.reset()
+
+    broken = asyncio.Event()
+    here.worker.behave = behave
+    dialog = await here.dial()
+    await dialog.send(post())
+    await until_read(dialog, b"data: 1\n\n\r\n")
+    await hand_over(here)
+    broken.set()
+    rest = await dialog.rest()
+    assert b'"code":"worker_failed"' in rest
+    assert not rest.endswith(b"0\r\n\r\n")
+
+
+async def test_requests_that_wait_in_line_keep_their_order(stand: StandOf) -> None:
+    here = await stand(in_flight_limit=1)
+    here.worker.behave = steps = Steps()
+    dialogs = [await here.dial() for _ in range(4)]
+    for number, dialog in enumerate(dialogs):
+        await dialog.send(post(b'{"model":"chat","n":%d}' % number))
+        await here.until(lambda n=number: here.proxy.stats.in_flight == n + 1)
+    assert here.routes.waiting(CHAT) == 3
+    assert await hand_over(here) == 0
+    await here.until(lambda: here.routes.waiting(CHAT) == 3)
+    here.worker.behave = answer_ok
+    steps.say(plain(b"first"))
+    steps.end()
+    for dialog in dialogs:
+        assert (await dialog.reply()).status == 200
+    assert [json.loads(request.body)["n"] for request in here.worker.requests] == [0, 1, 2, 3]
+
+
+async def test_a_request_that_waits_for_its_model_is_answered_by_the_next_daemon(stand: StandOf) -> None:
+    here = await stand()
+    here.routes.remove(here.backend(here.worker).worker)
+    dialog = await here.dial()
+    await dialog.send(post())
+    await here.until(lambda: here.routes.waiting(CHAT) == 1)
+    assert await hand_over(here) == 0
+    assert (await dialog.reply()).status == 200
+
+
+async def test_a_large_reply_with_a_length_goes_on(stand: StandOf) -> None:
+    here = await stand()
+    here.worker.behave = steps = Steps()
+    body = bytes(range(256)) * 40_000
+    whole = plain(body)
+    dialog = await here.dial()
+    await dialog.send(post())
+    steps.say(whole[:3_000_000])
+    read = await dialog.reader.readexactly(1_000_000)
+    handing = asyncio.ensure_future(hand_over(here))
+    steps.say(whole[3_000_000:])
+    steps.end()
+    head, _, begin = read.partition(b"\r\n\r\n")
+    assert b"content-length: %d" % len(body) in head
+    async with asyncio.timeout(PATIENCE_S):
+        rest = await dialog.reader.readexactly(len(body) - len(begin))
+    assert begin + rest == body
+    assert await handing == 0
+    here.worker.behave = answer_ok
+    assert (await dialog.ask(post())).status == 200
+
+
+async def test_chunks_larger_than_a_read_are_handed_over_between_two_of_them(stand: StandOf) -> None:
+    """Their size line is in another read than their end."""
+    here = await stand(handover_timeout_s=5.0)
+    here.worker.behave = steps = Steps()
+    parts = [bytes([number]) * 700_001 for number in range(12)]
+    dialog = await here.dial()
+    await dialog.send(post())
+    whole = STREAM_HEAD + b"".join(map(chunk, parts)) + b"0\r\n\r\n"
+    steps.say(whole[:1_000_000])
+    head = await until_read(dialog, b"\r\n\r\n")
+    handing = asyncio.ensure_future(hand_over(here))
+    steps.say(*(whole[at : at + 100_000] for at in range(1_000_000, len(whole), 100_000)))
+    steps.end()
+    length = len(whole) - len(STREAM_HEAD)
+    async with asyncio.timeout(PATIENCE_S):
+        assert await dialog.reader.readexactly(length) == whole[-length:]
+    assert b"transfer-encoding: chunked" in head
+    assert await handing == 0
+
+
+async def test_a_reply_that_stops_in_the_middle_of_a_chunk_is_lost_and_named(
+    stand: StandOf, capfd: pytest.CaptureFixture[str]
+) -> None:
+    here = await stand(handover_timeout_s=0.1)
+    here.worker.behave = steps = Steps()
+    silent, lively = await here.dial(), await here.dial()
+    await silent.send(post(extra=b"x-request-id: mine\r\n"))
+    steps.say(STREAM_HEAD + b"40\r\nhalf of it")
+    await until_read(silent, b"half of it")
+    assert (await lively.ask(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")).status == 200
+    assert await hand_over(here) == 1
+    await silent.rest()
+    assert silent.was_reset
+    said = capfd.readouterr()
+    line = next(line for line in (said.out + said.err).splitlines() if "proxy.connection_lost" in line)
+    assert "middle of a chunk" in line
+    assert "mine" in line
+    assert (await lively.ask(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")).status == 200
+    steps.end()
+
+
+async def test_a_client_that_does_not_read_is_lost_and_delays_nobody_else_for_long(
+    stand: StandOf, capfd: pytest.CaptureFixture[str]
+) -> None:
+    here = await stand(handover_timeout_s=0.3)
+    fill = plain(b"x" * 64_000_000)
+
+    async def flood(talk: Conversation, request: Request) -> None:
+        await talk.send(fill)
+
+    here.worker.behave = flood
+    deaf = await here.dial()
+    deaf.writer.transport.pause_reading()
+    await deaf.send(post())
+    await here.until(lambda: any(client.is_paused for client in here.proxy._running.clients))
+    here.worker.behave = answer_ok
+    idle = await here.dial()
+    assert (await idle.ask(post())).status == 200
+    began_s = asyncio.get_running_loop().time()
+    assert await hand_over(here) == 1
+    assert asyncio.get_running_loop().time() - began_s < 2.0
+    said = capfd.readouterr()
+    assert "its client does not read" in said.out + said.err
+    assert (await idle.ask(post())).status == 200
+    assert here.proxy.stats.connections == 1
+    deaf.reset()
+
+
+async def test_a_client_that_leaves_during_the_hand_over_holds_nothing(stand: StandOf) -> None:
+    here = await stand()
+    here.worker.behave = steps = Steps()
+    dialog = await here.dial()
+    await dialog.send(post())
+    steps.say(STREAM_HEAD)
+    await until_read(dialog, b"\r\n\r\n")
+    handing = asyncio.ensure_future(hand_over(here))
+    dialog.reset()
+    assert await handing == 0
+    steps.end()
+    await here.until(lambda: here.leases() == 0 and here.worker.open == 0)
+
+
+async def test_a_refused_client_can_still_read_why(stand: StandOf) -> None:
+    here = await stand()
+    dialog = await here.dial()
+    await dialog.send(b"NONSENSE\r\n\r\n")
+    await here.until(lambda: any(client.is_closing for client in here.proxy._running.clients))
+    assert await hand_over(here) == 0
+    assert (await dialog.reply()).status == 400
+    assert await dialog.rest() == b""
+
+
+async def test_a_unix_path_is_still_there_for_the_next_daemon(stand: StandOf, tmp_path: Path) -> None:
+    """It was removed, so that clients found nothing after an upgrade."""
+    path = tmp_path / "proxy.sock"
+    here = await stand(listen=(f"unix:{path}",))
+    await hand_over(here)
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    dialog = Dialog(reader, writer)
+    assert (await dialog.ask(post())).status == 200
+    writer.close()
+
+
+async def test_a_connection_of_which_no_description_can_be_made_is_lost_alone(
+    stand: StandOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No descriptor is left: two are open for a moment."""
+    here = await stand()
+    first, second = await here.dial(), await here.dial()
+    for dialog in (first, second):
+        assert (await dialog.ask(post())).status == 200
+    copy = os.dup
+    left = iter((True, False))
+
+    def dup(descriptor: int) -> int:
+        if next(left, True):
+            return copy(descriptor)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("l40sd.services.proxy_exchange.os.dup", dup)
+    assert await hand_over(here) == 1
+    monkeypatch.undo()
+    assert here.proxy.stats.connections == 1
