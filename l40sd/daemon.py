@@ -149,7 +149,11 @@ async def hand_over(notifier: systemd.Notifier, lock: DaemonLock, proxy: Proxy) 
     handed, lost = await proxy.hand_over()
     handover.give_connections(handed)
     structlog.get_logger().info(
-        "daemon.handing_over", connections=len(handed.connections), lost=lost, took_s=round(now_s() - began_s, 4)
+        "daemon.handing_over",
+        connections=len(handed.connections),
+        in_flight=handed.in_flight,
+        lost=lost,
+        took_s=round(now_s() - began_s, 4),
     )
 
 

@@ -82,6 +82,11 @@ class Handed:
     paused_at_s: float
     connections: tuple[HandedConnection, ...] = ()
 
+    @property
+    def in_flight(self) -> int:
+        """How many of them have asked something and not had all of the answer."""
+        return sum(bool(c.exchange or c.held) for c in self.connections)
+
     def descriptors(self) -> list[int]:
         """Return every descriptor that is kept open for the next daemon."""
         clients = [connection.client for connection in self.connections]

@@ -145,8 +145,9 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.UP: Step(P.READY, (A.ADD_ROUTE, A.WATCH)),
         E.START_FAILED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,
-        # Nothing is in flight on a worker that was never routed: no drain.
-        E.RETIRE: Step(P.STOPPING, _TERMINATE, goal=G.GONE),
+        # A worker that was never routed has nothing in flight, its drain is over at once; one that was adopted may have
+        # requests that went through an upgrade.
+        E.RETIRE: Step(P.DRAINING, _DRAIN, goal=G.GONE),
         E.RESTART: Step(P.STOPPING, _TERMINATE, goal=G.RESTART),
     },
     P.READY: {

@@ -475,13 +475,20 @@ async def upgrade(rig: Rig) -> Outcome:
     handed = said(site, "daemon.handing_over")
     check("lost=0" in handed, handed)
     taken = said(site, "proxy.taken_over")
-    carried, paused = (re.search(rf"{key}=([0-9.]+)", taken)[1] for key in ("in_flight", "paused_s"))
+    carried, paused = value(handed, "in_flight"), value(taken, "paused_s")
     note = (
-        f"{streams} streams, {carried} requests went through the exec, nothing moved for {float(paused) * 1000:.0f} ms; "
+        f"{streams} streams, {carried:.0f} of them went through the exec, nothing moved for {paused * 1000:.0f} ms; "
         f"longest silence in a stream {tally.longest_silence_s * 1000:.0f} ms ({usual_s * 1000:.0f} ms before); "
         f"{knocks.made} connections, 0 refused, the longest took {knocks.longest_s * 1000:.0f} ms"
     )
     return Outcome(took_s=took_s, lost=tally.lost, note=note)
+
+
+def value(line: str, key: str) -> float:
+    """Return a number from a line of the daemon's log."""
+    found = re.search(rf" {key}=([0-9.]+)", line)
+    check(found is not None, line)
+    return float(found[1])
 
 
 def said(site: Site, event: str) -> str:

@@ -1,0 +1,70 @@
+"""Chunked bodies that another reader goes on with, and where a reply in chunks stands."""
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from l40sd.adapters.chunked import ChunkedBody, ends_between_chunks
+from l40sd.adapters.http import parse_request, plain_request
+
+chunks = st.lists(st.binary(min_size=1, max_size=40), max_size=6)
+
+
+def wire(parts: list[bytes]) -> bytes:
+    return b"".join(b"%x;note=1\r\n%b\r\n" % (len(part), part) for part in parts)
+
+
+@given(chunks, st.integers(0, 400), st.booleans())
+def test_another_reader_goes_on_at_any_byte(parts: list[bytes], at: int, has_trailer: bool) -> None:
+    whole = wire(parts) + b"0\r\n" + (b"a: b\r\n" if has_trailer else b"") + b"\r\n"
+    at = min(at, len(whole) - 1)
+    first = ChunkedBody(1000)
+    assert first.feed(whole[:at]) is None
+    second = ChunkedBody(1000)
+    assert second.feed(first.so_far()) is None
+    assert second.feed(whole[at:] + b"next") == b"next"
+    assert b"".join(second.parts) == b"".join(parts)
+
+
+@given(chunks, st.integers(0, 400))
+@example([b"\r\n"], 9)
+def test_a_place_between_two_chunks_is_found_wherever_the_latest_bytes_begin(parts: list[bytes], start: int) -> None:
+    last = b"data: {}\n\n"
+    data = wire([*parts, b"event", last])
+    start = min(start, len(data) - len(wire([last])))
+    assert ends_between_chunks(data[start:])
+
+
+@given(st.lists(st.text("abcdef{}:, ", min_size=1, max_size=40).map(str.encode), min_size=1, max_size=6), st.data())
+def test_a_place_within_a_chunk_is_not_taken_for_one_between_two(parts: list[bytes], data: st.DataObject) -> None:
+    ends = [len(wire(parts[:count])) for count in range(len(parts) + 1)]
+    whole = wire(parts)
+    at = data.draw(st.integers(1, len(whole)).filter(lambda at: at not in ends))
+    assert not ends_between_chunks(whole[:at])
+
+
+@given(
+    st.sampled_from([b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n", b"POST http://a/v1/x HTTP/1.0\r\nhost: b\r\n"]),
+    st.lists(
+        st.sampled_from(
+            [
+                b"content-type: application/json\r\n",
+                b"X-Other: \xff 1\r\n",
+                b"connection: close, x-other\r\n",
+                b"te: trailers\r\n",
+            ]
+        ),
+        unique=True,
+    ),
+    st.sampled_from([b"", b"Authorization: Bearer k 1\r\n", b"x-api-key: k\r\n"]),
+    st.sampled_from([b"", b"x-request-id: mine\r\n"]),
+    st.integers(0, 99),
+)
+def test_the_plainest_form_of_a_head_says_the_same(
+    line: bytes, fields: list[bytes], key: bytes, request_id: bytes, length: int
+) -> None:
+    head = parse_request(line + b"".join(fields) + key + request_id + b"content-length: %d\r\n\r\n" % length)
+    again = parse_request(plain_request(head, length))
+    names = ("method", "target", "is_http10", "keep_alive", "content_length", "credential", "request_id", "fields")
+    for name in (*names, "content_type"):
+        assert getattr(again, name) == getattr(head, name), name
+    assert parse_request(plain_request(head)).is_chunked if not head.is_http10 else True
