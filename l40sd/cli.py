@@ -258,7 +258,8 @@ def reload(session: Session) -> None:
 def upgrade(session: Session) -> None:
     """Make the daemon become the version now installed.
 
-    Workers and the endpoint's listener are kept; open streams are let finish first.
+    Workers, the endpoint's listener and open connections are kept: streams go on. The new version checks the
+    configuration first; if it objects, nothing changes.
     """
     session.client.post("/v1/upgrade")
     before_s = time.monotonic()
@@ -276,7 +277,7 @@ def upgrade(session: Session) -> None:
         time.sleep(0.2)
     raise L40sError(
         f"no new daemon answered within {UPGRADE_LIMIT_S:g} s",
-        hint="it may still be letting streams finish: l40sctl events -f",
+        hint="see its log: journalctl -u l40sd -n 50",
         code="upgrade_slow",
     )
 

@@ -41,7 +41,7 @@ from l40sd.services.worker import Tools
 
 TICK_S = 5.0
 ADOPT_TIMEOUT_S = 30.0
-CHECK_TIMEOUT_S = 30.0
+CHECK_TIMEOUT_S = 20.0
 PASSED_ON = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "HF_HOME", "CUDA_HOME")
 """What workers see of the daemon's own environment; the rest is theirs to be given in the configuration."""
 STATE_VERSION = 1
