@@ -155,7 +155,7 @@ class Proxy:
             server.close()
 
     async def resume_accepting(self) -> None:
-        """Accept on every listener, after ``pause_accepting`` or a ``drain`` that led to nothing."""
+        """Accept on every listener, at the start or after ``pause_accepting``."""
         shared = self._running
         shared.is_stopping = False
         for sock in self.sockets:
