@@ -152,15 +152,15 @@ class Site:
         if self.daemon is not None and self.daemon.poll() is None:
             self.daemon.kill()
             self.daemon.wait(10)
-        for process in self._processes():
+        for process in self.processes():
             process.kill()
         return left
 
     def leftovers(self) -> list[str]:
         """Return every process of this site that lives, in words: shims and what carries a worker's marker."""
-        return [f"{process.pid} {' '.join(process.cmdline())[:200]}" for process in self._processes()]
+        return [f"{process.pid} {' '.join(process.cmdline())[:200]}" for process in self.processes()]
 
-    def _processes(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
         """Return the living processes of this site but the daemon: shims by their folder, engines by the marker."""
         found = []
         for process in psutil.process_iter():
