@@ -152,7 +152,7 @@ class Run:
             for pattern in ways:
                 began_s = time.monotonic()
                 done = await self.site.change(pattern, CHANGE_S)
-                check(done.state == "complete", done)
+                check(done.state == "done", done)
                 await ranks_are_where_they_were_placed(await self.site.status())
                 said.append(f"{pattern} in {time.monotonic() - began_s:.1f} s")
         check(not tally.lost, tally.examples)
