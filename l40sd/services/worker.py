@@ -43,6 +43,7 @@ from l40sd.core.model import InstanceId, ModelFacts, ModelName, WorkerId
 from l40sd.core.plan import Observed, Wanted
 from l40sd.services.gpus import wait_until_free
 from l40sd.services.host import Host
+from l40sd.services.past import TOLD, Past
 from l40sd.services.routes import Backend, Routes
 from l40sd.services.watch import Watch
 
@@ -103,9 +104,9 @@ class Process:
 
 
 class Worker:
-    """One replica's slot, from WAITING to STOPPED."""
+    """One replica's slot, from WAITING to STOPPED; ``past``: as an earlier daemon knew it."""
 
-    def __init__(self, wanted: Wanted, config: Config, tools: Tools) -> None:
+    def __init__(self, wanted: Wanted, config: Config, tools: Tools, past: Past | None = None) -> None:
         self.wanted = wanted
         self.config = config
         self.phase = Phase.WAITING
@@ -126,6 +127,11 @@ class Worker:
         self._failure: Happening | None = None
         placement = wanted.placement
         self._log = tools.log.bind(worker=placement.worker, gpus=self.gpu_numbers)
+        self._past = past
+        if past is not None and past.goal is not Goal.RESTART:  # by wish: its failures were to be forgotten
+            self.record, self.restarts, self.failed_starts = past.record, past.restarts, past.failed_starts
+            if past.phase in (Phase.BACKOFF, Phase.QUARANTINED):
+                self._resume(past)
 
     @property
     def id(self) -> WorkerId:
@@ -174,7 +180,7 @@ class Worker:
         """
         meta = instance.spec.meta
         try:
-            port, api_key, ready = int(meta["port"]), str(meta["api_key"]), bool(meta.get("was_ready", False))
+            port, api_key = int(meta["port"]), str(meta["api_key"])
         except (KeyError, TypeError, ValueError) as error:
             raise L40sError(
                 f"the record of {instance.spec.instance} lacks its port or key", where=str(self.id), code="bad_record"
@@ -185,15 +191,70 @@ class Worker:
             port=self._tools.ports.adopt(port),
             is_adopted=True,
         )
-        self._failure = None
-        self.post(Event.ADOPTED, "running since before this daemon" if not ready else "")
+        past = self._past.of(instance.spec.instance) if self._past is not None else None
+        if past is not None and past.ready_at_s is not None:
+            self.process.spawned_at_s, self.process.ready_at_s = past.spawned_at_s, past.ready_at_s
+        if past is not None and past.phase in (Phase.STOPPING, Phase.STUCK):
+            self._resume(past)
+        else:
+            self.post(Event.ADOPTED, "running since before this daemon")
+
+    def rest(self) -> None:
+        """Rest once it is up: the operator drained it before this daemon began. Call before ``run``."""
+        if self.goal is Goal.SERVE:
+            self.goal = Goal.REST
 
     def died_meanwhile(self, record: ExitRecord) -> None:
         """Count a run that ended while no daemon watched as the failure it was. Call before ``run``."""
         self.phase = Phase.STARTING
         self._ready_for_s = record.ran_s
+        if self._past is not None:
+            past = self._past.of(record.instance)
+            self._ready_for_s = past.ready_for_s(record.ran_s)
+            if past.phase in (Phase.STOPPING, Phase.STUCK):
+                self._resume(past)
         kind, detail = describe_exit(record)
         self.post(Event.EXITED, f"{detail}, while no daemon watched", kind=kind, exit_record=record)
+
+    def past(self) -> Past:
+        """Return what the next daemon has to know of this worker."""
+        process, is_told = self.process, self.phase in TOLD
+        ready_at_s = process.ready_at_s if process is not None else None
+        of_instance = process is not None and process.instance is not None and (is_told or ready_at_s is not None)
+        return Past(
+            fingerprint=self.wanted.fingerprint,
+            phase=self.phase if is_told else Phase.WAITING,
+            goal=self.goal if is_told else Goal.SERVE,
+            since_s=self.since_s if is_told else 0.0,
+            reason=self.reason if is_told else "",
+            last_lines=self.last_lines if is_told else (),
+            kind=self._failure.kind if is_told and self._failure is not None else "",
+            record=self.record,
+            restarts=self.restarts,
+            failed_starts=self.failed_starts,
+            instance=process.instance.spec.instance if of_instance and process and process.instance else "",
+            spawned_at_s=process.spawned_at_s if of_instance and process else 0.0,
+            ready_at_s=ready_at_s,
+            next_start_at_s=self.next_start_at_s,
+        )
+
+    def _resume(self, past: Past) -> None:
+        """Be in the phase that an earlier daemon left this worker in."""
+        self.phase, self.goal, self.since_s = past.phase, past.goal, past.since_s
+        self.reason, self.last_lines, self.next_start_at_s = past.reason, past.last_lines, past.next_start_at_s
+        if past.kind:
+            self._failure = Happening(Event.EXITED, past.reason, past.kind)
+
+    def _resume_jobs(self) -> None:
+        """Go on with what ``_resume`` found under way."""
+        instance = self.process.instance if self.process is not None else None
+        if instance is not None and self.phase in (Phase.STOPPING, Phase.STUCK):
+            self._start_job("exit", self._await_exit(instance))
+        if instance is not None and self.phase is Phase.STOPPING:
+            instance.terminate()
+            self._start_job("terminate", self._terminate())
+        if self.phase is Phase.BACKOFF and self.next_start_at_s is not None:
+            self._start_job("timer", self._retry_later(max(0.0, self.next_start_at_s - now_s())))
 
     def suspect(self) -> None:
         """A request failed on this worker: have a look now rather than at the next interval."""
@@ -204,6 +265,7 @@ class Worker:
         """Handle events until the worker is STOPPED. Cancelling it leaves the process alone."""
         async with asyncio.TaskGroup() as group:
             self._group = group
+            self._resume_jobs()
             try:
                 while self.phase is not Phase.STOPPED:
                     self._handle(await self._mailbox.get())
@@ -295,6 +357,7 @@ class Worker:
                 self._tools.routes.remove(self.id)
             case Action.WATCH:
                 assert self.watch is not None
+                self._note_up()
                 self._start_job("follow", self.watch.follow(self.post))
             case Action.DRAIN:
                 self._start_job("drain", self._drain())
@@ -311,7 +374,8 @@ class Worker:
             case Action.WAIT_BLOCKED:
                 self._retry_in(self.config.workers.backoff_never_ready_first_s)
             case Action.FORGIVE:
-                self.record, self.failed_starts, self._failure, self.last_lines = Record(), 0, None, ()
+                self.record, self.failed_starts, self.restarts = Record(), 0, 0
+                self._failure, self.last_lines = None, ()
 
     def _start_job(self, name: str, job: Coroutine[Any, Any, None]) -> None:
         assert self._group is not None
@@ -430,14 +494,22 @@ class Worker:
         self.last_lines = tuple(await self._tools.processes.tail(self.id, LAST_LINES))
         self.post(Event.EXITED, detail, kind=kind, exit_record=record)
 
+    def _note_up(self) -> None:
+        """It has come up: for the first time, or again under the eyes of this daemon."""
+        assert self.process is not None
+        process = self.process
+        if process.ready_at_s is None:
+            process.ready_at_s = now_s()
+            if not process.is_adopted:
+                self._note_load(now_s() - process.spawned_at_s)
+        elif self.phase is Phase.READY:
+            self.since_s = process.ready_at_s
+        if self.phase is Phase.READY:
+            self.reason = ""
+
     def _add_route(self) -> None:
         assert self.process is not None
         launch = self.process.launch
-        if self.process.ready_at_s is None:
-            self.process.ready_at_s = now_s()
-            self.reason = ""
-            if not self.process.is_adopted:
-                self._note_load(now_s() - self.process.spawned_at_s)
         self._tools.routes.add(
             Backend(
                 worker=self.id,
