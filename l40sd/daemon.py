@@ -143,8 +143,8 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         note = "the daemon has just started"
         routes.set_catalog({m.name: CatalogEntry(aliases=m.aliases, note=note) for m in config.models.values()})
         proxy = Proxy(config.proxy, routes, api_keys=read_keys(config.proxy.api_keys_file))
-        inherited = kept.listeners if kept else systemd.listen_sockets().get("proxy", [])
-        await proxy.start(inherited)
+        lent = kept.lent if kept else systemd.listen_sockets().get("proxy", [])
+        await proxy.start(lent, kept.own if kept else ())
         stack.push_async_callback(proxy.stop, PROXY_GRACE_S)
         # 4. Workers: those of an earlier daemon first.
         processes = await Processes.open(
@@ -313,7 +313,10 @@ class Daemon:
         handover.hold_signals()
         self.notifier.watchdog()
         self._log.info("daemon.handing_over", requests_cut=self._proxy.stats.in_flight)
-        handover.give(self._lock.keep_over_exec(), self._proxy.sockets)
+        lent = self._proxy.lent
+        own = [sock for sock in self._proxy.sockets if sock not in lent]
+        handover.give(self._lock.keep_over_exec(), own=own, lent=lent)
+        self._proxy.keep_files()
 
     async def _finish_open_requests(self) -> bool:
         """Let open requests end, bounded, before an upgrade; False: told to end meanwhile, which comes first.

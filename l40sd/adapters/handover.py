@@ -9,16 +9,24 @@ from dataclasses import dataclass
 
 VARIABLE = "L40SD_HANDOVER"
 """``LOCK:LISTENER,LISTENER``: numbers of the descriptors that are kept."""
+OWN_VARIABLE = "L40SD_HANDOVER_OWN"
+"""``LISTENER,LISTENER``: which of them the daemon bound itself. Not a part of the other, which older versions read."""
 
 HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handover:
-    """Descriptors from the daemon that this process was before."""
+    """Descriptors from the daemon that this process was before.
+
+    Attributes:
+        own: Listeners that it had bound itself.
+        lent: Those that systemd had given it, or, from an older version, all.
+    """
 
     lock: int
-    listeners: tuple[socket.socket, ...]
+    own: tuple[socket.socket, ...]
+    lent: tuple[socket.socket, ...]
 
 
 def take(environ: MutableMapping[str, str] = os.environ) -> Handover | None:
@@ -27,19 +35,29 @@ def take(environ: MutableMapping[str, str] = os.environ) -> Handover | None:
     if not text:
         return None
     lock, _, listeners = text.partition(":")
-    sockets = []
+    owned = environ.pop(OWN_VARIABLE, "").split(",")
+    own: list[socket.socket] = []
+    lent: list[socket.socket] = []
     for number in filter(None, listeners.split(",")):
         os.set_inheritable(int(number), False)
         listener = socket.socket(fileno=int(number))
         listener.setblocking(False)
-        sockets.append(listener)
-    return Handover(lock=int(lock), listeners=tuple(sockets))
+        (own if number in owned else lent).append(listener)
+    return Handover(lock=int(lock), own=tuple(own), lent=tuple(lent))
 
 
-def give(lock: int, listeners: Sequence[socket.socket], environ: MutableMapping[str, str] = os.environ) -> None:
+def give(
+    lock: int,
+    *,
+    own: Sequence[socket.socket],
+    lent: Sequence[socket.socket],
+    environ: MutableMapping[str, str] = os.environ,
+) -> None:
     """Keep these descriptors over the exec to come; copies, so that the originals may be closed in the usual way."""
-    kept = [_copy(listener.fileno()) for listener in listeners]
-    environ[VARIABLE] = f"{_copy(lock)}:{','.join(map(str, kept))}"
+    owned = [str(_copy(listener.fileno())) for listener in own]
+    kept = [str(_copy(listener.fileno())) for listener in lent]
+    environ[VARIABLE] = f"{_copy(lock)}:{','.join([*kept, *owned])}"
+    environ[OWN_VARIABLE] = ",".join(owned)
 
 
 def exec_again() -> None:
