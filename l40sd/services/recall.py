@@ -51,7 +51,7 @@ async def recall(
 ) -> Recalled:
     """Return what to begin with.
 
-    1. Running instances become workers as they were recorded, wanted or not: the planner sorts them out.
+    1. Running and stuck instances become workers as they were recorded, wanted or not: the planner sorts them out.
     2. What is wanted is placed again, which keeps it where it is unless host or config changed.
     3. A change in the middle is carried on.
     4. What ended meanwhile counts as the failure it was.
@@ -65,7 +65,7 @@ async def recall(
     if note:
         tools.log.warning("state.unreadable", reason=note)
     workers: dict[WorkerId, Worker] = {}
-    for instance in adoption.running:  # 1
+    for instance in (*adoption.running, *adoption.stuck):  # 1
         await _adopt(instance, workers, pasts, config, tools)
     recalled = _recall_want(state, config, tools, design, want_of)  # 2
     recalled.workers = workers

@@ -59,6 +59,7 @@ JOBS_IN: Mapping[Phase, frozenset[str]] = {
     Phase.BACKOFF: frozenset({"timer"}),
 }
 
+UNKILLABLE = "SIGKILL has not ended it: its GPUs stay out of use until it is gone"
 LAST_LINES = 12
 MAILBOX = 256
 PAST_LOADS = 20
@@ -191,12 +192,15 @@ class Worker:
             port=self._tools.ports.adopt(port),
             is_adopted=True,
         )
+        self.phase, self.next_start_at_s = Phase.WAITING, None
         past = self._past.of(instance.spec.instance) if self._past is not None else None
         if past is not None and past.ready_at_s is not None:
             self.process.spawned_at_s, self.process.ready_at_s = past.spawned_at_s, past.ready_at_s
         if past is not None and past.phase in (Phase.STOPPING, Phase.STUCK):
             self._resume(past)
-        else:
+        if not instance.is_running:
+            self.phase, self.reason = Phase.STUCK, UNKILLABLE
+        elif self.phase is Phase.WAITING:
             self.post(Event.ADOPTED, "running since before this daemon")
 
     def rest(self) -> None:
@@ -550,7 +554,7 @@ class Worker:
                 await instance.exited()
                 return  # the exit watcher says the rest
         if not await instance.kill(workers.kill_timeout_s):
-            self.post(Event.UNKILLABLE, "SIGKILL has not ended it: its GPUs stay out of use until it is gone")
+            self.post(Event.UNKILLABLE, UNKILLABLE)
 
     def _clean_up(self, exit_record: ExitRecord | None) -> None:
         process, self.process = self.process, None

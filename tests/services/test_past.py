@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -245,6 +245,49 @@ async def test_an_unreadable_past_is_said_and_costs_nothing_else(site_of: SiteOf
     await site.start()
     await site.until_event("state.unreadable", 10)
     assert [w.pid for w in (await site.until_ready("two", 30)).workers] == [w.pid for w in before.workers]
+
+
+FREEZER = Path("/sys/fs/cgroup/freezer")
+
+
+@pytest.fixture
+def ice(tmp_path: Path) -> Iterator[Path]:
+    """A cgroup in which SIGKILL waits."""
+    if not (FREEZER / "cgroup.procs").exists() or os.geteuid() != 0:
+        pytest.skip("needs root and a cgroup v1 freezer to make a process that SIGKILL does not end")
+    group = FREEZER / f"l40sd-past-{os.getpid()}"
+    group.mkdir()
+    yield group
+    thaw(group)
+    group.rmdir()
+
+
+def thaw(group: Path) -> None:
+    pids = [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
+    (group / "freezer.state").write_text("THAWED")
+    psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], 10)
+
+
+async def test_stuck_is_stuck_until_it_is_gone_also_for_the_next_daemon(site_of: SiteOf, ice: Path) -> None:
+    """Five seconds later it counted as gone, and a second worker was started on the same GPUs."""
+    site = site_of(TWO.replace("[workers]", "[workers]\nterm_timeout_s = 0.3\nkill_timeout_s = 0.7"))
+    await site.start()
+    one, other = (await site.until_ready("two", 30)).workers
+    (ice / "cgroup.procs").write_text(str(one.pid))
+    (ice / "freezer.state").write_text("FROZEN")
+    await tell(site, one.id, "restart")
+    await site.until(lambda s: of(s, one.id).phase == "stuck", "stuck", 20)
+    await site.until(lambda s: of(s, one.id).phase != "stuck" or of(s, one.id).since_s > 7, "longer than 5 s", 20)
+    assert of(await site.status(), one.id).phase == "stuck"
+    await site.kill()
+    status = await site.start()
+    assert (of(status, one.id).phase, of(status, one.id).pid) == ("stuck", one.pid)
+    assert any("cannot be killed" in line or "SIGKILL" in line for line in status.degraded)
+    assert {gpu.state for gpu in status.gpus if gpu.index in one.gpus} == {"stuck"}
+    await site.until(lambda s: of(s, other.id).phase == "ready", "the other serves", 20)
+    thaw(ice)
+    status = await site.until_ready("two", 30)
+    assert of(status, one.id).restarts == 0, "it was to be restarted all the time"
 
 
 times = st.floats(0, 1e6)
