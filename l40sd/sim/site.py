@@ -74,7 +74,7 @@ class Site:
         marks = [
             f"[engines.{engine}.env]\n{MARKER} = {_toml(str(self.folder))}" for engine in ("llama-cpp", "simulated")
         ]
-        # A hundred ports of our own: two daemons of one user that start workers at once could pick the same.
+        # A hundred ports of our own: those of a daemon that is killed in mid start may be taken by another's workers.
         first = 20_000 + zlib.crc32(str(self.folder).encode()) % 100 * 100
         ports = ["[workers]", f"port_first = {first}", f"port_last = {first + 99}"]
         text = "\n".join(["[daemon]", *lines, "[proxy]", f"listen = [{_toml(self.listen)}]", *ports, *marks, ""])
