@@ -16,9 +16,10 @@ from l40sd.core.lifecycle import Goal, Phase, Record
 from l40sd.core.messages import plain, restore
 from l40sd.core.model import WorkerId
 
-TOLD = (Phase.STOPPING, Phase.STUCK, Phase.BACKOFF, Phase.QUARANTINED)
-"""Phases that the next daemon goes on with; from any other a worker is looked at afresh, FAILED too: the configuration
-is read anew, and whether it can be started now costs nothing to find out."""
+TOLD = (Phase.READY, Phase.DRAINED, Phase.STOPPING, Phase.STUCK, Phase.BACKOFF, Phase.QUARANTINED)
+"""Phases that the next daemon is told of. The first two it has to find confirmed; with the others it goes on. From any
+other a worker is looked at afresh, FAILED too: the configuration is read anew, and whether it can be started now costs
+nothing to find out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -506,8 +506,9 @@ class Worker:
             process.ready_at_s = now_s()
             if not process.is_adopted:
                 self._note_load(now_s() - process.spawned_at_s)
-        elif self.phase is Phase.READY:
-            self.since_s = process.ready_at_s
+        elif self._past is not None and process.instance is not None:
+            past = self._past.of(process.instance.spec.instance)
+            self.since_s = past.since_s if past.phase is self.phase else self.since_s
         if self.phase is Phase.READY:
             self.reason = ""
 

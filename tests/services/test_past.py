@@ -161,14 +161,23 @@ async def test_restarts_are_counted_over_a_kill_of_the_daemon(site_of: SiteOf) -
         end(of(await site.status(), one.id).pid)
         await site.until(lambda s, n=n: of(s, one.id).restarts == n and of(s, one.id).phase == "ready", "again", 30)
     await site.until(lambda s: of(s, other.id).ready_s is not None and of(s, other.id).ready_s > 1, "for a while", 30)
+    await tell(site, other.id, "drain")
+    drained = await site.until(lambda s: of(s, other.id).phase == "drained" and of(s, other.id).since_s > 1, "long", 9)
+    age_s = of(drained, other.id).since_s
+    await site.kill()
+    await site.start()
+    status = await site.until(is_up(other.id, one.id), "as they were", 30)
+    assert of(status, other.id).since_s > age_s
+    await tell(site, other.id, "undrain")
+    await site.until_ready("two", 30)
     await site.kill()
     await site.start()
     status = await site.until_ready("two", 30)
     assert [of(status, w.id).restarts for w in (one, other)] == [2, 0]
     ready_s = of(status, other.id).ready_s
     assert ready_s is not None
-    assert ready_s > 1
-    assert of(status, other.id).since_s == pytest.approx(ready_s, abs=0.5)
+    assert ready_s > of(status, other.id).since_s + age_s, "since the undrain"
+    assert of(status, one.id).since_s == pytest.approx(of(status, one.id).ready_s, abs=0.5)
     shim = end(of(status, one.id).pid)
     await site.kill()
     await asyncio.to_thread(psutil.wait_procs, [shim], 10)
