@@ -41,7 +41,7 @@ from l40sd.services.host import Host
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import CatalogEntry, Routes
 from l40sd.services.supervisor import Supervisor
-from l40sd.services.worker import Tools
+from l40sd.services.tools import Tools
 
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 78  # EX_CONFIG: systemd does not try again (RestartPreventExitStatus)

@@ -14,7 +14,8 @@ from l40sd.core.model import Layout, Placement, WorkerId
 from l40sd.core.plan import Wanted
 from l40sd.services.change import Change, Want
 from l40sd.services.past import Past, read
-from l40sd.services.worker import Tools, Worker
+from l40sd.services.tools import Tools
+from l40sd.services.worker import Worker
 
 
 @dataclass(slots=True, kw_only=True)

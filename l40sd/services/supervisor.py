@@ -17,7 +17,6 @@ from typing import Any
 from l40sd.adapters.clock import now_s
 from l40sd.adapters.process import Adoption
 from l40sd.adapters.store import Store
-from l40sd.core import launch as launching
 from l40sd.core.config import Config
 from l40sd.core.errors import L40sError
 from l40sd.core.lifecycle import Event, Goal, Phase
@@ -27,10 +26,12 @@ from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
 from l40sd.core.plan import Do, Limits, Order, Wanted, capacity, is_settled, plan, ready_share
 from l40sd.services.change import Change, Want, state_of
+from l40sd.services.making import launch_of
 from l40sd.services.past import Past, written
 from l40sd.services.recall import recall
 from l40sd.services.routes import CatalogEntry
-from l40sd.services.worker import Tools, Worker
+from l40sd.services.tools import Tools
+from l40sd.services.worker import Worker
 
 TURN_AT_LEAST_EVERY_S = 2.0
 OPERATIONS_KEPT = 50
@@ -144,12 +145,10 @@ class Supervisor:
         Raises:
             L40sError: An engine, a placeholder or a shape that the engine cannot run.
         """
-        wanted = tuple(Wanted(placement=p, fingerprint=self._fingerprint(p, config)) for p in layout.placements)
+        launches = [launch_of(p, config, self.tools) for p in layout.placements]
+        pairs = zip(layout.placements, launches, strict=True)
+        wanted = tuple(Wanted(placement=p, fingerprint=launch.fingerprint) for p, launch in pairs)
         return Want(layout=layout, config=config, force=force, wanted=wanted)
-
-    def _fingerprint(self, placement: Placement, config: Config) -> str:
-        inventory, python = self.tools.host.inventory, self.tools.python
-        return launching.build(placement, config, inventory, port=0, api_key="", python=python).fingerprint
 
     def _set_want(self, want: Want) -> None:
         self.want = want

@@ -9,19 +9,14 @@ now reached are cancelled: ``JOBS_IN`` says which remain.
 import asyncio
 import random
 import secrets
-import shutil
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import structlog
-
 from l40sd.adapters.clock import now_s
-from l40sd.adapters.ports import HeldPort, PortPool
-from l40sd.adapters.probe import Prober
-from l40sd.adapters.process import ExitRecord, Instance, InstanceSpec, Processes
-from l40sd.core import launch as launching
+from l40sd.adapters.ports import HeldPort
+from l40sd.adapters.process import ExitRecord, Instance
 from l40sd.core.config import Config, ModelConfig, WorkersConfig
 from l40sd.core.errors import L40sError
 from l40sd.core.health import startup_timeout_s
@@ -38,13 +33,13 @@ from l40sd.core.lifecycle import (
     forgiven,
     step,
 )
-from l40sd.core.messages import plain
-from l40sd.core.model import InstanceId, ModelFacts, ModelName, WorkerId
+from l40sd.core.model import WorkerId
 from l40sd.core.plan import Observed, Wanted
 from l40sd.services.gpus import wait_until_free
-from l40sd.services.host import Host
+from l40sd.services.making import launch_of, refuse_misconfigured, spec_of
 from l40sd.services.past import TOLD, Past
-from l40sd.services.routes import Backend, Routes
+from l40sd.services.routes import Backend
+from l40sd.services.tools import Tools
 from l40sd.services.watch import Watch
 
 JOBS_IN: Mapping[Phase, frozenset[str]] = {
@@ -63,23 +58,6 @@ UNKILLABLE = "SIGKILL has not ended it: its GPUs stay out of use until it is gon
 LAST_LINES = 12
 MAILBOX = 256
 PAST_LOADS = 20
-
-
-@dataclass(slots=True, kw_only=True)
-class Tools:
-    """What all workers share. ``changed`` tells the supervisor that an observation is new."""
-
-    host: Host
-    processes: Processes
-    ports: PortPool
-    prober: Prober
-    routes: Routes
-    facts: Mapping[ModelName, ModelFacts]
-    past_loads_s: dict[ModelName, list[float]]
-    python: str
-    base_env: Mapping[str, str]
-    log: structlog.stdlib.BoundLogger
-    changed: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +165,7 @@ class Worker:
                 f"the record of {instance.spec.instance} lacks its port or key", where=str(self.id), code="bad_record"
             ) from error
         self.process = Process(
-            launch=self._launch(port, api_key),
+            launch=launch_of(self.wanted.placement, self.config, self._tools, port=port, api_key=api_key),
             instance=instance,
             port=self._tools.ports.adopt(port),
             is_adopted=True,
@@ -394,17 +372,20 @@ class Worker:
         workers = self.config.workers
         try:
             if self.is_external:
-                self.process = Process(launch=self._launch(0, ""))
+                self.process = Process(launch=launch_of(self.wanted.placement, self.config, self._tools))
                 self.post(Event.SPAWNED)
                 return
-            self._check_configured()
+            refuse_misconfigured(self.wanted, self.config, self._tools)
             holder = await wait_until_free(self._tools.host, self.wanted.placement.gpus, workers.gpu_free_timeout_s)
             if self.goal is Goal.GONE or holder:
                 self.post(Event.BLOCKED, holder)
                 return
             port = self._tools.ports.take()
-            self.process = Process(launch=self._launch(port.port, secrets.token_urlsafe(24)), port=port)
-            self.process.instance = await self._tools.processes.spawn(self._spec(), workers.spawn_timeout_s)
+            key = secrets.token_urlsafe(24)
+            launch = launch_of(self.wanted.placement, self.config, self._tools, port=port.port, api_key=key)
+            self.process = Process(launch=launch, port=port)
+            spec = spec_of(launch, self.wanted, self.config, self._tools)
+            self.process.instance = await self._tools.processes.spawn(spec, workers.spawn_timeout_s)
         except L40sError as error:
             if error.code in ("exec_failed", "misconfigured"):
                 self.post(Event.MISCONFIGURED, str(error), kind=error.code)
@@ -412,68 +393,6 @@ class Worker:
                 self.post(Event.SPAWN_FAILED, str(error), kind=error.code)
             return
         self.post(Event.SPAWNED)
-
-    def _check_configured(self) -> None:
-        """Refuse what no try can mend.
-
-        Raises:
-            L40sError: With code ``misconfigured``: the program or the checkpoint is not there.
-        """
-        where = f"models.{self.model.name}"
-        if self._tools.facts.get(self.model.name, ModelFacts()).missing:
-            raise L40sError(
-                f"there is no checkpoint at {self.model.source}",
-                where=where,
-                hint="correct source, then `l40sctl reload`",
-                code="misconfigured",
-            )
-        launch = self._launch(0, "")
-        path = self._environment(launch).get("PATH")
-        for program in (launch.argv[0], launching.program_of(launch)):
-            if shutil.which(program, path=path) is None:
-                raise L40sError(
-                    f"there is no program {program!r} to run it with",
-                    where=where,
-                    hint="install it, or give its full path in command = [...] of its [engines] entry",
-                    code="misconfigured",
-                )
-
-    def _launch(self, port: int, api_key: str) -> Launch:
-        return launching.build(
-            self.wanted.placement,
-            self.config,
-            self._tools.host.inventory,
-            port=port,
-            api_key=api_key,
-            python=self._tools.python,
-        )
-
-    def _spec(self) -> InstanceSpec:
-        """Return the write-ahead record; ``meta`` is what the next daemon needs to adopt the process."""
-        assert self.process is not None
-        launch, workers, p = self.process.launch, self.config.workers, self.wanted.placement
-        return InstanceSpec(
-            instance=InstanceId(f"{self.id}-{secrets.token_hex(5)}"),
-            worker=self.id,
-            argv=launch.argv,
-            env=self._environment(launch),
-            term_timeout_s=launch.term_timeout_s,
-            orphan_grace_s=self.config.daemon.orphan_grace_s,
-            log_file_bytes=workers.log_file_bytes,
-            log_files=workers.log_files,
-            pids_limit=workers.pids_limit,
-            meta={
-                "port": launch.port,
-                "api_key": launch.api_key,
-                "fingerprint": self.wanted.fingerprint,
-                "placement": plain(p),
-            },
-        )
-
-    def _environment(self, launch: Launch) -> dict[str, str]:
-        """Return the whole environment: ours in small part, the launch's laid over it; an empty value removes one."""
-        merged = {**self._tools.base_env, **launch.env}
-        return {name: value for name, value in merged.items() if value}
 
     def _begin_watch(self) -> None:
         assert self.process is not None
