@@ -56,7 +56,7 @@ async def recall(
     2. What is wanted is placed again, which keeps it where it is unless host or config changed.
     3. A change in the middle is carried on.
     4. What ended meanwhile counts as the failure it was.
-    5. Who waits for its next try, or was given up, goes on with that; who was restarted, has been restarted.
+    5. Who waits for its next try, or was given up, goes on with that.
     6. Whom the operator drained rests.
 
     Raises:

@@ -38,8 +38,9 @@ OPERATIONS_KEPT = 50
 SERVED = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
 """Phases of a worker that receives requests, or did until it was asked not to."""
 
-TOLD_TO_REST = (Phase.WAITING, Phase.READY, Phase.UNREADY)
-"""Phases in which a worker listens to a drain; it passes one of them before it serves."""
+HEAR_DRAIN = (Phase.WAITING, Phase.READY, Phase.UNREADY)
+HEAR_UNDRAIN = (Phase.WAITING, Phase.STARTING, Phase.DRAINING, Phase.DRAINED)
+"""Phases in which a worker can be told; it passes one of them before it serves, or rests, for the next time."""
 
 
 class Supervisor:
@@ -215,6 +216,8 @@ class Supervisor:
         if self._pasts_now() != self._pasts:
             self._is_unsaved = True
         await self.write_down()
+        if self._is_stopping:  # since then: whoever was made now would not be told to go
+            return
         self._keep_drained()
         for order in plan(self.want.wanted, [w.observed() for w in self.workers.values()], self._limits()):  # 2
             self._carry_out(order)
@@ -397,10 +400,10 @@ class Supervisor:
         """
         for worker in self.workers.values():
             match worker.goal:
-                case Goal.SERVE if worker.id in self._drained and worker.phase in TOLD_TO_REST:
-                    worker.post(Event.DRAIN, "drained by the operator")
-                case Goal.REST if worker.id not in self._drained:
-                    worker.post(Event.UNDRAIN, "undrain by the operator")
+                case Goal.SERVE if worker.id in self._drained and worker.phase in HEAR_DRAIN:
+                    worker.post(Event.DRAIN)
+                case Goal.REST if worker.id not in self._drained and worker.phase in HEAR_UNDRAIN:
+                    worker.post(Event.UNDRAIN)
                 case _:
                     pass
 
