@@ -334,3 +334,14 @@ def test_a_run_has_been_ready_for_no_longer_than_it_ran(one: Past, instance: str
     assert (ready_s is None) == (about.ready_at_s is None)
     if ready_s is not None and ran_s > 0:
         assert 0 <= ready_s <= ran_s
+
+
+async def test_an_adopted_worker_serves_without_an_interval_between_its_answers(site_of: SiteOf) -> None:
+    """Health, model, token: each passed answer was followed by a pause; requests of a whole second had to wait."""
+    site = site_of(TWO)
+    await site.start()
+    await site.until_ready("two", 30)
+    await site.kill()
+    site.config = TWO.replace("startup_interval_s = 0.05", "startup_interval_s = 60")
+    await site.start()
+    await site.until_ready("two", 20)
