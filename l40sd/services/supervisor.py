@@ -438,6 +438,8 @@ class Supervisor:
         try:
             async with asyncio.timeout(timeout_s):
                 while any(w.phase is not Phase.STUCK for w in self.workers.values()):
+                    for worker in self.workers.values():
+                        worker.give_up_spawn()
                     if now_s() >= drain_until_s:
                         for worker in self.workers.values():
                             if worker.phase is Phase.DRAINING:

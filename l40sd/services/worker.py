@@ -243,6 +243,18 @@ class Worker:
         if self.watch is not None:
             self.watch.suspect()
 
+    def give_up_spawn(self) -> None:
+        """Undo a spawn under way rather than wait for what comes of it; nothing is left of it then.
+
+        For the daemon's stop. Systemd starts no unit that is ordered before one that it stops: the shims of workers
+        spawned at that moment would come up only when the daemon has ended, and it would have waited for them.
+        """
+        job = self._jobs.pop("spawn", None)
+        if job is not None:
+            why = "the daemon was told to stop"
+            job.add_done_callback(lambda ended: self.post(Event.SPAWN_FAILED, why) if ended.cancelled() else None)
+            job.cancel()
+
     async def run(self) -> None:
         """Handle events until the worker is STOPPED. Cancelling it leaves the process alone."""
         async with asyncio.TaskGroup() as group:

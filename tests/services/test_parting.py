@@ -29,6 +29,17 @@ model = "toy"
 tp = 4
 count = 1
 """
+ONE = """
+[host]
+numa_pinning = false
+[workers]
+gpu_free_timeout_s = 60
+[daemon]
+pattern = "A"
+[models.toy]
+engine = "simulated"
+"""
+FAKE_NVML = Path(__file__).resolve().parents[1] / "adapters" / "fake_nvml.py"
 PATIENCE_S = 30.0
 PASS_ON = (
     "import os, sys; os.dup2(int(sys.argv[1]), 3);"
@@ -193,3 +204,20 @@ def wait_for_line(site: Site, word: str) -> None:
     while word not in site.log_file.read_text():
         assert time.monotonic() < deadline_s, site.tail()
         time.sleep(0.001)
+
+
+async def test_a_stop_does_not_wait_for_a_start_under_way(site_of: SiteOf, tmp_path: Path) -> None:
+    """A stop right after a start took spawn_timeout_s, or here gpu_free_timeout_s. Seen under systemd, which starts no
+    worker's unit while it stops the daemon: the daemon waited for shims that were to come after its end.
+    """
+    facts = tmp_path / "nvml.json"
+    taken = {"uuid": "GPU-0", "busId": "00000000:3B:00.0", "total": 48 << 30, "used": 12 << 30}
+    facts.write_text(json.dumps({"gpus": [taken]}))
+    site = site_of(ONE)
+    site.environ = {"L40SD_NVML_LIBRARY": str(FAKE_NVML), "FAKE_NVML": str(facts)}
+    await site.start()
+    await site.until_event("worker.spawning", PATIENCE_S)
+    began_s = time.monotonic()
+    assert await site.stop(PATIENCE_S) == 0
+    assert time.monotonic() - began_s < 10
+    assert site.leftovers() == []
