@@ -16,7 +16,7 @@ from vm import Machine
 FAKE_NVML = Path(__file__).resolve().parents[1] / "adapters" / "fake_nvml.py"
 NO_POLKIT_RULES = Path(__file__).resolve().parents[2] / "systemd/l40sd.service.d/no-polkit-rules.conf"
 GPU_BYTES = 48 << 30
-PIDS_LIMIT, BACKOFF_FIRST_S = 150, 5.0
+PIDS_LIMIT, BACKOFF_FIRST_S, SPAWN_TIMEOUT_S = 150, 5.0, 60.0
 SILENCE_LIMIT_S = 25.0
 """Longer than any of the timeouts below takes to find a silent worker hung."""
 CONFIG = f"""\
@@ -29,7 +29,7 @@ stop_timeout_s = 60
 nvml_timeout_s = 30
 
 [workers]
-spawn_timeout_s = 60
+spawn_timeout_s = {SPAWN_TIMEOUT_S}
 drain_timeout_s = 5
 term_timeout_s = 10
 kill_timeout_s = 30

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hosts import until
-from vmdaemon import BACKOFF_FIRST_S, PIDS_LIMIT, SILENCE_LIMIT_S, Daemon
+from vmdaemon import BACKOFF_FIRST_S, PIDS_LIMIT, SILENCE_LIMIT_S, SPAWN_TIMEOUT_S, Daemon
 
 NO_POLKIT = "/run/systemd/system/l40sd.service.d/no-polkit-rules.conf"
 RULE = "/etc/polkit-1/rules.d/50-l40sd.rules"
@@ -186,6 +186,9 @@ def clock_jumps(daemon: Daemon) -> Survived:
             machine.run(f"date -s '{jump}'")
             pass_time(daemon, SILENCE_LIMIT_S)
             assert answered_so_far(daemon) > answered, "the load goes on"
+            status = daemon.status()
+            ages_s = [status["uptime_s"], *(worker["since_s"] for worker in status["workers"])]
+            assert all(0 <= age_s < 3000 for age_s in ages_s), ages_s
         machine.run("date -s '-1 year' && date -s '+1 hour'")
         answered, lost = end()
     told = [event["event"] for event in daemon.events(mark)]
@@ -232,6 +235,11 @@ def systemctl(daemon: Daemon) -> Survived:
         unit = daemon.group(worker).removesuffix("/engine")
         assert {"pids", "memory"} <= set(machine.output(f"cat {unit}/cgroup.subtree_control").split())
     _restarted_in_every_way(daemon)
+    machine.run("systemctl stop l40sd")
+    began_s = time.monotonic()
+    machine.run("systemctl start l40sd && systemctl stop l40sd")
+    assert time.monotonic() - began_s < SPAWN_TIMEOUT_S, "a stop waits for no worker that is being started"
+    daemon.serve()
     began_s = time.monotonic()
     machine.run("systemctl stop l40sd")
     took_s = time.monotonic() - began_s
