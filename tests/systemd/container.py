@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hosts import PATH, Host, as_user, until
+from bootedhost import PATH, Host, as_user, until
 from image import REPOSITORY, Image, build, hierarchies, missing_tools
 
 BOOT_TIMEOUT_S = 60.0

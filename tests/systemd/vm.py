@@ -24,8 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from bootedhost import Host, as_user, until
 from disk import Disk, build_disk, missing_vm_tools
-from hosts import Host, as_user, until
 from pcie import LAYOUTS, Layout, arguments
 
 CPUS, MEMORY_MIB = 4, 2048

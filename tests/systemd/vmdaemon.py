@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hosts import until
+from bootedhost import until
 from pcie import STAND_IN
 from vm import Machine
 

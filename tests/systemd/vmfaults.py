@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from hosts import until
+from bootedhost import until
 from vmdaemon import BACKOFF_FIRST_S, PIDS_LIMIT, SILENCE_LIMIT_S, SPAWN_TIMEOUT_S, Daemon
 
 NO_POLKIT = "/run/systemd/system/l40sd.service.d/no-polkit-rules.conf"
