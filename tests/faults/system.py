@@ -25,7 +25,7 @@ SYSTEMD_TESTS = Path(__file__).resolve().parents[1] / "systemd"
     "the host runs out of memory",
     how="in the virtual machine: an engine that takes all there is; then a stranger whom the OOM killer may not touch",
     expected="Daemon and shims are spared (OOMScoreAdjust=-500), an engine goes, named an OOM kill, and starts again.",
-    promise="daemon and shims are never killed",
+    promise="the OOM killer never takes daemon or shims",
     within_s=None,
 )
 async def host_out_of_memory(rig: Rig) -> Outcome:
