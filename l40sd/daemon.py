@@ -19,7 +19,7 @@ import structlog
 import uvloop
 
 from l40sd import __version__, log
-from l40sd.adapters import configfiles, handover, systemd
+from l40sd.adapters import configfiles, handover, heap, systemd
 from l40sd.adapters.apikeys import read_keys
 from l40sd.adapters.clock import now_s
 from l40sd.adapters.lock import DaemonLock
@@ -123,6 +123,7 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
     await loop.getaddrinfo("127.0.0.1", None)
     logger.info("daemon.starting", version=__version__, config=str(path), pid=os.getpid())
     async with AsyncExitStack() as stack:
+        heap.keep_resident()
         # 0. systemd watches from the first moment: a slow NVML or many workers to adopt are no reason to be killed.
         notifier = systemd.Notifier()
         background = await stack.enter_async_context(asyncio.TaskGroup())

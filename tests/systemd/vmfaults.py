@@ -97,6 +97,8 @@ def host_out_of_memory(daemon: Daemon) -> Survived:
     for pid in (before, *shims):
         assert machine.output(f"cat /proc/{pid}/oom_score_adj") == "-500"
     assert machine.output(f"cat /proc/{victim['pid']}/oom_score_adj") == "0"
+    locked = machine.output(f"awk '/VmLck/ {{print $2}}' /proc/{before}/status")
+    assert int(locked) > 0, "the daemon keeps its pages in memory"
     mark, began_s = daemon.mark(), time.monotonic()
     daemon.inject(victim, "memory", 1900)
     told = daemon.told(mark, "worker.backoff", victim["id"])
