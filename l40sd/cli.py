@@ -158,8 +158,10 @@ def _worker_command(verb: str, doing: str, text: str) -> None:
     cli.command(verb)(argument(common(click.pass_obj(command))))
 
 
-_worker_command("restart", "drains, then starts anew", "Drain each WORKER, stop it and start it anew.")
-_worker_command("drain", "drains", "Send each WORKER no more requests; it stays up.")
+_worker_command(
+    "restart", "drains, then starts anew", "Drain each WORKER, stop it and start it anew; a drained one stays drained."
+)
+_worker_command("drain", "drains", "Send each WORKER no more requests until undrain; it stays up.")
 _worker_command("undrain", "receives requests again", "Send each drained WORKER requests again.")
 _worker_command("reset", "failures forgotten", "Forget each WORKER's failures and start it at once.")
 

@@ -80,7 +80,7 @@ def worker_view(worker: WorkerStatus) -> RenderableType:
         ("busy with", _count(worker.in_flight, "request")),
         ("served", _count(worker.served, "request")),
         ("restarts", str(worker.restarts)),
-        ("ready after", "" if worker.ready_s is None else span(worker.ready_s)),
+        ("up for", "" if worker.ready_s is None else span(worker.ready_s)),
     ]
     rows = [Row((Text(" "), Text(name, style="dim"), text)) for name, text in facts if _plain(text)]
     parts: list[RenderableType] = [

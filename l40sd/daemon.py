@@ -20,7 +20,7 @@ import structlog
 import uvloop
 
 from l40sd import __version__, log
-from l40sd.adapters import configfiles, handover, systemd
+from l40sd.adapters import configfiles, handover, heap, systemd
 from l40sd.adapters.apikeys import read_keys
 from l40sd.adapters.clock import now_s
 from l40sd.adapters.lock import DaemonLock
@@ -103,6 +103,7 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
     await loop.getaddrinfo("127.0.0.1", None)
     logger.info("daemon.starting", version=__version__, config=str(path), pid=os.getpid())
     async with AsyncExitStack() as stack:
+        heap.keep_resident()
         # 0. systemd watches from the first moment: a slow NVML or many workers to adopt are no reason to be killed.
         notifier = systemd.Notifier()
         background = await stack.enter_async_context(asyncio.TaskGroup())
@@ -123,8 +124,8 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         proxy = Proxy(config.proxy, routes, api_keys=read_keys(config.proxy.api_keys_file))
         if kept is not None and kept.problem:
             logger.warning("daemon.connections_lost", reason=kept.problem)
-        inherited = kept.listeners if kept else systemd.listen_sockets().get("proxy", [])
-        await proxy.start(inherited, kept.connections if kept else None)
+        lent = kept.lent if kept else systemd.listen_sockets().get("proxy", [])
+        await proxy.start(lent, kept.own if kept else (), kept.connections if kept else None)
         stack.push_async_callback(proxy.stop, PROXY_GRACE_S)
         # 3. The rest; to import it takes longer than all of the above, so it is not imported before.
         run_workers = await asyncio.to_thread(import_the_rest)
@@ -144,7 +145,8 @@ def import_the_rest() -> "RunWorkers":
 async def hand_over(notifier: systemd.Notifier, lock: DaemonLock, proxy: Proxy) -> None:
     """Keep lock, listeners and open connections for the next daemon in this process; from here on nothing is served."""
     notifier.watchdog()
-    handover.give(lock.keep_over_exec(), proxy.sockets)
+    own = [sock for sock in proxy.sockets if sock not in proxy.lent]
+    handover.give(lock.keep_over_exec(), own=own, lent=proxy.lent)
     began_s = now_s()
     handed, lost = await proxy.hand_over()
     handover.give_connections(handed)

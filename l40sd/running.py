@@ -37,7 +37,7 @@ from l40sd.services.host import Host
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import Routes
 from l40sd.services.supervisor import Supervisor
-from l40sd.services.worker import Tools
+from l40sd.services.tools import Tools
 
 TICK_S = 5.0
 ADOPT_TIMEOUT_S = 30.0

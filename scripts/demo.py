@@ -100,7 +100,7 @@ async def tell(story: Story, site: Site, *, stay: bool) -> Tally:
     async with story.step("start l40sd on a recorded host with 12 L40S (no GPU needed)"):
         first = await site.start()
         console.print(f"     l40sd {first.version}, pid {site.daemon.pid if site.daemon else '?'}, files in .demo/")
-        console.print(f"     processes held by: {first.provider} {first.provider_note}")
+        console.print(f"     processes held by: {first.provider}; {first.provider_note}".rstrip("; "))
     async with story.step("pattern A: one llama.cpp server on each GPU"):
         await come_up(site, "A", 12)
     async with story.step("ask the endpoint, as any OpenAI client would"):

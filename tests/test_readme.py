@@ -37,6 +37,6 @@ def test_every_command_is_in_the_readme() -> None:
 
 
 def test_every_file_that_the_readme_points_to_is_there() -> None:
-    targets = [*re.findall(r"\]\(((?!https?:)[^)#]+)\)", README), *re.findall(r"`?(scripts/[a-z_.]+)", README)]
+    targets = [*re.findall(r"\]\(((?!https?:)[^)#]+)\)", README), *re.findall(r"`?(scripts/[a-z_.-]+)", README)]
     assert "docs/status.svg" in targets
     assert [target for target in targets if not (ROOT / target.rstrip(".")).exists()] == []

@@ -17,6 +17,8 @@ from l40sd.core.handed import Handed
 
 VARIABLE = "L40SD_HANDOVER"
 """``LOCK:LISTENER,LISTENER``: numbers of the descriptors that are kept."""
+OWN_VARIABLE = "L40SD_HANDOVER_OWN"
+"""``LISTENER,LISTENER``: which of them the daemon bound itself. Not a part of the other, which older versions read."""
 CONNECTIONS_VARIABLE = "L40SD_HANDOVER_CONNECTIONS"
 """The number of the file's descriptor; a variable of its own, for releases that know the other one only."""
 CONNECTIONS_VERSION = 1
@@ -32,12 +34,15 @@ class Handover:
 
     Attributes:
         lock: Its descriptor.
+        own: Listeners that it had bound itself.
+        lent: Those that systemd had given it, or, from an older version, all.
         connections: None when it handed none over.
         problem: Why connections that were handed over had to be closed; empty as a rule.
     """
 
     lock: int
-    listeners: tuple[socket.socket, ...]
+    own: tuple[socket.socket, ...]
+    lent: tuple[socket.socket, ...]
     connections: Handed | None = None
     problem: str = ""
 
@@ -57,19 +62,29 @@ def take(environ: MutableMapping[str, str] = os.environ) -> Handover | None:
     if not text:
         return None
     lock, _, listeners = text.partition(":")
-    sockets = []
+    owned = environ.pop(OWN_VARIABLE, "").split(",")
+    own: list[socket.socket] = []
+    lent: list[socket.socket] = []
     for number in filter(None, listeners.split(",")):
         os.set_inheritable(int(number), False)
         listener = socket.socket(fileno=int(number))
         listener.setblocking(False)
-        sockets.append(listener)
-    return Handover(lock=int(lock), listeners=tuple(sockets), connections=connections, problem=problem)
+        (own if number in owned else lent).append(listener)
+    return Handover(lock=int(lock), own=tuple(own), lent=tuple(lent), connections=connections, problem=problem)
 
 
-def give(lock: int, listeners: Sequence[socket.socket], environ: MutableMapping[str, str] = os.environ) -> None:
+def give(
+    lock: int,
+    *,
+    own: Sequence[socket.socket],
+    lent: Sequence[socket.socket],
+    environ: MutableMapping[str, str] = os.environ,
+) -> None:
     """Keep these descriptors over the exec to come; copies, so that the originals may be closed in the usual way."""
-    kept = [_copy(listener.fileno()) for listener in listeners]
-    environ[VARIABLE] = f"{_copy(lock)}:{','.join(map(str, kept))}"
+    owned = [str(_copy(listener.fileno())) for listener in own]
+    kept = [str(_copy(listener.fileno())) for listener in lent]
+    environ[VARIABLE] = f"{_copy(lock)}:{','.join([*kept, *owned])}"
+    environ[OWN_VARIABLE] = ",".join(owned)
 
 
 def give_connections(handed: Handed, environ: MutableMapping[str, str] = os.environ) -> None:

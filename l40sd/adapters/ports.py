@@ -6,9 +6,15 @@ listened on. Measured on Linux 6.18 (tests/adapters/test_ports.py repeats it): a
 binds and listens beside us, on 127.0.0.1, 0.0.0.0 and [::]; binds to port 0 and outgoing connections stay away;
 holding with only one of the two options shuts out engines that set only the other. A program that sets
 neither needs ``HeldPort.let_go`` before it starts.
+
+Two daemons of one user can both bind a port that way, so each port is also **claimed**: by a Unix socket with an
+abstract name, which lives in the network namespace as ports do and goes with its owner however that dies. Of a
+daemon that is away the worker itself is listening; only one that was killed before its engine listened leaves a
+port that another daemon may take first. Another user cannot bind beside us at all.
 """
 
 import contextlib
+import os
 import socket
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -41,10 +47,11 @@ class Stranger:
 class HeldPort:
     """One port of the pool; ``is_held`` says whether we have it bound beside the engine."""
 
-    def __init__(self, pool: "PortPool", port: int, held: socket.socket | None) -> None:
+    def __init__(self, pool: "PortPool", port: int, held: socket.socket | None, claim: socket.socket | None) -> None:
         self.port = port
         self._pool = pool
         self._socket = held
+        self._claim = claim
 
     @property
     def is_held(self) -> bool:
@@ -60,6 +67,9 @@ class HeldPort:
     def release(self) -> None:
         """Unbind and give back to the pool; a second call does nothing."""
         self.let_go()
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
         self._pool._taken.pop(self.port, None)
 
 
@@ -97,11 +107,14 @@ class PortPool:
         for port in self._ports:
             if port in self._taken or port in avoid:
                 continue
-            held = None if port in listening else self._bind(port)
-            if held is None:
+            claim = None if port in listening else claimed(port)
+            held = self._bind(port) if claim is not None else None
+            if claim is None or held is None:
+                if claim is not None:
+                    claim.close()
                 skipped.append(port)
                 continue
-            self._taken[port] = HeldPort(self, port, held)
+            self._taken[port] = HeldPort(self, port, held, claim)
             return self._taken[port]
         named = "".join(f"; {who_has(port)}" for port in skipped[:NAMED_IN_ERRORS])
         raise L40sError(
@@ -115,7 +128,7 @@ class PortPool:
     def adopt(self, port: int) -> HeldPort:
         """Return the port of a worker that runs already, bound if its engine lets us."""
         if port not in self._taken:
-            self._taken[port] = HeldPort(self, port, self._bind(port))
+            self._taken[port] = HeldPort(self, port, self._bind(port), claimed(port))
         return self._taken[port]
 
     def strangers(self) -> list[Stranger]:
@@ -138,6 +151,17 @@ class PortPool:
             held.close()
             return None
         return held
+
+
+def claimed(port: int) -> socket.socket | None:
+    """Return a claim to a port, for as long as it is open; None while another daemon of this user has one."""
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0l40sd-port-{os.geteuid()}-{port}")
+    except OSError:
+        claim.close()
+        return None
+    return claim
 
 
 def listening_ports() -> Iterator[int]:

@@ -15,7 +15,8 @@ Everything that decides a transition is in this file; services/worker.py only ca
                             goal GONE: STOPPED · goal RESTART: WAITING · goal SERVE: as the restart policy says
 
 The **goal** is what the worker is for at present, next to the phase it is in: SERVE, REST (drained by the operator,
-process kept), RESTART (once, by the operator) or GONE (the plan has no more use for it).
+process kept), RESTART (once, by the operator) or GONE (the plan has no more use for it). A worker that rests is kept
+alive like any other: when its process fails it is started again, and goes from STARTING straight to DRAINED.
 
 An event without a row is *late*: it was true of a phase that has been left (a probe that answered after the drain
 began, say). Late events are absorbed. Events that can only come from our own mistake are in ``IMPOSSIBLE`` and raise.
@@ -85,7 +86,7 @@ class Action(StrEnum):
     WATCH_START = "watch_start"  # startup probes
     ADD_ROUTE = "add_route"
     REMOVE_ROUTE = "remove_route"
-    WATCH = "watch"  # readiness and progress probes
+    WATCH = "watch"  # it has come up: readiness and progress probes
     DRAIN = "drain"  # EMPTY when nothing is in flight
     TERMINATE = "terminate"  # ladder: SIGTERM ... kill; EXITED or UNKILLABLE
     CLEAN_UP = "clean_up"  # port, instance directory
@@ -97,6 +98,7 @@ class Action(StrEnum):
 class Ask(StrEnum):
     """A next phase that depends on the goal."""
 
+    AFTER_START = "after_start"
     AFTER_DRAIN = "after_drain"
     AFTER_EXIT = "after_exit"
 
@@ -131,6 +133,9 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.MISCONFIGURED: Step(P.FAILED),
         E.RESET: _AGAIN,
         E.RESTART: _AGAIN,
+        # Said before the permit to one that shall rest: it must not serve for a moment in between.
+        E.DRAIN: Step(P.WAITING, goal=G.REST),
+        E.UNDRAIN: Step(P.WAITING, goal=G.SERVE),
     },
     P.SPAWNING: {
         E.SPAWNED: Step(P.STARTING, (A.WATCH_EXIT, A.WATCH_START)),
@@ -142,7 +147,8 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.RESTART: Step(P.SPAWNING),
     },
     P.STARTING: {
-        E.UP: Step(P.READY, (A.ADD_ROUTE, A.WATCH)),
+        E.UP: Step(Ask.AFTER_START, (A.WATCH,)),
+        E.UNDRAIN: Step(P.STARTING, goal=G.SERVE),
         E.START_FAILED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,
         # A worker that was never routed has nothing in flight, its drain is over at once; one that was adopted may have
@@ -234,6 +240,10 @@ def step(phase: Phase, goal: Goal, event: Event) -> Step | None:
     if new_goal is G.GONE and event is E.SPAWNED:  # 2
         return Step(P.STOPPING, (A.WATCH_EXIT, A.TERMINATE), new_goal)
     match row.phase:
+        case Ask.AFTER_START:
+            if new_goal is G.REST:
+                return Step(P.DRAINED, row.actions, new_goal)
+            return Step(P.READY, (*row.actions, A.ADD_ROUTE), new_goal)
         case Ask.AFTER_DRAIN:
             if new_goal is G.REST:
                 return Step(P.DRAINED, row.actions, new_goal)
@@ -243,7 +253,7 @@ def step(phase: Phase, goal: Goal, event: Event) -> Step | None:
                 return Step(P.STOPPED, row.actions, new_goal)
             if new_goal is G.RESTART:
                 return Step(P.WAITING, (*row.actions, A.FORGIVE), G.SERVE)
-            return Step(P.BACKOFF, (*row.actions, A.ASK_POLICY), G.SERVE)  # 3
+            return Step(P.BACKOFF, (*row.actions, A.ASK_POLICY), new_goal)  # 3: to SERVE or to REST, as before
         case _:
             if new_goal is G.GONE and row.phase in (P.WAITING, P.BACKOFF, P.FAILED):
                 return Step(P.STOPPED, tuple(a for a in row.actions if a is A.CLEAN_UP), new_goal)

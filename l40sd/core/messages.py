@@ -21,7 +21,8 @@ class WorkerStatus:
         last_lines: The end of its output, for a worker that failed.
         since_s: Seconds in this phase.
         progress: 0 to 1 while starting, as far as can be told; None otherwise.
-        restarts: Restarts since the failures were last cleared.
+        restarts: Restarts since the failures were last cleared, or the host was started.
+        ready_s: Seconds since its process came up; None when it has not.
         next_start_s: Seconds until the next start; None when none is due.
     """
 

@@ -1,6 +1,6 @@
 """What is wanted, and the way from one want to another, as they are held in memory and on disk."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,12 +85,13 @@ class Change:
             "placements": plain(self.previous.layout.placements) if self.previous else [],
             "baseline": dict(self.baseline),
             "proven": [list(shape) for shape in sorted(self.proven)],
+            "created": sorted(self.created),
             "state": self.state,
             "why": self.why,
         }
 
     @classmethod
-    def resumed(cls, journal: Mapping[str, Any], previous: Want | None, created: set[WorkerId]) -> "Change":
+    def resumed(cls, journal: Mapping[str, Any], previous: Want | None) -> "Change":
         """Return a change that an earlier daemon was at."""
         return cls(
             id=str(journal.get("id")),
@@ -98,17 +99,18 @@ class Change:
             previous=previous,
             baseline={ModelName(k): int(v) for k, v in dict(journal.get("baseline", {})).items()},
             proven={(ModelName(model), int(tp), int(pp)) for model, tp, pp in journal.get("proven", [])},
-            created=created,
+            created={WorkerId(str(worker)) for worker in journal.get("created", [])},
             state=str(journal.get("state", "running")),
             why=str(journal.get("why", "")),
         )
 
 
-def state_of(want: Want, change: Change | None) -> dict[str, Any]:
-    """Return what is kept on disk."""
+def state_of(want: Want, change: Change | None, drained: Collection[WorkerId]) -> dict[str, Any]:
+    """Return what is kept on disk, over reboots too; beside it stands what ``past`` says of the workers."""
     return {
         "pattern": want.pattern,
         "force": want.force,
         "placements": plain(want.layout.placements),
+        "drained": sorted(drained),
         "change": change.journal() if change is not None and change.state in UNDER_WAY else None,
     }

@@ -215,6 +215,7 @@ class Control:
 
     async def _command(self, request: web.Request) -> web.Response:
         self._supervisor.command(request.match_info["id"], request.match_info["verb"])
+        await self._supervisor.write_down()  # a drain that is accepted holds, whatever becomes of this daemon
         return _json({}, 202)
 
     async def _apply(self, request: web.Request) -> web.Response:

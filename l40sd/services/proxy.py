@@ -8,7 +8,6 @@ attribute that a request sets on its way, so ten thousand of them cost no timer 
 
 import asyncio
 import math
-import os
 import resource
 import socket
 import stat
@@ -22,6 +21,7 @@ from l40sd.adapters import heap
 from l40sd.core.config import ProxyConfig
 from l40sd.core.errors import L40sError
 from l40sd.core.handed import Handed
+from l40sd.services import listeners
 from l40sd.services.proxy_client import Client
 from l40sd.services.proxy_handover import gather, settle, take_over
 from l40sd.services.proxy_shared import Shared
@@ -60,6 +60,7 @@ class Proxy:
 
     Attributes:
         sockets: The listeners; they stay open and keep queueing while accepting is paused.
+        lent: Those of them that are not ours alone.
         addresses: Where clients reach it: ``host:port``, ``[host]:port`` or ``unix:/path``, real port numbers.
     """
 
@@ -72,15 +73,22 @@ class Proxy:
         self._timer: asyncio.TimerHandle | None = None
         self._paths: list[Path] = []
         self.sockets: list[socket.socket] = []
+        self.lent: list[socket.socket] = []
         self.addresses: tuple[str, ...] = ()
 
-    async def start(self, inherited_sockets: Sequence[socket.socket] = (), handed: Handed | None = None) -> None:
+    async def start(
+        self,
+        lent: Sequence[socket.socket] = (),
+        own: Sequence[socket.socket] = (),
+        handed: Handed | None = None,
+    ) -> None:
         """Listen and serve.
 
         Args:
+            lent: Already listening, from systemd, which holds them too; see listeners.py.
+            own: Already listening, from a previous self. An address in the config that one of these or of those has is
+                not bound again; what the config does not name any more is closed.
             handed: Connections of a previous self, to go on with before anything new is accepted.
-            inherited_sockets: Already listening or bound, from systemd or a previous self; an address in the config
-                that one of them has is not bound again.
 
         Raises:
             L40sError: An address cannot be listened on.
@@ -90,18 +98,17 @@ class Proxy:
         self._shared = Shared(config=self._config, routes=self._routes, loop=loop, now_s=loop.time())
         self.set_api_keys(self._api_keys)
         self.configure(self._config)
-        self.sockets = list(inherited_sockets)
-        taken = {_address(sock) for sock in inherited_sockets}
+        self.lent, kept, missing = listeners.take_over(self._config.listen, lent=lent, own=own)
+        self.sockets, self._paths = [*self.lent, *kept], listeners.unix_paths(kept)
         try:
-            for address in self._config.listen:
-                if _normalised(address) not in taken:
-                    self.sockets.append(self._bind(address))
+            for address in missing:
+                self.sockets.append(self._bind(address))
         except L40sError:
             self._close_sockets()
             raise
         for sock in self.sockets:
             sock.setblocking(False)
-        self.addresses = tuple(_address(sock) for sock in self.sockets)
+        self.addresses = tuple(listeners.address_of(sock) for sock in self.sockets)
         if handed is not None:
             await take_over(self._shared, handed)
         await self.resume_accepting()
@@ -281,7 +288,7 @@ class Proxy:
         try:
             if address.startswith("unix:"):
                 return self._bind_unix(Path(address.removeprefix("unix:")))
-            host, port = _host_and_port(address)
+            host, port = listeners.host_and_port(address)
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             sock = socket.socket(family, socket.SOCK_STREAM)
             try:
@@ -323,12 +330,8 @@ class Proxy:
         return sock
 
     def _close_sockets(self) -> None:
-        for sock in self.sockets:
-            sock.close()
-        self.sockets = []
-        for path in self._paths:
-            path.unlink(missing_ok=True)
-        self._paths = []
+        listeners.close(self.sockets, self._paths)
+        self.sockets, self.lent, self._paths = [], [], []
 
 
 def _tick_s(config: ProxyConfig) -> float:
@@ -344,23 +347,3 @@ def _tick_s(config: ProxyConfig) -> float:
         config.upstream_idle_timeout_s,
     )
     return min(max(shortest / 4, TICK_LIMITS_S[0]), TICK_LIMITS_S[1])
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _normalised(address: str) -> str:
-    if address.startswith("unix:"):
-        return address
-    host, _, port = address.rpartition(":")
-    return f"{host}:{port}"
-
-
-def _address(sock: socket.socket) -> str:
-    name = sock.getsockname()
-    if sock.family == socket.AF_UNIX:
-        return f"unix:{os.fsdecode(name)}"
-    host, port = name[0], name[1]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -46,6 +46,7 @@ from l40sd.adapters.requestbody import find_model, replace_model
 from l40sd.core.handed import HandedExchange, HandedReply
 from l40sd.core.model import ModelName
 from l40sd.core.refused import Refused
+from l40sd.services.proxy_metrics import CLIENT_GONE
 from l40sd.services.proxy_pages import error_event, no_worker, unknown_model
 from l40sd.services.proxy_shared import Shared
 from l40sd.services.proxy_upstream import Countdown, Peer, Tail, Unchunk, Upstream
@@ -418,6 +419,7 @@ class Exchange:
         """Stop at once; the worker sees its connection close."""
         if self._phase is not Phase.ENDED:
             self._shared.metrics.gone += 1
+            self._shared.metrics.answered(self._model, self._reply.status if self._reply else CLIENT_GONE)
             self._end("client gone")
 
     def pause_reply(self, *, is_paused: bool) -> None:

@@ -10,6 +10,9 @@ from l40sd.services.routes import Routes
 
 BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
+CLIENT_GONE = 499
+"""What stands for the status where the client left before there was one; nginx's number for it."""
+
 
 class Histogram:
     """How often a duration fell below each of ``BOUNDS_S``."""
@@ -49,7 +52,8 @@ class Metrics:
     """Counts since the proxy was made.
 
     Attributes:
-        answers: Requests by model and status; the model is empty where none was found.
+        answers: Requests by model and status; the model is empty where none was found, the status ``CLIENT_GONE`` where
+            the client left before there was one.
         timings: By model.
         cut: Replies that had begun and broke off.
         gone: Requests whose client left before the end.
@@ -91,8 +95,8 @@ class Metrics:
 
     @property
     def served(self) -> int:
-        """Requests answered below 500."""
-        return sum(count for (_, status), count in self.answers.items() if status < 500)
+        """Requests answered below 500, those included whose client left within the answer."""
+        return sum(count for (_, status), count in self.answers.items() if status < CLIENT_GONE)
 
     @property
     def failed(self) -> int:

@@ -13,7 +13,9 @@ from l40sd.core.messages import restore
 from l40sd.core.model import Layout, Placement, WorkerId
 from l40sd.core.plan import Wanted
 from l40sd.services.change import Change, Want
-from l40sd.services.worker import Tools, Worker
+from l40sd.services.past import Past, read
+from l40sd.services.tools import Tools
+from l40sd.services.worker import Worker
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22,12 +24,14 @@ class Recalled:
 
     Attributes:
         trouble: A sentence for the operator when not all of what was wanted is possible any more.
+        drained: Workers that rest by the operator's wish.
     """
 
     want: Want
     workers: dict[WorkerId, Worker] = field(default_factory=dict)
     change: Change | None = None
     trouble: str = ""
+    drained: set[WorkerId] = field(default_factory=set)
 
 
 class Design(Protocol):
@@ -48,17 +52,22 @@ async def recall(
 ) -> Recalled:
     """Return what to begin with.
 
-    1. Running instances become workers as they were recorded, wanted or not: the planner sorts them out.
+    1. Running and stuck instances become workers as they were recorded, wanted or not: the planner sorts them out.
     2. What is wanted is placed again, which keeps it where it is unless host or config changed.
     3. A change in the middle is carried on.
     4. What ended meanwhile counts as the failure it was.
+    5. Who waits for its next try, or was given up, goes on with that.
+    6. Whom the operator drained rests.
 
     Raises:
         L40sError: The pattern is not possible, and nothing of it is running.
     """
+    pasts, note = read(state.get("pasts"))
+    if note:
+        tools.log.warning("state.unreadable", reason=note)
     workers: dict[WorkerId, Worker] = {}
-    for instance in adoption.running:  # 1
-        await _adopt(instance, workers, config, tools)
+    for instance in (*adoption.running, *adoption.stuck):  # 1
+        await _adopt(instance, workers, pasts, config, tools)
     recalled = _recall_want(state, config, tools, design, want_of)  # 2
     recalled.workers = workers
     journal = state.get("change")
@@ -66,22 +75,28 @@ async def recall(
         former = [p for p in _placements(journal.get("placements"), tools) if _is_possible(p, config, tools)]
         layout = Layout(pattern=str(journal.get("previous", "")), placements=tuple(former))
         previous = want_of(layout, config) if former else None
-        recalled.change = Change.resumed(journal, previous, set())
+        recalled.change = Change.resumed(journal, previous)
         tools.log.warning("pattern.apply.resumed", pattern=recalled.want.pattern, operation=recalled.change.id)
     for spec, record in adoption.ended:  # 4
-        _note_ended(spec, record, recalled, config, tools)
-    if recalled.change is not None:  # whoever is there, dead or alive, is on trial; the others when they are made
+        _note_ended(spec, record, recalled, pasts, config, tools)
+    _remember(recalled, pasts, config, tools)  # 5
+    recalled.drained = _drained(state.get("drained"), recalled, tools)  # 6
+    for worker_id in recalled.drained & workers.keys():
+        workers[worker_id].rest()
+    if recalled.change is not None and isinstance(journal, dict) and "created" not in journal:  # of an older l40sd
         recalled.change.created |= {w.placement.worker for w in recalled.want.wanted} & workers.keys()
     return recalled
 
 
-async def _adopt(instance: Instance, workers: dict[WorkerId, Worker], config: Config, tools: Tools) -> None:
+async def _adopt(
+    instance: Instance, workers: dict[WorkerId, Worker], pasts: Mapping[WorkerId, Past], config: Config, tools: Tools
+) -> None:
     """Make a worker of a running instance; one whose record says too little to talk to it is ended here."""
     try:
         placement = restore(Placement, instance.spec.meta["placement"])
         _refuse_second(placement, workers)
         wanted = Wanted(placement=placement, fingerprint=str(instance.spec.meta["fingerprint"]))
-        worker = Worker(wanted, _with_model(config, placement), tools)
+        worker = Worker(wanted, _with_model(config, placement), tools, _past_of(wanted, pasts))
         worker.adopt(instance)
     except (KeyError, msgspec.ValidationError, L40sError) as error:
         tools.log.warning("worker.not_adopted", instance=instance.spec.instance, reason=str(error))
@@ -90,6 +105,11 @@ async def _adopt(instance: Instance, workers: dict[WorkerId, Worker], config: Co
         return
     workers[worker.id] = worker
     tools.log.info("worker.adopted", worker=worker.id, pid=instance.engine_pid, instance=instance.spec.instance)
+
+
+def _past_of(wanted: Wanted, pasts: Mapping[WorkerId, Past]) -> Past | None:
+    past = pasts.get(wanted.placement.worker)
+    return past if past is not None and past.fingerprint == wanted.fingerprint else None
 
 
 def _refuse_second(placement: Placement, workers: Mapping[WorkerId, Worker]) -> None:
@@ -138,14 +158,47 @@ def _is_possible(p: Placement, config: Config, tools: Tools) -> bool:
     return p.model in config.models and gpus.issuperset(p.gpus)
 
 
-def _note_ended(spec: InstanceSpec, record: ExitRecord, recalled: Recalled, config: Config, tools: Tools) -> None:
+def _note_ended(
+    spec: InstanceSpec,
+    record: ExitRecord,
+    recalled: Recalled,
+    pasts: Mapping[WorkerId, Past],
+    config: Config,
+    tools: Tools,
+) -> None:
     keys = {"cause": record.cause, "ended_at": record.ended_at, "ran_s": round(record.ran_s, 1)}
     keys |= {"exit_code": record.code, "exit_signal": record.signal, "oom": record.oom}
     tools.log.warning("worker.ended_meanwhile", worker=spec.worker, **keys)
     tools.processes.forget(spec.instance)  # nobody else will: its directory and its cgroup go
     wanted = next((w for w in recalled.want.wanted if w.placement.worker == spec.worker), None)
-    if wanted is None or spec.worker in recalled.workers or record.cause in ("stopped", "orphaned"):
+    if wanted is None or spec.worker in recalled.workers:
         return
-    worker = Worker(wanted, config, tools)
+    past = _past_of(wanted, pasts)
+    was_failing = past is not None and bool(past.of(spec.instance).kind)
+    if record.cause in ("stopped", "killed", "orphaned") and not was_failing:  # as somebody wished
+        return
+    worker = Worker(wanted, config, tools, past)
     worker.died_meanwhile(record)
     recalled.workers[worker.id] = worker
+
+
+def _remember(recalled: Recalled, pasts: Mapping[WorkerId, Past], config: Config, tools: Tools) -> None:
+    """Make the wanted workers that have a past but no process. Nobody who lives holds their GPUs (invariant 1)."""
+    for wanted in recalled.want.wanted:
+        worker_id, gpus = wanted.placement.worker, set(wanted.placement.gpus)
+        past = _past_of(wanted, pasts)
+        is_free = all(gpus.isdisjoint(w.wanted.placement.gpus) for w in recalled.workers.values())
+        if past is not None and worker_id not in recalled.workers and is_free:
+            recalled.workers[worker_id] = Worker(wanted, config, tools, past)
+
+
+def _drained(stored: Any, recalled: Recalled, tools: Tools) -> set[WorkerId]:
+    """Return who shall rest: of those that are wanted, or may be wanted again while a change is under way."""
+    try:
+        drained = restore(set[WorkerId], stored or [])
+    except msgspec.ValidationError as error:
+        tools.log.warning("state.unreadable", reason=f"who was drained is not known: {error}")
+        return set()
+    if recalled.change is not None:
+        return drained
+    return drained & {w.placement.worker for w in recalled.want.wanted}

@@ -53,13 +53,21 @@ def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
         in_flight=tools.routes.in_flight(worker.id),
         served=tools.routes.served(worker.id),
         restarts=worker.restarts,
-        reason=worker.watch.startup_reason if is_coming and worker.watch else worker.reason,
+        reason=_why(worker, supervisor),
         last_lines=worker.last_lines,
         since_s=now - worker.since_s,
         ready_s=None if process is None or process.ready_at_s is None else now - process.ready_at_s,
         progress=worker.watch.startup_fraction() if is_coming and worker.watch else None,
         next_start_s=None if worker.next_start_at_s is None else max(0.0, worker.next_start_at_s - now),
     )
+
+
+def _why(worker: Worker, supervisor: Supervisor) -> str:
+    is_coming = worker.phase is Phase.STARTING and worker.watch is not None
+    reason = worker.watch.startup_reason if is_coming and worker.watch else worker.reason
+    if supervisor.is_drained(worker) and worker.phase not in (Phase.DRAINING, Phase.DRAINED):
+        return "; ".join(filter(None, [reason, "drained: it receives no requests until undrain"]))
+    return reason
 
 
 def status(

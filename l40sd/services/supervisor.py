@@ -17,7 +17,6 @@ from typing import Any
 from l40sd.adapters.clock import now_s
 from l40sd.adapters.process import Adoption
 from l40sd.adapters.store import Store
-from l40sd.core import launch as launching
 from l40sd.core.config import Config
 from l40sd.core.errors import L40sError
 from l40sd.core.lifecycle import Event, Goal, Phase
@@ -27,14 +26,21 @@ from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
 from l40sd.core.plan import Do, Limits, Order, Wanted, capacity, is_settled, plan, ready_share
 from l40sd.services.change import Change, Want, state_of
+from l40sd.services.making import launch_of
+from l40sd.services.past import Past, written
 from l40sd.services.recall import recall
 from l40sd.services.routes import CatalogEntry
-from l40sd.services.worker import Tools, Worker
+from l40sd.services.tools import Tools
+from l40sd.services.worker import Worker
 
 TURN_AT_LEAST_EVERY_S = 2.0
 OPERATIONS_KEPT = 50
 SERVED = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
 """Phases of a worker that receives requests, or did until it was asked not to."""
+
+HEAR_DRAIN = (Phase.WAITING, Phase.READY, Phase.UNREADY)
+HEAR_UNDRAIN = (Phase.WAITING, Phase.STARTING, Phase.DRAINING, Phase.DRAINED)
+"""Phases in which a worker can be told; it passes one of them before it serves, or rests, for the next time."""
 
 
 class Supervisor:
@@ -52,6 +58,8 @@ class Supervisor:
         self._group: asyncio.TaskGroup | None = None
         self._is_stopping = False
         self._is_unsaved = False
+        self._drained: set[WorkerId] = set()
+        self._pasts: dict[WorkerId, Past] = {}  # as they are on disk
         self._trouble = ""
         self._log = tools.log
         tools.changed = self._wake.set
@@ -138,12 +146,10 @@ class Supervisor:
         Raises:
             L40sError: An engine, a placeholder or a shape that the engine cannot run.
         """
-        wanted = tuple(Wanted(placement=p, fingerprint=self._fingerprint(p, config)) for p in layout.placements)
+        launches = [launch_of(p, config, self.tools) for p in layout.placements]
+        pairs = zip(layout.placements, launches, strict=True)
+        wanted = tuple(Wanted(placement=p, fingerprint=launch.fingerprint) for p, launch in pairs)
         return Want(layout=layout, config=config, force=force, wanted=wanted)
-
-    def _fingerprint(self, placement: Placement, config: Config) -> str:
-        inventory, python = self.tools.host.inventory, self.tools.python
-        return launching.build(placement, config, inventory, port=0, api_key="", python=python).fingerprint
 
     def _set_want(self, want: Want) -> None:
         self.want = want
@@ -207,7 +213,12 @@ class Supervisor:
             return
         if self.change is not None:
             self._judge(self.change)  # 1
+        if self._pasts_now() != self._pasts:
+            self._is_unsaved = True
         await self.write_down()
+        if self._is_stopping:  # since then: whoever was made now would not be told to go
+            return
+        self._keep_drained()
         for order in plan(self.want.wanted, [w.observed() for w in self.workers.values()], self._limits()):  # 2
             self._carry_out(order)
         if self.change is not None and self._is_reached():  # 3
@@ -237,7 +248,7 @@ class Supervisor:
         by_id = {w.placement.worker: w for w in self.want.wanted}
         newcomers = [self.workers[i] for i in change.created if i in self.workers and i in by_id]
         for worker in newcomers:
-            if worker.phase is Phase.READY and worker.wanted.shape not in change.proven:
+            if worker.phase in (Phase.READY, Phase.DRAINED) and worker.wanted.shape not in change.proven:
                 change.proven.add(worker.wanted.shape)
                 self._log.info("pattern.apply.proven", pattern=change.pattern, worker=worker.id)
                 self._save()
@@ -279,6 +290,7 @@ class Supervisor:
 
     def _settle(self) -> None:
         assert self.change is not None
+        self._drained &= {w.placement.worker for w in self.want.wanted}  # a drain ends with its worker
         if self.change.state == "rolling_back":
             self._end("rolled_back", self.change.why)
         else:
@@ -307,7 +319,7 @@ class Supervisor:
                 if self.change is not None:
                     self.change.created.add(worker.id)
                 self._run_worker(worker)
-                self._wake.set()  # a place in the line of those that wait to start
+                self._save()  # before it starts, which takes another turn: a place in the line of those that wait
             case Do.START:
                 self.workers[order.worker].post(Event.PERMIT)
                 self._note_step(f"starting {order.worker}")
@@ -351,6 +363,9 @@ class Supervisor:
     def command(self, worker_id: str, verb: str) -> None:
         """Pass the operator's wish on to a worker: restart, drain, undrain or reset.
 
+        A drain holds until the undrain, over restarts and resets of the worker and of the daemon; see
+        ``_keep_drained``. It is on disk after ``write_down``.
+
         Raises:
             L40sError: No such worker or verb, the worker is being retired, or has nothing to drain.
         """
@@ -360,14 +375,37 @@ class Supervisor:
             raise L40sError(f"a worker cannot be told to {verb!r}", hint=f"one of {', '.join(events)}", code="bad_verb")
         if worker.goal is Goal.GONE:
             raise L40sError(f"{worker_id} is on its way out", where=worker_id, code="worker_retiring")
-        if verb == "drain" and worker.phase not in SERVED:
+        if verb == "drain" and worker.phase not in SERVED and worker.id not in self._drained:
             raise L40sError(
                 f"{worker_id} is {worker.phase}: there is nothing to drain",
                 where=worker_id,
                 hint="drain it once it is ready",
                 code="not_serving",
             )
+        if verb == "drain":
+            self._drained.add(worker.id)
+        elif verb == "undrain":
+            self._drained.discard(worker.id)
         worker.post(events[verb], f"{verb} by the operator")
+        self._save()
+
+    def is_drained(self, worker: Worker) -> bool:
+        """Whether the operator wants it to rest, whatever it is doing at present."""
+        return worker.id in self._drained
+
+    def _keep_drained(self) -> None:
+        """Have every worker rest that shall, and no other: a new one in a drained one's place, one that was restarted.
+
+        What a worker has been told already is late when it is told again.
+        """
+        for worker in self.workers.values():
+            match worker.goal:
+                case Goal.SERVE if worker.id in self._drained and worker.phase in HEAR_DRAIN:
+                    worker.post(Event.DRAIN)
+                case Goal.REST if worker.id not in self._drained and worker.phase in HEAR_UNDRAIN:
+                    worker.post(Event.UNDRAIN)
+                case _:
+                    pass
 
     def on_request_failure(self, worker_id: WorkerId, _kind: str) -> None:
         """A request could not be served by this worker: it has a look at itself."""
@@ -386,6 +424,7 @@ class Supervisor:
         state = await self.store.load() or {}
         recalled = await recall(adoption, state, self.config, self.tools, design=self.design, want_of=self._want)
         self.workers, self.change, self._trouble = recalled.workers, recalled.change, recalled.trouble
+        self._drained = recalled.drained
         self._set_want(recalled.want)
         self._save()
 
@@ -399,6 +438,8 @@ class Supervisor:
         try:
             async with asyncio.timeout(timeout_s):
                 while any(w.phase is not Phase.STUCK for w in self.workers.values()):
+                    for worker in self.workers.values():
+                        worker.give_up_spawn()
                     if now_s() >= drain_until_s:
                         for worker in self.workers.values():
                             if worker.phase is Phase.DRAINING:
@@ -415,10 +456,20 @@ class Supervisor:
         self._wake.set()
 
     async def write_down(self) -> None:
-        """Write what is wanted and the change under way; a full disk degrades, it does not stop the work."""
+        """Write what is wanted, the change under way and the workers' pasts.
+
+        A full disk degrades, it does not stop the work. What somebody else is writing at the moment is waited for.
+        """
         while self._is_unsaved:
             self._is_unsaved = False
-            await self.store.save(state_of(self.want, self.change))
+            self._pasts = self._pasts_now()
+            state = {**state_of(self.want, self.change, self._drained), "pasts": written(self._pasts)}
+            await self.store.save(state)
+        await self.store.retry()
+
+    def _pasts_now(self) -> dict[WorkerId, Past]:
+        """Return the workers' pasts; while all are being stopped, those from before: that is no part of them."""
+        return self._pasts if self._is_stopping else {w.id: w.past() for w in self.workers.values()}
 
     def _note_step(self, text: str) -> None:
         if self.change is not None:

@@ -73,12 +73,19 @@ class Watch:
         self._suspected.set()
 
     async def startup(self, post: Post) -> None:
-        """Ask until it is up or late; a worker that somebody else runs is never late."""
+        """Ask until it is up or late; a worker that somebody else runs is never late.
+
+        What was passed is followed by the next question at once: an adopted worker has all the answers, and requests
+        are waiting for it.
+        """
         while True:
+            stage = self._startup.stage
             verdict = await self._ask_startup()
             if verdict is StartVerdict.READY:
                 post(Event.UP)
                 return
+            if self._startup.stage > max(stage, Stage.HEALTH):
+                continue
             if verdict is StartVerdict.LATE and self._instance is not None and await self._is_to_blame():
                 reason = f"not up after {self._deadline_s:.0f} s: {self._startup.reason}"
                 post(Event.START_FAILED, reason, kind=f"start deadline ({self._startup.stage.name.lower()})")

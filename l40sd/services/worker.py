@@ -9,19 +9,14 @@ now reached are cancelled: ``JOBS_IN`` says which remain.
 import asyncio
 import random
 import secrets
-import shutil
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import structlog
-
 from l40sd.adapters.clock import now_s
-from l40sd.adapters.ports import HeldPort, PortPool
-from l40sd.adapters.probe import Prober
-from l40sd.adapters.process import ExitRecord, Instance, InstanceSpec, Processes
-from l40sd.core import launch as launching
+from l40sd.adapters.ports import HeldPort
+from l40sd.adapters.process import ExitRecord, Instance
 from l40sd.core.config import Config, ModelConfig, WorkersConfig
 from l40sd.core.errors import L40sError
 from l40sd.core.health import startup_timeout_s
@@ -38,12 +33,13 @@ from l40sd.core.lifecycle import (
     forgiven,
     step,
 )
-from l40sd.core.messages import plain
-from l40sd.core.model import InstanceId, ModelFacts, ModelName, WorkerId
+from l40sd.core.model import WorkerId
 from l40sd.core.plan import Observed, Wanted
 from l40sd.services.gpus import wait_until_free
-from l40sd.services.host import Host
-from l40sd.services.routes import Backend, Routes
+from l40sd.services.making import launch_of, refuse_misconfigured, spec_of
+from l40sd.services.past import TOLD, Past
+from l40sd.services.routes import Backend
+from l40sd.services.tools import Tools
 from l40sd.services.watch import Watch
 
 JOBS_IN: Mapping[Phase, frozenset[str]] = {
@@ -58,26 +54,10 @@ JOBS_IN: Mapping[Phase, frozenset[str]] = {
     Phase.BACKOFF: frozenset({"timer"}),
 }
 
+UNKILLABLE = "SIGKILL has not ended it: its GPUs stay out of use until it is gone"
 LAST_LINES = 12
 MAILBOX = 256
 PAST_LOADS = 20
-
-
-@dataclass(slots=True, kw_only=True)
-class Tools:
-    """What all workers share. ``changed`` tells the supervisor that an observation is new."""
-
-    host: Host
-    processes: Processes
-    ports: PortPool
-    prober: Prober
-    routes: Routes
-    facts: Mapping[ModelName, ModelFacts]
-    past_loads_s: dict[ModelName, list[float]]
-    python: str
-    base_env: Mapping[str, str]
-    log: structlog.stdlib.BoundLogger
-    changed: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +83,9 @@ class Process:
 
 
 class Worker:
-    """One replica's slot, from WAITING to STOPPED."""
+    """One replica's slot, from WAITING to STOPPED; ``past``: as an earlier daemon knew it."""
 
-    def __init__(self, wanted: Wanted, config: Config, tools: Tools) -> None:
+    def __init__(self, wanted: Wanted, config: Config, tools: Tools, past: Past | None = None) -> None:
         self.wanted = wanted
         self.config = config
         self.phase = Phase.WAITING
@@ -126,6 +106,11 @@ class Worker:
         self._failure: Happening | None = None
         placement = wanted.placement
         self._log = tools.log.bind(worker=placement.worker, gpus=self.gpu_numbers)
+        self._past = past
+        if past is not None and past.goal is not Goal.RESTART:  # by wish: its failures were to be forgotten
+            self.record, self.restarts, self.failed_starts = past.record, past.restarts, past.failed_starts
+            if past.phase in (Phase.BACKOFF, Phase.QUARANTINED):
+                self._resume(past)
 
     @property
     def id(self) -> WorkerId:
@@ -174,36 +159,107 @@ class Worker:
         """
         meta = instance.spec.meta
         try:
-            port, api_key, ready = int(meta["port"]), str(meta["api_key"]), bool(meta.get("was_ready", False))
+            port, api_key = int(meta["port"]), str(meta["api_key"])
         except (KeyError, TypeError, ValueError) as error:
             raise L40sError(
                 f"the record of {instance.spec.instance} lacks its port or key", where=str(self.id), code="bad_record"
             ) from error
         self.process = Process(
-            launch=self._launch(port, api_key),
+            launch=launch_of(self.wanted.placement, self.config, self._tools, port=port, api_key=api_key),
             instance=instance,
             port=self._tools.ports.adopt(port),
             is_adopted=True,
         )
-        self._failure = None
-        self.post(Event.ADOPTED, "running since before this daemon" if not ready else "")
+        self.phase, self.next_start_at_s = Phase.WAITING, None
+        past = self._past.of(instance.spec.instance) if self._past is not None else None
+        if past is not None and past.ready_at_s is not None:
+            self.process.spawned_at_s, self.process.ready_at_s = past.spawned_at_s, past.ready_at_s
+        if past is not None and past.phase in (Phase.STOPPING, Phase.STUCK):
+            self._resume(past)
+        if not instance.is_running:
+            self.phase, self.reason = Phase.STUCK, UNKILLABLE
+        elif self.phase is Phase.WAITING:
+            self.post(Event.ADOPTED, "running since before this daemon")
+
+    def rest(self) -> None:
+        """Rest once it is up: the operator drained it before this daemon began. Call before ``run``."""
+        if self.goal is Goal.SERVE:
+            self.goal = Goal.REST
 
     def died_meanwhile(self, record: ExitRecord) -> None:
         """Count a run that ended while no daemon watched as the failure it was. Call before ``run``."""
         self.phase = Phase.STARTING
         self._ready_for_s = record.ran_s
+        if self._past is not None:
+            past = self._past.of(record.instance)
+            self._ready_for_s = past.ready_for_s(record.ran_s)
+            if past.phase in (Phase.STOPPING, Phase.STUCK):
+                self._resume(past)
         kind, detail = describe_exit(record)
         self.post(Event.EXITED, f"{detail}, while no daemon watched", kind=kind, exit_record=record)
+
+    def past(self) -> Past:
+        """Return what the next daemon has to know of this worker."""
+        process, is_told = self.process, self.phase in TOLD
+        ready_at_s = process.ready_at_s if process is not None else None
+        of_instance = process is not None and process.instance is not None and (is_told or ready_at_s is not None)
+        return Past(
+            fingerprint=self.wanted.fingerprint,
+            phase=self.phase if is_told else Phase.WAITING,
+            goal=self.goal if is_told else Goal.SERVE,
+            since_s=self.since_s if is_told else 0.0,
+            reason=self.reason if is_told else "",
+            last_lines=self.last_lines if is_told else (),
+            kind=self._failure.kind if is_told and self._failure is not None else "",
+            record=self.record,
+            restarts=self.restarts,
+            failed_starts=self.failed_starts,
+            instance=process.instance.spec.instance if of_instance and process and process.instance else "",
+            spawned_at_s=process.spawned_at_s if of_instance and process else 0.0,
+            ready_at_s=ready_at_s,
+            next_start_at_s=self.next_start_at_s,
+        )
+
+    def _resume(self, past: Past) -> None:
+        """Be in the phase that an earlier daemon left this worker in."""
+        self.phase, self.goal, self.since_s = past.phase, past.goal, past.since_s
+        self.reason, self.last_lines, self.next_start_at_s = past.reason, past.last_lines, past.next_start_at_s
+        if past.kind:
+            self._failure = Happening(Event.EXITED, past.reason, past.kind)
+
+    def _resume_jobs(self) -> None:
+        """Go on with what ``_resume`` found under way."""
+        instance = self.process.instance if self.process is not None else None
+        if instance is not None and self.phase in (Phase.STOPPING, Phase.STUCK):
+            self._start_job("exit", self._await_exit(instance))
+        if instance is not None and self.phase is Phase.STOPPING:
+            instance.terminate()
+            self._start_job("terminate", self._terminate())
+        if self.phase is Phase.BACKOFF and self.next_start_at_s is not None:
+            self._start_job("timer", self._retry_later(max(0.0, self.next_start_at_s - now_s())))
 
     def suspect(self) -> None:
         """A request failed on this worker: have a look now rather than at the next interval."""
         if self.watch is not None:
             self.watch.suspect()
 
+    def give_up_spawn(self) -> None:
+        """Undo a spawn under way rather than wait for what comes of it; nothing is left of it then.
+
+        For the daemon's stop. Systemd starts no unit that is ordered before one that it stops: the shims of workers
+        spawned at that moment would come up only when the daemon has ended, and it would have waited for them.
+        """
+        job = self._jobs.pop("spawn", None)
+        if job is not None:
+            why = "the daemon was told to stop"
+            job.add_done_callback(lambda ended: self.post(Event.SPAWN_FAILED, why) if ended.cancelled() else None)
+            job.cancel()
+
     async def run(self) -> None:
         """Handle events until the worker is STOPPED. Cancelling it leaves the process alone."""
         async with asyncio.TaskGroup() as group:
             self._group = group
+            self._resume_jobs()
             try:
                 while self.phase is not Phase.STOPPED:
                     self._handle(await self._mailbox.get())
@@ -295,6 +351,7 @@ class Worker:
                 self._tools.routes.remove(self.id)
             case Action.WATCH:
                 assert self.watch is not None
+                self._note_up()
                 self._start_job("follow", self.watch.follow(self.post))
             case Action.DRAIN:
                 self._start_job("drain", self._drain())
@@ -311,7 +368,8 @@ class Worker:
             case Action.WAIT_BLOCKED:
                 self._retry_in(self.config.workers.backoff_never_ready_first_s)
             case Action.FORGIVE:
-                self.record, self.failed_starts, self._failure, self.last_lines = Record(), 0, None, ()
+                self.record, self.failed_starts, self.restarts = Record(), 0, 0
+                self._failure, self.last_lines = None, ()
 
     def _start_job(self, name: str, job: Coroutine[Any, Any, None]) -> None:
         assert self._group is not None
@@ -326,17 +384,20 @@ class Worker:
         workers = self.config.workers
         try:
             if self.is_external:
-                self.process = Process(launch=self._launch(0, ""))
+                self.process = Process(launch=launch_of(self.wanted.placement, self.config, self._tools))
                 self.post(Event.SPAWNED)
                 return
-            self._check_configured()
+            refuse_misconfigured(self.wanted, self.config, self._tools)
             holder = await wait_until_free(self._tools.host, self.wanted.placement.gpus, workers.gpu_free_timeout_s)
             if self.goal is Goal.GONE or holder:
                 self.post(Event.BLOCKED, holder)
                 return
             port = self._tools.ports.take()
-            self.process = Process(launch=self._launch(port.port, secrets.token_urlsafe(24)), port=port)
-            self.process.instance = await self._tools.processes.spawn(self._spec(), workers.spawn_timeout_s)
+            key = secrets.token_urlsafe(24)
+            launch = launch_of(self.wanted.placement, self.config, self._tools, port=port.port, api_key=key)
+            self.process = Process(launch=launch, port=port)
+            spec = spec_of(launch, self.wanted, self.config, self._tools)
+            self.process.instance = await self._tools.processes.spawn(spec, workers.spawn_timeout_s)
         except L40sError as error:
             if error.code in ("exec_failed", "misconfigured"):
                 self.post(Event.MISCONFIGURED, str(error), kind=error.code)
@@ -344,68 +405,6 @@ class Worker:
                 self.post(Event.SPAWN_FAILED, str(error), kind=error.code)
             return
         self.post(Event.SPAWNED)
-
-    def _check_configured(self) -> None:
-        """Refuse what no try can mend.
-
-        Raises:
-            L40sError: With code ``misconfigured``: the program or the checkpoint is not there.
-        """
-        where = f"models.{self.model.name}"
-        if self._tools.facts.get(self.model.name, ModelFacts()).missing:
-            raise L40sError(
-                f"there is no checkpoint at {self.model.source}",
-                where=where,
-                hint="correct source, then `l40sctl reload`",
-                code="misconfigured",
-            )
-        launch = self._launch(0, "")
-        path = self._environment(launch).get("PATH")
-        for program in (launch.argv[0], launching.program_of(launch)):
-            if shutil.which(program, path=path) is None:
-                raise L40sError(
-                    f"there is no program {program!r} to run it with",
-                    where=where,
-                    hint="install it, or give its full path in command = [...] of its [engines] entry",
-                    code="misconfigured",
-                )
-
-    def _launch(self, port: int, api_key: str) -> Launch:
-        return launching.build(
-            self.wanted.placement,
-            self.config,
-            self._tools.host.inventory,
-            port=port,
-            api_key=api_key,
-            python=self._tools.python,
-        )
-
-    def _spec(self) -> InstanceSpec:
-        """Return the write-ahead record; ``meta`` is what the next daemon needs to adopt the process."""
-        assert self.process is not None
-        launch, workers, p = self.process.launch, self.config.workers, self.wanted.placement
-        return InstanceSpec(
-            instance=InstanceId(f"{self.id}-{secrets.token_hex(5)}"),
-            worker=self.id,
-            argv=launch.argv,
-            env=self._environment(launch),
-            term_timeout_s=launch.term_timeout_s,
-            orphan_grace_s=self.config.daemon.orphan_grace_s,
-            log_file_bytes=workers.log_file_bytes,
-            log_files=workers.log_files,
-            pids_limit=workers.pids_limit,
-            meta={
-                "port": launch.port,
-                "api_key": launch.api_key,
-                "fingerprint": self.wanted.fingerprint,
-                "placement": plain(p),
-            },
-        )
-
-    def _environment(self, launch: Launch) -> dict[str, str]:
-        """Return the whole environment: ours in small part, the launch's laid over it; an empty value removes one."""
-        merged = {**self._tools.base_env, **launch.env}
-        return {name: value for name, value in merged.items() if value}
 
     def _begin_watch(self) -> None:
         assert self.process is not None
@@ -430,14 +429,23 @@ class Worker:
         self.last_lines = tuple(await self._tools.processes.tail(self.id, LAST_LINES))
         self.post(Event.EXITED, detail, kind=kind, exit_record=record)
 
+    def _note_up(self) -> None:
+        """It has come up: for the first time, or again under the eyes of this daemon."""
+        assert self.process is not None
+        process = self.process
+        if process.ready_at_s is None:
+            process.ready_at_s = now_s()
+            if not process.is_adopted:
+                self._note_load(now_s() - process.spawned_at_s)
+        elif self._past is not None and process.instance is not None:
+            past = self._past.of(process.instance.spec.instance)
+            self.since_s = past.since_s if past.phase is self.phase else self.since_s
+        if self.phase is Phase.READY:
+            self.reason = ""
+
     def _add_route(self) -> None:
         assert self.process is not None
         launch = self.process.launch
-        if self.process.ready_at_s is None:
-            self.process.ready_at_s = now_s()
-            self.reason = ""
-            if not self.process.is_adopted:
-                self._note_load(now_s() - self.process.spawned_at_s)
         self._tools.routes.add(
             Backend(
                 worker=self.id,
@@ -478,7 +486,7 @@ class Worker:
                 await instance.exited()
                 return  # the exit watcher says the rest
         if not await instance.kill(workers.kill_timeout_s):
-            self.post(Event.UNKILLABLE, "SIGKILL has not ended it: its GPUs stay out of use until it is gone")
+            self.post(Event.UNKILLABLE, UNKILLABLE)
 
     def _clean_up(self, exit_record: ExitRecord | None) -> None:
         process, self.process = self.process, None

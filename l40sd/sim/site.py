@@ -74,7 +74,7 @@ class Site:
         marks = [
             f"[engines.{engine}.env]\n{MARKER} = {_toml(str(self.folder))}" for engine in ("llama-cpp", "simulated")
         ]
-        # A hundred ports of our own: two daemons of one user that start workers at once could pick the same.
+        # A hundred ports of our own: those of a daemon that is killed in mid start may be taken by another's workers.
         first = 20_000 + zlib.crc32(str(self.folder).encode()) % 100 * 100
         ports = ["[workers]", f"port_first = {first}", f"port_last = {first + 99}"]
         text = "\n".join(["[daemon]", *lines, "[proxy]", f"listen = [{_toml(self.listen)}]", *ports, *marks, ""])
@@ -152,15 +152,15 @@ class Site:
         if self.daemon is not None and self.daemon.poll() is None:
             self.daemon.kill()
             self.daemon.wait(10)
-        for process in self._processes():
+        for process in self.processes():
             process.kill()
         return left
 
     def leftovers(self) -> list[str]:
         """Return every process of this site that lives, in words: shims and what carries a worker's marker."""
-        return [f"{process.pid} {' '.join(process.cmdline())[:200]}" for process in self._processes()]
+        return [f"{process.pid} {' '.join(process.cmdline())[:200]}" for process in self.processes()]
 
-    def _processes(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
         """Return the living processes of this site but the daemon: shims by their folder, engines by the marker."""
         found = []
         for process in psutil.process_iter():

@@ -56,7 +56,7 @@ def test_what_is_given_is_taken_once_and_nothing_else_inherits_it(ends: list[int
         connections=(HandedConnection(client=client, held=b"GET ", exchange=exchange(upstream)),),
     )
     environ: dict[str, str] = {}
-    handover.give(lock, [], environ)
+    handover.give(lock, own=[], lent=[], environ=environ)
     handover.give_connections(handed, environ)
     kept = int(environ["L40SD_HANDOVER"].partition(":")[0])
     file = int(environ["L40SD_HANDOVER_CONNECTIONS"])
@@ -78,7 +78,7 @@ def test_connections_that_are_not_understood_are_closed_and_that_is_said(
 ) -> None:
     client, upstream, lock, other = ends
     environ: dict[str, str] = {}
-    handover.give(lock, [], environ)
+    handover.give(lock, own=[], lent=[], environ=environ)
     if damage == "version":
         monkeypatch.setattr(handover, "CONNECTIONS_VERSION", 99)
     handed = Handed(paused_at_s=1.0, connections=(HandedConnection(client=client, exchange=exchange(upstream)),))

@@ -173,6 +173,53 @@ def test_a_running_workers_port_is_adopted(pool: PortPool, first: int, engine: s
         adopted.release()
 
 
+TAKER = """
+import sys
+from l40sd.adapters.ports import PortPool
+pool = PortPool("127.0.0.1", int(sys.argv[1]), int(sys.argv[2]))
+for line in sys.stdin:
+    print(pool.take().port, flush=True)
+"""
+
+
+def taker(first: int, last: int) -> "subprocess.Popen[str]":
+    """Another daemon of this user: takes a port for each line."""
+    return subprocess.Popen(
+        [sys.executable, "-c", TAKER, str(first), str(last)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def asked(process: "subprocess.Popen[str]") -> int:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
+def test_two_daemons_of_one_user_never_hold_the_same_port(pool: PortPool, first: int) -> None:
+    """Both could bind it, so both started a worker there; the second failed, or shared the first one's connections."""
+    with taker(first, first + 2) as other:
+        assert pool.take().port == first
+        assert asked(other) == first + 1
+        assert pool.take().port == first + 2
+        with pytest.raises(L40sError, match="2 are workers', 1 are others'"):
+            pool.take()
+        other.kill()
+        other.wait()
+        assert pool.take().port == first + 1, "however it dies, its ports are free"
+
+
+def test_a_claim_ends_with_the_release_and_not_with_the_letting_go(pool: PortPool, first: int) -> None:
+    with taker(first, first + 2) as other:
+        held = pool.take()
+        held.let_go()
+        assert asked(other) == first + 1
+        held.release()
+        assert asked(other) == first
+        other.communicate()
+
+
 def test_a_host_that_is_none_is_told() -> None:
     with pytest.raises(L40sError) as caught:
         PortPool("no such host", 1, 2)

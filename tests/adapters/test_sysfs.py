@@ -4,16 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
-from systrees import tree_of_inventory, write_tree
+from systrees import Recorded, tree_of_inventory, write_tree
 
 from l40sd.adapters.nvidiaproc import read_nvidia_proc
 from l40sd.adapters.sysfs import read_sysfs
 from l40sd.core.hostfile import parse_host_file
-from l40sd.core.model import Inventory, PciAddress
+from l40sd.core.model import GpuId, Inventory, PciAddress
 from l40sd.core.topology import NvmlFacts, NvmlGpu, PciFacts, SysfsFacts, join
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 HOSTS = sorted((Path(__file__).parents[2] / "l40sd/sim/hosts").glob("*.toml"))
+PCIE = sorted((FIXTURES / "pcie").glob("*.json"))
 H200 = PciAddress("0000:00:06.0")
 
 
@@ -46,6 +47,47 @@ def test_a_recorded_virtual_machine_is_read(tmp_path: Path) -> None:
     nvml = NvmlFacts(gpus=read_nvidia_proc(root=_proc(tmp_path)))
     (gpu,) = join("vm", nvml, facts).gpus
     assert (gpu.pci, gpu.numa_node, gpu.name) == (H200, 0, "NVIDIA H200")
+
+
+@pytest.mark.parametrize("file", PCIE, ids=lambda file: file.stem)
+def test_a_recorded_pci_tree_is_read_as_it_was_built(file: Path, tmp_path: Path) -> None:
+    """A kernel's own answers for switches that we laid out; see tests/fixtures/pcie."""
+    recorded = json.loads(file.read_text())
+    tree = recorded["sys"]
+    sysfs = read_sysfs(stand_ins(tree), root=write_tree(tmp_path, tree))
+    assert [sysfs.devices[pci].numa_node for pci in stand_ins(tree)] == recorded["numa_nodes"]
+    found = join("vm", as_nvml_of_stand_ins(tree), sysfs)
+    assert len(found.gpus) == 12
+    assert [[found.link(one.id, other.id).name for other in found.gpus] for one in found.gpus] == recorded["links"]
+    assert [gpu.numa_node for gpu in found.gpus] == recorded["numa_nodes"]
+    cpus = {0: {0, 1}, 1: {2, 3}}
+    assert [gpu.cpus for gpu in found.gpus] == [cpus[node] for node in recorded["numa_nodes"]]
+    assert [(node.id, node.cpus, len(node.cores)) for node in found.numa_nodes] == [(0, {0, 1}, 2), (1, {2, 3}, 2)]
+    assert all(900 < node.memory_bytes >> 20 < 1024 for node in found.numa_nodes)
+
+
+def test_a_pci_tree_built_like_a_bundled_host_has_its_links() -> None:
+    bundled = parse_host_file((HOSTS[0].parent / "l40s-12-4+2.toml").read_text(), source="bundled")
+    recorded = json.loads((FIXTURES / "pcie/4+2.json").read_text())
+    ids = [gpu.id for gpu in bundled.gpus]
+    assert [[bundled.link(one, other).name for other in ids] for one in ids] == recorded["links"]
+    assert [gpu.numa_node for gpu in bundled.gpus] == recorded["numa_nodes"]
+
+
+def stand_ins(tree: Recorded) -> list[PciAddress]:
+    """Return the recorded devices that stand in for GPUs: qemu's `edu`."""
+    here = "bus/pci/devices/"
+    vendors = (path.removeprefix(here).removesuffix("/vendor") for path, text in tree.items() if text == "0x1234\n")
+    return sorted(PciAddress(pci) for pci in vendors if tree[f"{here}{pci}/device"] == "0x11e8\n")
+
+
+def as_nvml_of_stand_ins(tree: Recorded) -> NvmlFacts:
+    return NvmlFacts(
+        gpus=tuple(
+            NvmlGpu(id=GpuId(f"GPU-{index}"), index=index, pci=pci, name="NVIDIA L40S", memory_bytes=48 << 30)
+            for index, pci in enumerate(stand_ins(tree))
+        )
+    )
 
 
 def test_without_sys_nothing_is_known_and_nothing_fails(tmp_path: Path) -> None:

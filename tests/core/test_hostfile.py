@@ -229,3 +229,11 @@ def test_the_machine_with_one_gpu_that_we_recorded_is_read() -> None:
     assert len(host.gpus) == 1
     assert format_cpu_list(host.gpus[0].cpus) == "0-15"
     assert replace(host.gpus[0], cpus=frozenset()).numa_node == 0
+
+
+def test_the_machine_with_four_gpus_is_to_us_what_it_is_to_nvidia_smi() -> None:
+    """Recorded on it by ``scripts/gpu-check --record``: ours from NVML and /sys, and nvidia-smi's own words."""
+    ours = parse_host_file((FIXTURES / "nvml_h200x4/host.toml").read_text(), source="")
+    theirs = parse_host_file((FIXTURES / "nvml_h200x4/nvidia-smi-topo.txt").read_text(), source="")
+    assert matrix(ours) == matrix(theirs) == ["X NV NV NV", "NV X NV NV", "NV NV X NV", "NV NV NV X"]
+    assert [(gpu.numa_node, gpu.cpus) for gpu in ours.gpus] == [(gpu.numa_node, gpu.cpus) for gpu in theirs.gpus]

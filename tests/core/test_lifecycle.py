@@ -121,6 +121,18 @@ def test_a_serving_worker_is_drained_before_it_is_told_to_exit() -> None:
                 assert event is Event.STALLED
 
 
+def test_a_worker_that_rests_is_not_routed_to_until_it_is_undrained_whatever_becomes_of_its_process() -> None:
+    """A drained worker that died came back serving."""
+    for (phase, goal), row in WALK.items():
+        if goal is not Goal.REST:
+            continue
+        for event, after in row.items():
+            if after is None or event in (Event.UNDRAIN, Event.RETIRE, Event.RESTART, Event.RESET):
+                continue
+            assert after.goal is Goal.REST, (phase, event)
+            assert Action.ADD_ROUTE not in after.actions, (phase, event)
+
+
 def test_a_process_that_is_gone_is_always_cleaned_up() -> None:
     for (phase, _), row in WALK.items():
         after = row.get(Event.EXITED)

@@ -17,7 +17,11 @@ def main(argv: list[str] | None = None) -> int:
     """Return 0 when everything that was run was survived."""
     assert all(module.__doc__ for module in MODULES)
     parser = argparse.ArgumentParser(prog="scripts/faults", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="what fits into five minutes; the container's left out")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="what fits into five minutes; what needs the container or the virtual machine is left out",
+    )
     parser.add_argument("--only", metavar="N,N-N", help="these faults")
     parser.add_argument("--slack", type=float, help="multiply the bounds by this (default: 1, with --quick 3)")
     parser.add_argument("--keep", type=Path, help="keep the folders of faults that were not survived in this one")

@@ -105,14 +105,6 @@ def fault(
     return register
 
 
-def not_here(number: int, title: str, *, how: str, expected: str, promise: str = "-", why: str) -> None:
-    """Register a fault that no machine without the hardware or a virtual machine can show."""
-
-    @fault(number, title, how=how, expected=expected, promise=promise)
-    async def _(_: Rig) -> Outcome:
-        raise NotHereError(why)
-
-
 async def run_one(one: Fault, *, is_quick: bool, slack: float, keep: Path | None = None) -> Result:
     """Inject one fault and say what became of it. Nothing is left behind, whatever happens.
 

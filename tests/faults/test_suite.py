@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from faults import suite
+from faults import machine, suite
 from faults.rig import Broken, Rig
 from faults.suite import Fault, NotHereError, Outcome, Result, recall, remember, run_one, summary, table
 
@@ -63,6 +63,17 @@ async def test_a_fault_that_cannot_be_injected_here_is_neither(tmp_path: Path) -
     remember(tmp_path / "results.json", [result, good])
     remember(tmp_path / "results.json", [good])
     assert recall(tmp_path / "results.json") == {1: good, 99: result}
+
+
+async def test_with_quick_the_virtual_machine_is_left_out(tmp_path: Path) -> None:
+    async def only_there(rig: Rig) -> Outcome:
+        return await machine.inject(rig, 52)
+
+    result = await result_of(only_there)
+    assert result.verdict == "not run"
+    assert result.note.startswith("needs the virtual machine: ")
+    here = Outcome(took_s=1.0, note="n")
+    assert await machine.inject_too(Rig(number=5, folder=tmp_path, is_quick=True), 5, here) == here
 
 
 def test_the_table_has_a_row_for_every_fault(monkeypatch: pytest.MonkeyPatch) -> None:

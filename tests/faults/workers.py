@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 
+from faults import machine
 from faults.rig import (
     PACED,
     Rig,
@@ -130,7 +131,8 @@ async def hidden_children(rig: Rig) -> Outcome:
 @fault(
     5,
     "a fork bomb in a worker",
-    how="600 children in sessions of their own, pids_limit 200; then the worker is restarted",
+    how="600 children in sessions of their own, pids_limit 200; then the worker is restarted; in the virtual machine"
+    " with the pids controller as well",
     expected="Where the kernel lends the pids controller it ends at the limit; killing the worker empties it; the host"
     " stays usable.",
     promise="2 s",
@@ -152,7 +154,7 @@ async def fork_bomb(rig: Rig) -> Outcome:
     else:
         limit = f"the limit held at {len(tree)}"
         check(len(tree) <= 200, limit)
-    return Outcome(took_s=exited_s, note=f"{len(tree)} processes; {limit}")
+    return await machine.inject_too(rig, 5, Outcome(took_s=exited_s, note=f"{len(tree)} processes; {limit}"))
 
 
 @fault(
@@ -281,7 +283,8 @@ async def shim_killed(rig: Rig) -> Outcome:
 @fault(
     51,
     "one rank of a worker is killed for memory",
-    how="SIGKILL to one rank's process, as the OOM killer does",
+    how="SIGKILL to one rank's process, as the OOM killer does; in the virtual machine by the OOM killer itself, at"
+    " memory.max",
     expected="The whole worker is ended and started again; with the memory controller status names it an OOM kill and"
     " waits longer.",
     promise="5 s",
@@ -297,4 +300,5 @@ async def rank_killed(rig: Rig) -> Outcome:
     await rig.told(site, mark, "worker.exited", victim.id)
     check(not living(tree), living(tree))
     _, ready_s = await rig.told(site, mark, "worker.ready", victim.id)
-    return Outcome(took_s=ready_s, note="no memory controller lent here: killed by SIGKILL, not named as OOM")
+    here = Outcome(took_s=ready_s, note="no memory controller lent here: killed by SIGKILL, not named as OOM")
+    return await machine.inject_too(rig, 51, here)

@@ -14,6 +14,7 @@ from processkit import PATIENCE_S, Site, end, is_alive, until
 
 from l40sd.adapters.process import Instance, Processes
 from l40sd.adapters.process.providers import choose
+from l40sd.adapters.process.remains import Remains
 from l40sd.shim import groups, tree
 
 FOREVER = "exec sleep 1000"
@@ -134,6 +135,27 @@ async def test_fault_14_a_shim_killed_while_no_daemon_was_there(site: Site) -> N
     adoption = await processes.adopt()
     assert [record.cause for _, record in adoption.ended] == ["shim-lost"]
     await until(lambda: not is_alive(core), "its processes are gone")
+    processes.forget(instance.spec.instance)
+
+
+async def test_fault_8_what_cannot_be_killed_is_stuck_and_no_end(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken for ended after five seconds, and its GPUs for free."""
+    processes = await site.open()
+    instance = await processes.spawn(site.spec(FOREVER), 10)
+    await processes.close()
+    os.kill(instance.shim_pid, signal.SIGKILL)
+    collect(instance)
+    with monkeypatch.context() as patched:
+        patched.setattr(Remains, "_kill_once", lambda _: False)  # as one in state D would have it
+        patched.setattr("l40sd.adapters.process.instance.CLEAR_TIMEOUT_S", 0.1)
+        patched.setattr("l40sd.adapters.process.processes.CLEAR_TIMEOUT_S", 0.5)
+        processes = await site.open()
+        adoption = await processes.adopt()
+        assert [one.spec.instance for one in adoption.stuck] == [instance.spec.instance]
+        assert (adoption.ended, adoption.killed) == ([], [])
+        assert not await adoption.stuck[0].kill(0.1)
+    record = await asyncio.wait_for(adoption.stuck[0].exited(), 30)
+    assert record.cause == "killed"
     processes.forget(instance.spec.instance)
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,24 @@ model = "toy"
 tp = 4
 count = 1
 """
+ONE = """
+[host]
+numa_pinning = false
+[workers]
+gpu_free_timeout_s = 60
+[daemon]
+pattern = "A"
+[models.toy]
+engine = "simulated"
+"""
+FAKE_NVML = Path(__file__).resolve().parents[1] / "adapters" / "fake_nvml.py"
 PATIENCE_S = 30.0
+PASS_ON = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3);"
+    "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1', LISTEN_FDNAMES='proxy');"
+    "os.execv(sys.argv[2], sys.argv[2:])"
+)
+"""What systemd does between fork and exec."""
 
 
 def request(*, tokens: int, stream: bool) -> bytes:
@@ -206,9 +224,108 @@ async def test_a_pattern_that_was_accepted_is_not_lost_with_the_daemon(site_of: 
     await site.until_ready("pair", PATIENCE_S)
 
 
+def free_address() -> str:
+    """Return an address that nobody has at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+async def models_at(address: str) -> bytes:
+    """Ask for the models; return the first line of the answer."""
+    async with asyncio.timeout(PATIENCE_S):
+        if address.startswith("unix:"):
+            reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+        else:
+            host, _, port = address.rpartition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET /v1/models HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n")
+        line = await reader.readline()
+        writer.close()
+    return line
+
+
+async def upgraded(site: Site) -> tuple[str, ...]:
+    """Upgrade the daemon in place; return where it listens then."""
+    asked_at_s = time.monotonic()
+    site.signal(signal.SIGUSR2)
+    await site.until(lambda s: s.uptime_s < time.monotonic() - asked_at_s, "it is another", PATIENCE_S)
+    return (await site.status()).proxy.listen
+
+
+async def test_an_upgrade_listens_where_the_configuration_says_by_then(site_of: SiteOf) -> None:
+    """The old address went on being served, and was reported beside the new one."""
+    site = site_of(SLOW)
+    old, new = free_address(), free_address()
+    site.listen = old
+    await site.start()
+    await site.until_ready("wide", PATIENCE_S)
+    site.listen = new
+    site.write_config()
+    assert await upgraded(site) == (new,)
+    assert (await models_at(new)).startswith(b"HTTP/1.1 200")
+    with pytest.raises(ConnectionRefusedError):
+        await models_at(old)
+    assert (await site.until_event("proxy.listener_closed", 5)).data["address"] == old
+
+
+async def test_an_upgrade_leaves_a_unix_socket_where_it_is(site_of: SiteOf, tmp_path: Path) -> None:
+    """Its file was removed with the old daemon, and nobody could reach the new one, which said that it listened."""
+    site = site_of(SLOW)
+    path = tmp_path / "proxy.sock"
+    site.listen = f"unix:{path}"
+    await site.start()
+    await site.until_ready("wide", PATIENCE_S)
+    assert await upgraded(site) == (site.listen,)
+    assert (await models_at(site.listen)).startswith(b"HTTP/1.1 200")
+    assert await site.stop() == 0
+    assert not path.exists()
+
+
+async def test_a_listener_of_systemd_is_served_whatever_the_configuration_says_and_that_is_said(
+    site_of: SiteOf,
+) -> None:
+    """It cannot be closed: systemd has it, too, and clients would wait in a line that nobody reads."""
+    site = site_of(SLOW)
+    with socket.create_server(("127.0.0.1", 0)) as lent:
+        address = f"127.0.0.1:{lent.getsockname()[1]}"
+        site.listen = address
+        site.pass_fds = (lent.fileno(),)
+        site.prefix = (sys.executable, "-S", "-E", "-c", PASS_ON, str(lent.fileno()))
+        await site.start()
+        await site.until_ready("wide", PATIENCE_S)
+        assert (await site.status()).proxy.listen == (address,)
+        new = free_address()
+        site.listen = new
+        site.write_config()
+        for _ in range(2):  # whose it is, is known after another upgrade as well
+            assert await upgraded(site) == (address, new)
+            assert (await models_at(address)).startswith(b"HTTP/1.1 200")
+            assert (await models_at(new)).startswith(b"HTTP/1.1 200")
+            warning = await site.until_event("proxy.listener_not_configured", 5)
+            assert warning.data["address"] == address
+            assert "l40sd.socket" in str(warning.data["hint"])
+
+
 def wait_for_line(site: Site, word: str, times: int = 1) -> None:
     """Return once the daemon's log has this word so often; the control socket may be closed by then."""
     deadline_s = time.monotonic() + PATIENCE_S
     while site.log_file.read_text().count(word) < times:
         assert time.monotonic() < deadline_s, site.tail()
         time.sleep(0.001)
+
+
+async def test_a_stop_does_not_wait_for_a_start_under_way(site_of: SiteOf, tmp_path: Path) -> None:
+    """A stop right after a start took spawn_timeout_s, or here gpu_free_timeout_s. Seen under systemd, which starts no
+    worker's unit while it stops the daemon: the daemon waited for shims that were to come after its end.
+    """
+    facts = tmp_path / "nvml.json"
+    taken = {"uuid": "GPU-0", "busId": "00000000:3B:00.0", "total": 48 << 30, "used": 12 << 30}
+    facts.write_text(json.dumps({"gpus": [taken]}))
+    site = site_of(ONE)
+    site.environ = {"L40SD_NVML_LIBRARY": str(FAKE_NVML), "FAKE_NVML": str(facts)}
+    await site.start()
+    await site.until_event("worker.spawning", PATIENCE_S)
+    began_s = time.monotonic()
+    assert await site.stop(PATIENCE_S) == 0
+    assert time.monotonic() - began_s < 10
+    assert site.leftovers() == []

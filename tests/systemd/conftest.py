@@ -1,12 +1,11 @@
 """The containers that the tests share: one with l40sd installed and configured, booted once."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from container import Container
-from image import REPOSITORY, Image, build, missing_tools
+from image import Image, build, copy_source, missing_tools
 
 CONFIG = """\
 [daemon]
@@ -45,12 +44,7 @@ def image() -> Image:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkout as a user has it, without this machine's virtual environment and caches."""
     copy = tmp_path_factory.mktemp("systemd") / "l40sd"
-    copy.mkdir()
-    for name in ("l40sd", "systemd", "scripts", "etc"):
-        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        if (REPOSITORY / name).exists():
-            shutil.copy(REPOSITORY / name, copy / name)
+    copy_source(copy)
     return copy
 
 

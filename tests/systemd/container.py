@@ -11,42 +11,24 @@ import contextlib
 import os
 import pwd
 import secrets
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from bootedhost import PATH, Host, as_user, until
 from image import REPOSITORY, Image, build, hierarchies, missing_tools
 
 BOOT_TIMEOUT_S = 60.0
 HALT_TIMEOUT_S = 20.0
-COMMAND_TIMEOUT_S = 60.0
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SIGRTMIN_PLUS_3 = signal.SIGRTMIN + 3  # systemd's "halt"
-_POLL_S = 0.02
 
 
-def until(claim: Callable[[], object], what: str, timeout_s: float = 20.0) -> object:
-    """Wait until ``claim`` is true and return what it returned.
-
-    Raises:
-        TimeoutError: It was not within ``timeout_s`` seconds; names ``what``.
-    """
-    deadline = time.monotonic() + timeout_s
-    while not (found := claim()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"after {timeout_s:g} s still not: {what}")
-        time.sleep(_POLL_S)
-    return found
-
-
-class Container:
+class Container(Host):
     """One booted container. Use as a context manager.
 
     Args:
@@ -76,38 +58,11 @@ class Container:
     ) -> None:
         self._end()
 
-    def run(
-        self,
-        command: str,
-        *,
-        user: str = "root",
-        check: bool = True,
-        timeout_s: float = COMMAND_TIMEOUT_S,
-        given: str = "",
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a shell command inside and return its exit status and output.
-
-        Raises:
-            AssertionError: ``check`` is set and it did not exit with 0; shows the output and the journal's end.
-        """
-        done = subprocess.run(  # noqa: TID251 - the tests' thread has nothing else to do
-            self._argv(command, user), input=given, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-        if check and done.returncode != 0:
-            raise AssertionError(
-                f"{command!r} exited with {done.returncode}\n{done.stdout}{done.stderr}\n{self.journal(30)}"
-            )
-        return done
-
-    def output(self, command: str, *, user: str = "root", timeout_s: float = COMMAND_TIMEOUT_S) -> str:
-        """Return what a command prints, without the white space around it; it must succeed."""
-        return self.run(command, user=user, timeout_s=timeout_s).stdout.strip()
-
     @contextlib.contextmanager
     def background(self, command: str, *, user: str = "root") -> Iterator[subprocess.Popen[str]]:
         """Run a command inside for as long as the context lasts; its standard input ends with it."""
         process = subprocess.Popen(
-            self._argv(command, user), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            self.argv(command, user), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True,
         )  # fmt: skip
         with process:
@@ -120,25 +75,9 @@ class Container:
                         os.kill(child, signal.SIGKILL)
                 process.kill()
 
-    def write(self, path: str, text: str) -> None:
-        """Write a file inside, and the folders above it."""
-        self.run(f"mkdir -p $(dirname {path}) && cat > {path}", given=text)
-
-    def show(self, unit: str, *properties: str) -> dict[str, str]:
-        """Return a unit's properties as systemd has them."""
-        text = self.output(f"systemctl show {shlex.quote(unit)} -p {','.join(properties)}")
-        return dict(line.partition("=")[::2] for line in text.splitlines())
-
-    def journal(self, lines: int, unit: str = "") -> str:
-        """Return the end of the journal, whole or of one unit."""
-        chosen = f"-u {shlex.quote(unit)}" if unit else ""
-        return self.run(f"journalctl --no-pager -o short-monotonic -n {lines} {chosen}", check=False).stdout
-
-    def _argv(self, command: str, user: str) -> list[str]:
-        enter = ["nsenter", "-t", str(self.leader), "-m", "-u", "-i", "-n", "-p", "-C"]
-        clean = ["env", "-i", f"PATH={_PATH}", "LANG=C.UTF-8", "TERM=dumb", "SYSTEMD_PAGER=", "HOME=/root"]
-        become = [] if user == "root" else ["runuser", "-u", user, "--"]
-        return [*enter, *clean, *become, "sh", "-c", command]
+    def argv(self, command: str, user: str) -> list[str]:
+        """Return what to run on this machine so that a shell command runs inside."""
+        return ["nsenter", "-t", str(self.leader), "-m", "-u", "-i", "-n", "-p", "-C", *as_user(command, user)]
 
     def _boot(self) -> None:
         binds = [f"--bind-ro={outside}:{inside}" for inside, outside in self._binds.items()]
@@ -226,7 +165,7 @@ def main() -> None:
     with Container(image, {"/src": REPOSITORY, "/wheels": image.wheels}) as host:
         shell = ["nsenter", "-t", str(host.leader), "-m", "-u", "-i", "-n", "-p", "-C", "bash", "-l"]
         subprocess.call(
-            shell, env={"PATH": _PATH, "HOME": pwd.getpwuid(0).pw_dir, "TERM": os.environ.get("TERM", "dumb")}
+            shell, env={"PATH": PATH, "HOME": pwd.getpwuid(0).pw_dir, "TERM": os.environ.get("TERM", "dumb")}
         )
 
 

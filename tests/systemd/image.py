@@ -33,7 +33,7 @@ _MASKED = (
     "dpkg-db-backup.timer getty.target console-getty.service systemd-timesyncd.service "
     "systemd-networkd-wait-online.service"
 )
-_CUSTOMIZE = f"""set -e
+CUSTOMIZE = f"""set -e
 echo l40stest > "$1/etc/hostname"
 printf '127.0.0.1 localhost l40stest\\n' > "$1/etc/hosts"
 for unit in {_MASKED}; do ln -sf /dev/null "$1/etc/systemd/system/$unit"; done
@@ -80,32 +80,52 @@ def build() -> Image:
     Raises:
         RuntimeError: mmdebstrap or pip failed; the message ends with the last lines of its log.
     """
-    own = _os_release("VERSION_CODENAME")
-    suite = os.environ.get("L40SD_TEST_SUITE", own)
-    sources = _apt_sources().replace(own, suite)
-    root = _once(
+    suite, sources = suite_and_sources()
+    root = once(
         f"root-{suite}",
-        (PACKAGES, _CUSTOMIZE, sources),
-        lambda target, log: _debootstrap(suite, sources, target, log),
+        (PACKAGES, CUSTOMIZE, sources),
+        lambda target, log: debootstrap(suite, sources, PACKAGES, CUSTOMIZE, target, log),
     )
+    return Image(suite=suite, root=root, wheels=wheels_for(suite))
+
+
+INSTALLED = ("l40sd", "systemd", "scripts", "etc")
+"""What scripts/install needs of a checkout, besides two files at its top."""
+
+
+def copy_source(target: Path) -> None:
+    """Copy the checkout as a user has it, without this machine's virtual environment and caches."""
+    target.mkdir(exist_ok=True)
+    for name in INSTALLED:
+        shutil.copytree(REPOSITORY / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(REPOSITORY / name, target / name)
+
+
+def suite_and_sources() -> tuple[str, str]:
+    own = os_release("VERSION_CODENAME")
+    suite = os.environ.get("L40SD_TEST_SUITE", own)
+    return suite, _apt_sources().replace(own, suite)
+
+
+def wheels_for(suite: str) -> Path:
     python = PYTHONS.get(suite, f"{sys.version_info.major}.{sys.version_info.minor}")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     needed = [*project["project"]["dependencies"], *project["build-system"]["requires"], "wheel"]
-    wheels = _once(f"wheels-{python}", (*needed, python), lambda target, log: _download(needed, python, target, log))
-    return Image(suite=suite, root=root, wheels=wheels)
+    return once(f"wheels-{python}", (*needed, python), lambda target, log: _download(needed, python, target, log))
 
 
-def _debootstrap(suite: str, sources: str, target: Path, log: Path) -> None:
+def debootstrap(suite: str, sources: str, packages: str, customize: str, target: Path, log: Path, *more: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         listing = Path(folder) / ("image.sources" if "Types:" in sources else "image.list")
         listing.write_text(sources, encoding="utf-8")
         hook = Path(folder) / "customize.sh"
-        hook.write_text(_CUSTOMIZE, encoding="utf-8")
+        hook.write_text(customize, encoding="utf-8")
         slim = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "man", "locale")]
         # An image of an archived release carries old dates; it is used offline and for tests only.
         dates = ["--aptopt=Acquire::Check-Valid-Until false", "--aptopt=Acquire::Languages none"]
-        _logged(
-            ["mmdebstrap", "--variant=minbase", "--mode=root", f"--include={PACKAGES}", *slim, *dates,
+        logged(
+            ["mmdebstrap", "--variant=minbase", "--mode=root", f"--include={packages}", *slim, *dates, *more,
              f"--customize-hook=sh {hook} \"$1\"", suite, str(target), str(listing)],
             log,
         )  # fmt: skip
@@ -113,14 +133,14 @@ def _debootstrap(suite: str, sources: str, target: Path, log: Path) -> None:
 
 def _download(needed: Sequence[str], python: str, target: Path, log: Path) -> None:
     tags = [f"--platform=manylinux_2_{minor}_{os.uname().machine}" for minor in (17, 26, 28, 34)]
-    _logged(
+    logged(
         [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", f"--python-version={python}",
          *tags, f"--platform=manylinux2014_{os.uname().machine}", f"--dest={target}", *needed],
         log,
     )  # fmt: skip
 
 
-def _once(name: str, recipe: Sequence[str], make: Callable[[Path, Path], None]) -> Path:
+def once(name: str, recipe: Sequence[str], make: Callable[[Path, Path], None]) -> Path:
     """Return the cached folder of this recipe; built beside it and renamed, so a half-built one is never used."""
     digest = hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:12]
     final = CACHE / f"{name}-{digest}"
@@ -128,12 +148,15 @@ def _once(name: str, recipe: Sequence[str], make: Callable[[Path, Path], None]) 
         CACHE.mkdir(parents=True, exist_ok=True)
         half = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=CACHE))
         half.chmod(0o755)
-        make(half, CACHE / f"{name}.log")
-        half.rename(final)
+        try:
+            make(half, CACHE / f"{name}.log")
+            half.rename(final)
+        finally:
+            shutil.rmtree(half, ignore_errors=True)  # where it was not renamed
     return final
 
 
-def _logged(argv: Sequence[str], log: Path) -> None:
+def logged(argv: Sequence[str], log: Path) -> None:
     with log.open("wb") as output:
         done = subprocess.run(  # noqa: TID251 - a build step, nothing else runs meanwhile
             argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, timeout=BUILD_TIMEOUT_S,
@@ -147,14 +170,14 @@ def _logged(argv: Sequence[str], log: Path) -> None:
 def _apt_sources() -> str:
     """Return the distribution's own entries among this machine's apt sources."""
     folder = Path("/etc/apt/sources.list.d")
-    named = [folder / f"{_os_release('ID')}.sources", Path("/etc/apt/sources.list")]
+    named = [folder / f"{os_release('ID')}.sources", Path("/etc/apt/sources.list")]
     for path in named:
         if path.is_file() and (text := path.read_text(encoding="utf-8").strip()):
             return text + "\n"
     raise RuntimeError(f"no apt sources found in {' or '.join(map(str, named))}")
 
 
-def _os_release(key: str) -> str:
+def os_release(key: str) -> str:
     for line in Path("/etc/os-release").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition("=")
         if name == key:

@@ -23,6 +23,8 @@ from l40sd.shim import tree
 
 CLEAR_TIMEOUT_S = 5.0
 """For the processes of a dead shim; who is left then is stuck, and ``Instance.kill`` says so."""
+STUCK_LOOK_S = 1.0
+"""Between two tries to kill what is stuck."""
 
 
 class Instance:
@@ -57,7 +59,10 @@ class Instance:
         return not self._gone.is_set()
 
     async def exited(self) -> ExitRecord:
-        """Return how it ended, once it has. Any number may wait, and stop waiting, at any time."""
+        """Return how it ended, once it has: for ever in the case of processes that cannot be killed.
+
+        Any number may wait, and stop waiting, at any time.
+        """
         await self._gone.wait()
         async with self._settling:
             if self._record is None:
@@ -135,11 +140,13 @@ class Instance:
         if record is not None:
             return record
         is_clear = await self._remains().kill(CLEAR_TIMEOUT_S)
-        detail = "" if is_clear else "; processes are left that cannot be killed"
+        while not is_clear:  # their GPUs are not free, whatever else is over
+            await asyncio.sleep(STUCK_LOOK_S)
+            is_clear = await self._remains().kill(0.0)
         record = ExitRecord(
             instance=self.spec.instance,
             cause="killed" if self._was_killed else "shim-lost",
-            detail=("killed with its shim" if self._was_killed else last_words(self._directory) or problem) + detail,
+            detail="killed with its shim" if self._was_killed else last_words(self._directory) or problem,
             ended_at=now_iso(),
         )
         with contextlib.suppress(OSError):  # for the next daemon, should this one die first

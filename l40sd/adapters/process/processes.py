@@ -40,12 +40,14 @@ class Adoption:
     Attributes:
         running: Workers that go on, untouched.
         ended: Workers that ended meanwhile; their records stay on disk until ``forget``.
+        stuck: Workers without a shim, whose processes could not be killed; they are tried on.
         killed: Instances that were half-born or nobody's.
         notes: One sentence each for what was odd: corrupt records, another boot.
     """
 
     running: list[Instance] = field(default_factory=list)
     ended: list[tuple[InstanceSpec, ExitRecord]] = field(default_factory=list)
+    stuck: list[Instance] = field(default_factory=list)
     killed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -126,18 +128,24 @@ class Processes:
           2. no spec, or a corrupt one: killed, moved aside
           3. exit.json: ended
           4. a complete record whose shim lives: adopted
-          5. a complete record whose shim is gone: the rest is killed, ended as shim-lost
+          5. a complete record whose shim is gone: the rest is killed, ended as shim-lost; or stuck
           6. no complete record: half-born, killed
         Then cgroups and marked processes that no directory speaks of are killed.
         """
         adoption = Adoption()
+        gone: list[Instance] = []
         for directory in sorted(self._instances_dir.iterdir()):
             if ".corrupt-" in directory.name or directory.name in self._instances:
                 continue
             try:
-                await self._sort_out(directory, adoption)
+                await self._sort_out(directory, adoption, gone)
             except CorruptError as error:
                 await self._set_aside(directory, adoption, str(error))
+        for instance, record in zip(gone, await asyncio.gather(*map(_end_of, gone)), strict=True):
+            if record is None:
+                adoption.stuck.append(instance)
+            else:
+                adoption.ended.append((instance.spec, record))
         await self._kill_strays(adoption)
         return adoption
 
@@ -230,7 +238,7 @@ class Processes:
 
     # Adopting
 
-    async def _sort_out(self, directory: Path, adoption: Adoption) -> None:
+    async def _sort_out(self, directory: Path, adoption: Adoption, gone: list[Instance]) -> None:
         birth = read_record(directory, "spec.json", Birth)
         spec = read_record(directory, "spec.json", InstanceSpec)
         if birth is not None and birth.boot_id != tree.boot_id():  # 1
@@ -253,7 +261,7 @@ class Processes:
         if instance.is_running and ended is None:  # 4
             adoption.running.append(instance)
         else:  # 3, 5
-            adoption.ended.append((spec, await instance.exited()))
+            gone.append(instance)
 
     async def _finish_off(self, directory: Path, adoption: Adoption, *, group: str) -> None:
         name = directory.name
@@ -289,6 +297,15 @@ class Processes:
             await remains.kill(CLEAR_TIMEOUT_S)
             remove_group(remains.group)
             adoption.killed.append(name)
+
+
+async def _end_of(instance: Instance) -> ExitRecord | None:
+    """Return how an instance without a shim ended, after killing what is left of it; None: it cannot be killed."""
+    try:
+        async with asyncio.timeout(CLEAR_TIMEOUT_S):
+            return await instance.exited()
+    except TimeoutError:
+        return None
 
 
 def marked_in(runtime_dir: Path) -> set[str]:

@@ -389,6 +389,10 @@ async def test_when_the_client_goes_the_worker_sees_it_at_once(stand: StartStand
         await gone.wait()
     await s.until(lambda: s.leases() == 0)
     assert s.failures == []
+    # Seen: a client that closes at [DONE], as many do, was counted nowhere but at its worker.
+    code = "200" if phase == "streaming" else "499"
+    assert f'l40sd_proxy_requests_total{{model="chat",code="{code}"}} 1' in s.proxy.metrics_text()
+    assert s.proxy.stats.served == (phase == "streaming")
 
 
 async def test_a_client_that_leaves_the_line_leaves_nothing_behind(stand: StartStand) -> None:

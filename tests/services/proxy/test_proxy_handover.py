@@ -47,7 +47,7 @@ async def hand_over(stand: Stand, *, add_first: bool = False) -> int:
     stand.proxy = Proxy(stand.config, routes)
     if add_first:
         add_workers(stand)
-    await stand.proxy.start([kept], msgspec.msgpack.decode(msgspec.msgpack.encode(handed), type=Handed))
+    await stand.proxy.start((), [kept], msgspec.msgpack.decode(msgspec.msgpack.encode(handed), type=Handed))
     if not add_first:
         add_workers(stand)
     return lost

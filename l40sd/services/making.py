@@ -1,0 +1,79 @@
+"""What a worker's process is made of (launch, environment, write-ahead record), and what forbids making it."""
+
+import secrets
+import shutil
+
+from l40sd.adapters.process import InstanceSpec
+from l40sd.core import launch as launching
+from l40sd.core.config import Config
+from l40sd.core.errors import L40sError
+from l40sd.core.launch import Launch
+from l40sd.core.messages import plain
+from l40sd.core.model import InstanceId, ModelFacts, Placement
+from l40sd.core.plan import Wanted
+from l40sd.services.tools import Tools
+
+
+def launch_of(placement: Placement, config: Config, tools: Tools, *, port: int = 0, api_key: str = "") -> Launch:
+    """Return exactly what is run.
+
+    Raises:
+        L40sError: An engine, a placeholder or a shape that the engine cannot run.
+    """
+    inventory, python = tools.host.inventory, tools.python
+    return launching.build(placement, config, inventory, port=port, api_key=api_key, python=python)
+
+
+def refuse_misconfigured(wanted: Wanted, config: Config, tools: Tools) -> None:
+    """Refuse what no try can mend.
+
+    Raises:
+        L40sError: With code ``misconfigured``: the program or the checkpoint is not there.
+    """
+    model = config.models[wanted.placement.model]
+    where = f"models.{model.name}"
+    if tools.facts.get(model.name, ModelFacts()).missing:
+        raise L40sError(
+            f"there is no checkpoint at {model.source}",
+            where=where,
+            hint="correct source, then `l40sctl reload`",
+            code="misconfigured",
+        )
+    launch = launch_of(wanted.placement, config, tools)
+    path = environment_of(launch, tools).get("PATH")
+    for program in (launch.argv[0], launching.program_of(launch)):
+        if shutil.which(program, path=path) is None:
+            raise L40sError(
+                f"there is no program {program!r} to run it with",
+                where=where,
+                hint="install it, or give its full path in command = [...] of its [engines] entry",
+                code="misconfigured",
+            )
+
+
+def spec_of(launch: Launch, wanted: Wanted, config: Config, tools: Tools) -> InstanceSpec:
+    """Return the write-ahead record; ``meta`` is what the next daemon needs to adopt the process."""
+    worker, workers = wanted.placement.worker, config.workers
+    return InstanceSpec(
+        instance=InstanceId(f"{worker}-{secrets.token_hex(5)}"),
+        worker=worker,
+        argv=launch.argv,
+        env=environment_of(launch, tools),
+        term_timeout_s=launch.term_timeout_s,
+        orphan_grace_s=config.daemon.orphan_grace_s,
+        log_file_bytes=workers.log_file_bytes,
+        log_files=workers.log_files,
+        pids_limit=workers.pids_limit,
+        meta={
+            "port": launch.port,
+            "api_key": launch.api_key,
+            "fingerprint": wanted.fingerprint,
+            "placement": plain(wanted.placement),
+        },
+    )
+
+
+def environment_of(launch: Launch, tools: Tools) -> dict[str, str]:
+    """Return the whole environment: ours in small part, the launch's laid over it; an empty value removes one."""
+    merged = {**tools.base_env, **launch.env}
+    return {name: value for name, value in merged.items() if value}

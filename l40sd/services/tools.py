@@ -1,0 +1,30 @@
+"""What all workers share."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import structlog
+
+from l40sd.adapters.ports import PortPool
+from l40sd.adapters.probe import Prober
+from l40sd.adapters.process import Processes
+from l40sd.core.model import ModelFacts, ModelName
+from l40sd.services.host import Host
+from l40sd.services.routes import Routes
+
+
+@dataclass(slots=True, kw_only=True)
+class Tools:
+    """The parts that a worker works with. ``changed`` tells the supervisor that an observation is new."""
+
+    host: Host
+    processes: Processes
+    ports: PortPool
+    prober: Prober
+    routes: Routes
+    facts: Mapping[ModelName, ModelFacts]
+    past_loads_s: dict[ModelName, list[float]]
+    python: str
+    base_env: Mapping[str, str]
+    log: structlog.stdlib.BoundLogger
+    changed: Callable[[], None] = lambda: None

@@ -1,0 +1,1 @@
+"""What only a host with real GPUs can show: see ``__main__``."""

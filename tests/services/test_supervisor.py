@@ -1,0 +1,76 @@
+"""The supervisor by itself, where a real daemon would need luck."""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import structlog
+
+from l40sd.adapters.ports import PortPool
+from l40sd.adapters.probe import Prober
+from l40sd.adapters.process import Adoption, Processes
+from l40sd.adapters.store import Store
+from l40sd.core.configfile import load
+from l40sd.services.host import Host
+from l40sd.services.routes import Routes
+from l40sd.services.supervisor import Supervisor
+from l40sd.services.tools import Tools
+
+TWO = """
+[host]
+inventory = "l40s-8"
+[daemon]
+pattern = "C"
+[models.toy]
+engine = "simulated"
+attention_heads = 8
+"""
+
+
+class SlowDisk(Store):
+    """Takes as long to write as the test wants."""
+
+    def __init__(self, path: Path, *, version: int) -> None:
+        super().__init__(path, version=version)
+        self.writing, self.go_on, self.written = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def save(self, content: Mapping[str, Any]) -> bool:
+        self.writing.set()
+        await self.go_on.wait()
+        is_on_disk = await super().save(content)
+        self.written.set()
+        return is_on_disk
+
+
+async def test_nobody_is_made_once_a_stop_has_begun(tmp_path: Path) -> None:
+    """A turn that was writing at that moment went on to make workers; nobody told them to go, and the stop waited for
+    its timeout."""
+    config = load([("l40sd.toml", TWO)]).config
+    host = await Host.open(config.host)
+    tools = Tools(
+        host=host,
+        processes=cast(Processes, None),
+        ports=PortPool("127.0.0.1", 20000, 20001),
+        prober=cast(Prober, None),
+        routes=Routes(queue_limit=1, in_flight_limit=0),
+        facts=await host.facts(config),
+        past_loads_s={},
+        python="python",
+        base_env={},
+        log=structlog.get_logger(),
+    )
+    disk = SlowDisk(tmp_path / "state.json", version=1)
+    supervisor = Supervisor(tools, config, disk)
+    await supervisor.begin(Adoption())
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        running = group.create_task(supervisor.run())
+        await disk.writing.wait()
+        assert await supervisor.stop(10) == 0
+        disk.go_on.set()
+        await disk.written.wait()
+        for _ in range(10):  # rounds of the loop, in which the turn goes on
+            await asyncio.sleep(0)
+        assert supervisor.workers == {}
+        running.cancel()
+    await host.close()
