@@ -471,6 +471,11 @@ class Exchange:
         return self._started_at_s
 
     @property
+    def has_worker(self) -> bool:
+        """Whether a worker has it, or some of it."""
+        return self._upstream is not None
+
+    @property
     def facts(self) -> dict[str, str]:
         """Return what names it in a log."""
         worker = self._lease.route.backend.worker if self._lease else ""

@@ -60,7 +60,7 @@ async def gather(shared: Shared, stuck: Collection[Client], timeout_s: float) ->
     lost: list[Lost] = []
     rounds = 0
     while rounds < ROUNDS or (loop.time() < paused_at_s + timeout_s and any(c not in stuck for c in shared.clients)):
-        for client in sorted(shared.clients, key=_age):
+        for client in sorted(shared.clients, key=_place):
             if client not in shared.clients or client.transport.is_closing():
                 continue
             if client.is_settled():
@@ -181,8 +181,10 @@ def _lost(client: Client, why: str) -> Lost:
     return Lost(why=why, **facts)
 
 
-def _age(client: Client) -> float:
-    return client.exchange.age if client.exchange is not None else 0.0
+def _place(client: Client) -> tuple[bool, float]:
+    """Who has no worker comes first: else it would get the place of one that has just been taken. Then the oldest."""
+    exchange = client.exchange
+    return (False, 0.0) if exchange is None else (exchange.has_worker, exchange.age)
 
 
 async def _turn() -> None:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,37 @@ async def test_requests_that_wait_in_line_keep_their_order(stand: StandOf) -> No
     for dialog in dialogs:
         assert (await dialog.reply()).status == 200
     assert [json.loads(request.body)["n"] for request in here.worker.requests] == [0, 1, 2, 3]
+
+
+async def test_who_waits_in_line_does_not_get_the_place_of_a_stream_that_was_taken_along(stand: StandOf) -> None:
+    """Its worker would have had more requests than it may have."""
+    here = await stand(in_flight_limit=2)
+    both = asyncio.Barrier(2)
+
+    async def together(talk: Conversation, request: Request) -> None:
+        await both.wait()
+        await answer_ok(talk, request)
+
+    here.worker.behave = together
+    dialogs = [await here.dial() for _ in range(2)]
+    for reply in await asyncio.gather(*(dialog.ask(post()) for dialog in dialogs)):
+        assert reply.status == 200
+    here.worker.behave = steps = Steps()
+    await dialogs[0].send(post())
+    steps.say(STREAM_HEAD)
+    await until_read(dialogs[0], b"\r\n\r\n")
+    here.routes.configure(queue_limit=10, in_flight_limit=1)
+    here.config = replace(here.config, in_flight_limit=1)
+    await dialogs[1].send(post())
+    await here.until(lambda: here.routes.waiting(CHAT) == 1)
+    assert here.worker.connections == 2, "one of them is idle"
+    assert await hand_over(here) == 0
+    await here.until(lambda: here.routes.waiting(CHAT) == 1)
+    assert len(here.worker.requests) == 3
+    here.worker.behave = answer_ok
+    steps.say(b"0\r\n\r\n")
+    steps.end()
+    assert (await dialogs[1].reply()).status == 200
 
 
 async def test_a_request_that_waits_for_its_model_is_answered_by_the_next_daemon(stand: StandOf) -> None:
