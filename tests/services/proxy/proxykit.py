@@ -188,10 +188,14 @@ class Dialog:
                 return Reply(head + await self.reader.readexactly(int(probe.fields["content-length"])))
             if "transfer-encoding" not in probe.fields:
                 return Reply(head if probe.status == 204 else head + await self.reader.read())
-            while not head.endswith(b"\r\n0\r\n\r\n"):
-                more = await self.reader.read(65536)
-                assert more, f"the stream was cut: {head!r}"
-                head += more
+            size = -1
+            while size:  # no byte further than its end: the next reply may be there already
+                line = await self.reader.readuntil(b"\r\n")
+                size = int(line.partition(b";")[0], 16)
+                head += line + (await self.reader.readexactly(size + 2) if size else b"")
+            while line != b"\r\n":
+                line = await self.reader.readuntil(b"\r\n")
+                head += line
             return Reply(head)
 
     async def rest(self) -> bytes:

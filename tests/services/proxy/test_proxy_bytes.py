@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import uvloop
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from proxykit import STREAM_HEAD, Conversation, Request, Stand, chunk, plain, post
 
@@ -25,6 +25,7 @@ async def closed(stand: Stand, converse: Callable[[Stand], Awaitable[None]]) -> 
         await stand.finish()
 
 
+@example([([b"0"], True, []), ([b"0"], True, []), ([b"0"], False, [])], [126, 127, 128, 129, 953, 954, 15847], False)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(events, st.booleans(), cuts), min_size=1, max_size=3), cuts, st.booleans())
 def test_requests_and_replies_survive_any_cutting(
