@@ -3,7 +3,10 @@
 import shlex
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from types import TracebackType
+from typing import Self
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CLEAN = ("env", "-i", f"PATH={PATH}", "LANG=C.UTF-8", "TERM=dumb", "SYSTEMD_PAGER=", "HOME=/root")
@@ -31,14 +34,35 @@ def as_user(command: str, user: str) -> list[str]:
     return [*CLEAN, *become, "sh", "-c", command]
 
 
-class Host:
-    """One that is booted; ``argv`` is all that its kinds differ in here."""
+class Host(ABC):
+    """One that is booted while the context lasts; its kinds say how, and how a command is run inside."""
 
     command_timeout_s = 60.0
 
+    @abstractmethod
+    def boot(self) -> None:
+        """Return once it is up."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Leave nothing of it behind, also of one that did not come up."""
+
+    def __enter__(self) -> Self:
+        try:
+            self.boot()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    @abstractmethod
     def argv(self, command: str, user: str) -> list[str]:
         """Return what to run on this machine so that a shell command runs inside."""
-        raise NotImplementedError
 
     def run(
         self, command: str, *, user: str = "root", check: bool = True, timeout_s: float = 0.0, given: str = ""

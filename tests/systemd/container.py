@@ -17,8 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from bootedhost import PATH, Host, as_user, until
 from image import REPOSITORY, Image, build, hierarchies, missing_tools
@@ -45,19 +43,6 @@ class Container(Host):
         self._process: subprocess.Popen[bytes] | None = None
         self.leader = 0
 
-    def __enter__(self) -> Self:
-        try:
-            self._boot()
-        except BaseException:
-            self._end()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
-
     @contextlib.contextmanager
     def background(self, command: str, *, user: str = "root") -> Iterator[subprocess.Popen[str]]:
         """Run a command inside for as long as the context lasts; its standard input ends with it."""
@@ -79,7 +64,7 @@ class Container(Host):
         """Return what to run on this machine so that a shell command runs inside."""
         return ["nsenter", "-t", str(self.leader), "-m", "-u", "-i", "-n", "-p", "-C", *as_user(command, user)]
 
-    def _boot(self) -> None:
+    def boot(self) -> None:
         binds = [f"--bind-ro={outside}:{inside}" for inside, outside in self._binds.items()]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -119,7 +104,7 @@ class Container(Host):
         state = self.run("systemctl is-system-running", check=False).stdout.strip()
         return state in {"running", "degraded"}
 
-    def _end(self) -> None:
+    def end(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             try:

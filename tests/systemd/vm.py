@@ -21,8 +21,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from bootedhost import Host, as_user, until
 from disk import Disk, build_disk, missing_vm_tools
@@ -46,19 +44,6 @@ class Machine(Host):
         self._console = self._folder / "console"
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
-
-    def __enter__(self) -> Self:
-        try:
-            self._boot()
-        except BaseException:
-            self._end()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
 
     def argv(self, command: str, user: str) -> list[str]:
         """Return what to run on this machine so that a shell command runs inside."""
@@ -95,7 +80,7 @@ class Machine(Host):
                 self.run(f"systemctl kill -s KILL {unit} 2>/dev/null", check=False)
                 process.kill()
 
-    def _boot(self) -> None:
+    def boot(self) -> None:
         overlay = self._folder / "overlay"
         subprocess.run(  # noqa: TID251 - the tests' thread has nothing else to do
             ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(self._disk.disk), str(overlay)],
@@ -141,7 +126,7 @@ class Machine(Host):
             return state in {"running", "degraded"}
         return False
 
-    def _end(self) -> None:
+    def end(self) -> None:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             subprocess.run(  # noqa: TID251 - a clean end for the shared connection
                 self.ssh("-O", "exit"), capture_output=True, timeout=10, check=False
