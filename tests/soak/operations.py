@@ -61,7 +61,6 @@ class Run:
     history: list[str] = field(default_factory=list)
     censuses: list[Census] = field(default_factory=list)
     is_idle: bool = False
-    other_args: str = ""
     failure: BaseException | None = None
 
     @property
@@ -155,14 +154,14 @@ class Operations(RuleBasedStateMachine):
     def reload(self, speed: int, probe_s: float) -> None:
         async def work() -> None:
             args = f'"--tokens-per-s", "{speed}"'
-            if args != self.run.other_args:
-                self.ground.keep_only(w for w in self.ground.keeps if not w.startswith("other"))
+            # Also when nothing changed in the file: a pattern that has gone back went back to the configuration that it
+            # began with, which may be older than the file; the reload brings those workers up to date.
+            self.ground.keep_only(w for w in self.ground.keeps if not w.startswith("other"))
             text = config(self.ground.host_file, other_args=args).replace(
                 "probe_interval_s = 0.5", f"probe_interval_s = {probe_s}"
             )
             self.ground.site.config_file.write_text(text)
             self.ground.site.config = text
-            self.run.other_args = args
             await asyncio.to_thread(self.ground.site.client.post, "/v1/reload")
 
         self.run.step("reload", work(), f"other at {speed}, probes every {probe_s} s")
