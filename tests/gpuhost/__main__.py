@@ -125,7 +125,7 @@ class Run:
         self.gpu_count = len(status.gpus)
         topology = await self.site.get("/v1/topology", Topology)
         check(topology.is_live, "the inventory is this host's own")
-        smi = await asyncio.to_thread(subprocess.check_output, ["nvidia-smi", "topo", "-m"], text=True)
+        smi = await asyncio.to_thread(subprocess.check_output, ["nvidia-smi", "topo", "-m"], text=True, timeout=30)
         if self.record is not None:
             (self.record / "host.toml").write_text(topology.record)
             (self.record / "topo.txt").write_text(smi)
@@ -206,7 +206,11 @@ class Run:
         finally:
             assert stranger.stdin is not None
             stranger.stdin.close()
-            await stranger.wait()
+            try:
+                async with asyncio.timeout(FREE_S):
+                    await stranger.wait()
+            except TimeoutError:
+                stranger.kill()
         await self.site.until_ready("B", START_S)
         return f"{reason!r}; it started once the stranger was gone"
 
@@ -219,7 +223,10 @@ class Run:
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         deadline_s = time.monotonic() + FREE_S
         while True:
-            used = [int(line) / 1024 for line in (await asyncio.to_thread(subprocess.check_output, query)).split()]
+            used = [
+                int(line) / 1024
+                for line in (await asyncio.to_thread(subprocess.check_output, query, timeout=30)).split()
+            ]
             if all(gib < HELD_GIB for gib in used):
                 return f"in {took_s:.1f} s; GiB taken {[round(gib, 1) for gib in used]}"
             check(time.monotonic() < deadline_s, f"memory stays taken: {used}")
