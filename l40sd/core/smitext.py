@@ -1,8 +1,9 @@
 """The text that ``nvidia-smi topo -m`` prints, pasted from a terminal or an issue, read as a host.
 
 Seen in the field (tests/fixtures/topo has the texts): columns apart by tabs or by spaces, ANSI underlines around the
-header, older drivers without "GPU NUMA ID" or with SOC for SYS, no affinity columns at all or an empty one, NICs between
-and below the GPUs, legends, a shell prompt before it. Only the rows and columns of GPUs are read; everything else is passed over.
+header, older drivers without "GPU NUMA ID" or with SOC for SYS, no affinity columns at all, an empty one of CPUs, NICs
+between and below the GPUs, legends, a shell prompt before it. Only the rows and columns of GPUs are read; everything
+else is passed over.
 """
 
 import re
