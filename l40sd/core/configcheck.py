@@ -186,8 +186,11 @@ def _check_names(config: Config) -> Iterator[Problem]:
     owners: dict[str, ModelName] = {}  # slug -> the first model that has it
     for name in config.models:
         short = slug(name)
-        if not re.fullmatch(r"[!-~]{1,200}", name) or not short or len(short) > _SLUG_LIMIT:
-            hint = f"printable ASCII without spaces, with at least one letter or digit, at most {_SLUG_LIMIT}"
+        if not re.fullmatch(r"[!-,.-~][!-~]{0,199}", name) or not short or len(short) > _SLUG_LIMIT:
+            hint = (
+                "printable ASCII without spaces, not beginning with -, with at least one letter or digit,"
+                f" at most {_SLUG_LIMIT}"
+            )
             yield Problem(path=("models", name), what="cannot be a model's name", hint=hint)
         elif short in owners:
             yield Problem(
@@ -200,6 +203,9 @@ def _check_names(config: Config) -> Iterator[Problem]:
             path = ("models", name, "aliases")
             if not alias:
                 yield Problem(path=path, what="an alias is empty")
+            elif alias.startswith("-") or not alias.isprintable() or alias != alias.strip() or len(alias) > 200:
+                hint = "engines are told it on their command line: printable, not beginning with -, at most 200"
+                yield Problem(path=path, what=f"{alias[:40]!a} cannot be an alias", hint=hint)
             elif alias in config.models and alias != name:
                 yield Problem(path=path, what=f'"{alias}" is another model\'s name')
             elif alias in seen:
