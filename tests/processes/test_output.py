@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processkit import PATIENCE_S, Site, end, until
@@ -29,7 +30,7 @@ def sizes(path: Path) -> list[int]:
     return list(found.values())
 
 
-@settings(deadline=None, max_examples=50)  # a file system under load is no fault
+@settings(deadline=None, max_examples=examples(50))  # a file system under load is no fault
 @given(
     chunks=st.lists(st.binary(max_size=300) | st.just(b"line\n" * 20), max_size=30),
     cap=st.integers(min_value=10, max_value=500),
