@@ -11,15 +11,16 @@ CHUNK_LINE_LIMIT = 1024
 TRAILER_LIMIT = 16384
 
 _chunk_size = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?").fullmatch
-_chunk_line = re.compile(rb"(?:\A|(?<=\r\n))([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
+_chunk_line = re.compile(rb"(?:\A\n?|(?<=\r\n))([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 _trailer = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\x00-\x08\x0a-\x1f\x7f]*+").fullmatch
 
 
 def ends_between_chunks(data: bytes) -> bool:
     """Return whether a reply in chunks stands between two of them, as far as its latest bytes can tell.
 
-    That is so when they end with one whole chunk or more. They may begin anywhere: in the middle of a chunk, what
-    follows its end is looked at. A payload may look like that by chance: who acts on it asks the parser.
+    That is so when they end with one whole chunk or more. They may begin anywhere: in the middle of a chunk, or of
+    the line end behind it, what follows is looked at. A payload may look like that by chance: who acts on it asks the
+    parser. The cost grows with the bytes, not with the chunks times their number: no line is followed twice.
 
     Args:
         data: None at all: at the body's beginning.
@@ -28,9 +29,11 @@ def ends_between_chunks(data: bytes) -> bool:
         return True
     if not data.endswith(b"\r\n"):
         return False
+    followed: set[int] = set()  # where chunk lines end from which the end was not reached
     for first in _chunk_line.finditer(data):
         line: re.Match[bytes] | None = first
-        while line is not None:
+        while line is not None and line.end() not in followed:
+            followed.add(line.end())
             end = line.end() + int(line[1], 16) + 2
             if data[end - 2 : end] != b"\r\n" or end == line.end() + 2:
                 break

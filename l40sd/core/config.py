@@ -14,6 +14,7 @@ from l40sd.core.model import ModelName, Pattern
 
 BUILT_IN_ENGINES = ("vllm", "sglang", "tensorrt-llm", "llama-cpp", "torchrun", "simulated", "external")
 BUILT_IN_PATTERNS = ("A", "B", "C", "D")
+EXTERNAL = "external"
 
 
 def option(
@@ -246,6 +247,11 @@ class EngineConfig:
     env: Mapping[str, str] = option({}, "added to the worker's environment; an empty value removes one")
     health_path: str = option("", "GET answers 200 when ready")
     metrics_path: str = option("", "Prometheus text")
+    term_to: str = option(
+        "",
+        "who gets SIGTERM: engine (the process that ends its others), or the whole process group; empty: as built in",
+        choices=("", "engine", "group"),
+    )
     term_timeout_s: float = option(0.0, "0: [workers] term_timeout_s", least=0, most=3600)
 
 
@@ -277,3 +283,13 @@ class Config:
     engines: Mapping[str, EngineConfig] = field(default_factory=dict)
     models: Mapping[ModelName, ModelConfig] = field(default_factory=dict)
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
+
+
+def is_external(model: ModelConfig, engines: Mapping[str, EngineConfig]) -> bool:
+    """Return whether somebody else runs this model's workers: they are only probed and routed to, and take no GPUs.
+
+    That is so for the engine ``external``, and for one of the operator's own with that base, unless it has a command:
+    what has a command is run here.
+    """
+    entry = engines.get(model.engine, EngineConfig())
+    return (entry.base or model.engine) == EXTERNAL and not entry.command

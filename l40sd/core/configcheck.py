@@ -13,6 +13,7 @@ from l40sd.core.config import (
     Config,
     EngineConfig,
     ModelConfig,
+    is_external,
     slug,
 )
 from l40sd.core.model import ModelName, Pattern
@@ -148,14 +149,13 @@ def _check_model(model: ModelConfig, config: Config) -> Iterator[Problem]:
     if model.engine not in engines:
         hint = _nearest(model.engine, engines)
         yield Problem(path=(*at, "engine"), what=f'no engine "{model.engine}"', hint=hint)
-    base = base_engine(model.engine, config)
-    if base == "external":
+    if external := is_external(model, config.engines):
         yield from _check_endpoints(model)
     else:
         for key in ("endpoints", "endpoint_key"):
             if getattr(model, key):
                 yield Problem(path=(*at, key), what='is only for engine = "external"')
-    if not model.source and base not in ("external", "simulated"):
+    if not model.source and not external and base_engine(model.engine, config) != "simulated":
         yield Problem(path=(*at, "source"), what="is missing", hint="a path or a hub id, as the engine takes it")
     yield from _check_env((*at, "env"), model.env)
 
@@ -186,8 +186,11 @@ def _check_names(config: Config) -> Iterator[Problem]:
     owners: dict[str, ModelName] = {}  # slug -> the first model that has it
     for name in config.models:
         short = slug(name)
-        if not re.fullmatch(r"[!-~]{1,200}", name) or not short or len(short) > _SLUG_LIMIT:
-            hint = f"printable ASCII without spaces, with at least one letter or digit, at most {_SLUG_LIMIT}"
+        if not re.fullmatch(r"[!-,.-~][!-~]{0,199}", name) or not short or len(short) > _SLUG_LIMIT:
+            hint = (
+                "printable ASCII without spaces, not beginning with -, with at least one letter or digit,"
+                f" at most {_SLUG_LIMIT}"
+            )
             yield Problem(path=("models", name), what="cannot be a model's name", hint=hint)
         elif short in owners:
             yield Problem(
@@ -200,6 +203,9 @@ def _check_names(config: Config) -> Iterator[Problem]:
             path = ("models", name, "aliases")
             if not alias:
                 yield Problem(path=path, what="an alias is empty")
+            elif alias.startswith("-") or not alias.isprintable() or alias != alias.strip() or len(alias) > 200:
+                hint = "engines are told it on their command line: printable, not beginning with -, at most 200"
+                yield Problem(path=path, what=f"{alias[:40]!a} cannot be an alias", hint=hint)
             elif alias in config.models and alias != name:
                 yield Problem(path=path, what=f'"{alias}" is another model\'s name')
             elif alias in seen:
@@ -220,7 +226,7 @@ def _check_pattern(pattern: Pattern, config: Config) -> Iterator[Problem]:
         elif replica.model not in config.models:
             hint = _nearest(replica.model, list(config.models))
             yield Problem(path=path, what=f'no model "{replica.model}"', hint=hint)
-        elif base_engine(config.models[replica.model].engine, config) == "external":
+        elif is_external(config.models[replica.model], config.engines):
             hint = "leave it out: external workers are part of every pattern"
             yield Problem(path=path, what=f'"{replica.model}" is external and takes no GPUs here', hint=hint)
 

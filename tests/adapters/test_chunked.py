@@ -1,8 +1,12 @@
 """Chunked bodies that another reader goes on with, and where a reply in chunks stands."""
 
+import re
+
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from l40sd.adapters import chunked
 from l40sd.adapters.chunked import ChunkedBody, ends_between_chunks
 from l40sd.adapters.http import parse_request, plain_request
 
@@ -27,11 +31,33 @@ def test_another_reader_goes_on_at_any_byte(parts: list[bytes], at: int, has_tra
 
 @given(chunks, st.integers(0, 400))
 @example([b"\r\n"], 9)
+@example([b"\0", b"\0", b"\0" * 4, b"\0" * 7, b"\0" * 7], 96)  # between the two bytes of a line end
 def test_a_place_between_two_chunks_is_found_wherever_the_latest_bytes_begin(parts: list[bytes], start: int) -> None:
     last = b"data: {}\n\n"
     data = wire([*parts, b"event", last])
     start = min(start, len(data) - len(wire([last])))
     assert ends_between_chunks(data[start:])
+
+
+@pytest.mark.parametrize("tail", [b"5\r\nab\r\n", b"ff\r\n\r\n"])
+def test_many_small_chunks_are_followed_once_each(tail: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte of chunks of one byte, and no place between two at its end: each line began a walk over all others."""
+    steps = 0
+
+    class Counted:
+        def __getattr__(self, name: str) -> object:
+            return getattr(plain, name)
+
+        def match(self, data: bytes, at: int) -> re.Match[bytes] | None:
+            nonlocal steps
+            steps += 1
+            return plain.match(data, at)
+
+    plain = chunked._chunk_line
+    monkeypatch.setattr(chunked, "_chunk_line", Counted())
+    count = 5000
+    assert not ends_between_chunks(b"1\r\nx\r\n" * count + tail)
+    assert steps <= count + 2
 
 
 @given(st.lists(st.text("abcdef{}:, ", min_size=1, max_size=40).map(str.encode), min_size=1, max_size=6), st.data())

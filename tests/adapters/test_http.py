@@ -2,6 +2,7 @@ import json
 from contextlib import suppress
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,7 +118,7 @@ def reply_head(line: bytes, fields: list[bytes], length: int) -> bytes:
     return b"\r\n".join([line, *fields, b"Content-Length: %d" % length, b"", b""])
 
 
-@settings(max_examples=600)
+@settings(max_examples=examples(600))
 @given(kinds, st.sampled_from([0, 0, 0, 1, -1]), st.data())
 def test_a_known_kind_of_reply_says_what_parsing_says(
     fields: list[tuple[bytes, ...]], more: int, data_of: st.DataObject

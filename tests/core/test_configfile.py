@@ -103,6 +103,10 @@ def test_overlays_are_merged_key_by_key_and_arrays_are_replaced() -> None:
         ("[models.x]\nengine = 'external'\nendpoints = ['http://a:1/v1']\n", '"http://a:1/v1" is not http://host:'),
         ("[models.M]\nsource = '/m'\n", 'models.M: its workers would be named "m-..." like those of m'),
         ("[models.'!']\nsource = '/m'\n", 'models."!": cannot be a model\'s name | '),
+        ("[models.--help]\nsource = '/m'\n", "models.--help: cannot be a model's name | "),
+        ("[models.m]\naliases = ['--help']\n", "models.m.aliases: '--help' cannot be an alias | engines are told it"),
+        ('[models.m]\naliases = ["a\\u001b[2J"]\n', "models.m.aliases: 'a\\x1b[2J' cannot be an alias | "),
+        ('[models.m]\naliases = ["a\\nb"]\n', "models.m.aliases: 'a\\nb' cannot be an alias | "),
         ("[models.n]\nsource = '/n'\naliases = ['m']\n", 'models.n.aliases: "m" is another model\'s name'),
         (
             "[models.n]\nsource = '/n'\naliases = ['x']\n[models.o]\nsource = '/o'\naliases = ['x']\n",

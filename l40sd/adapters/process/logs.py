@@ -12,6 +12,7 @@ LINE_LIMIT = 2000
 """Characters of one line that are shown."""
 CHUNK_BYTES = 64 << 10
 POLL_S = 0.2
+_LINE_ENDS = re.compile(rb"\r*\n|\r+(?![\r\n]|\Z)")
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -60,6 +61,25 @@ async def follow(path: Path, *, poll_s: float = POLL_S) -> AsyncIterator[bytes]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+async def printable_lines(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield output as it comes, line by line and made printable like ``tail``'s: it goes to a terminal as well.
+
+    A progress bar that goes back to the start of its line is shown as one line after the other. A line is shown once
+    it has ended; of one that grows past what is shown, the beginning at once and the rest never.
+    """
+    rest, is_cut = b"", False
+    async for part in parts:
+        *lines, rest = _LINE_ENDS.split(rest + part)
+        shown = [printable(line) for line in (lines[1:] if is_cut else lines)]
+        is_cut = is_cut and not lines
+        if len(rest) > 4 * LINE_LIMIT:
+            if not is_cut:
+                shown.append(printable(rest))
+            rest, is_cut = b"", True
+        if shown:
+            yield "".join(f"{line}\n" for line in shown).encode()
 
 
 def generations(path: Path) -> list[Path]:

@@ -165,8 +165,8 @@ class Processes:
         return await asyncio.to_thread(logs.tail, self.log_path(worker), lines)
 
     def follow(self, worker: str) -> AsyncIterator[bytes]:
-        """Yield a worker's output from now on; see ``logs.follow``."""
-        return logs.follow(self.log_path(worker))
+        """Yield a worker's output from now on, made printable; see ``logs.follow`` and ``logs.printable_lines``."""
+        return logs.printable_lines(logs.follow(self.log_path(worker)))
 
     async def close(self) -> None:
         """Let go of everything and leave the workers alone."""
