@@ -65,7 +65,7 @@ def replying(*parts: bytes) -> Callable[[Conversation, Request], Awaitable[None]
     return behave
 
 
-@pytest.mark.parametrize("sent, expected", REPLIES.values(), ids=REPLIES)
+@pytest.mark.parametrize(("sent", "expected"), REPLIES.values(), ids=REPLIES)
 @pytest.mark.parametrize("is_split", [False, True])
 async def test_a_reply_is_passed_on_with_no_byte_too_many(
     stand: StartStand, sent: bytes, expected: bytes, is_split: bool
@@ -97,7 +97,7 @@ async def test_a_reply_for_an_http10_client_has_no_byte_too_many_either(stand: S
 
 @pytest.mark.parametrize("sent", WRONG_REPLIES.values(), ids=WRONG_REPLIES)
 async def test_a_reply_that_may_not_be_passed_on_is_the_workers_failure(stand: StartStand, sent: bytes) -> None:
-    """A worker's ``HTTP/1.1 000 OK`` and its ``x-l40s-worker: spoof`` behind the body reached the client as they were."""
+    """A worker's ``HTTP/1.1 000 OK`` and its ``x-l40s-worker: spoof`` behind the body reached the client as such."""
     here = await stand(retries=0)
     here.worker.behave = replying(sent)
     reply = await here.ask(post())
