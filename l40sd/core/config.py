@@ -251,6 +251,11 @@ class EngineConfig:
     env: Mapping[str, str] = option({}, "added to the worker's environment; an empty value removes one")
     health_path: str = option("", "GET answers 200 when ready")
     metrics_path: str = option("", "Prometheus text")
+    term_to: str = option(
+        "",
+        "who gets SIGTERM: engine (the process that ends its others), or the whole process group; empty: as built in",
+        choices=("", "engine", "group"),
+    )
     term_timeout_s: float = option(0.0, "0: [workers] term_timeout_s", least=0, most=3600)
 
 

@@ -375,13 +375,13 @@ class Exchange:
         lines = head.without_framing() if unchunk else head.lines
         if not head.is_framed:
             client.keep_alive = False
-        status_line, _, fields = lines.partition(b"\r\n")
-        write_head = b"%b\r\nx-request-id: %b%b%b\r\n%b\r\n\r\n" % (
-            status_line,
+        line_end = lines.find(b"\r\n")
+        write_head = b"%b\r\nx-request-id: %b%b%b%b\r\n\r\n" % (
+            lines[:line_end] if line_end >= 0 else lines,
             self._request_id,
             self._upstream.peer.reply_field,
             b"" if client.will_keep_alive() else b"\r\nconnection: close",
-            fields,
+            lines[line_end:] if line_end >= 0 else b"",
         )
         if unchunk:
             write(write_head)
@@ -391,9 +391,10 @@ class Exchange:
             write(write_head + rest)  # in one: the client wakes once
         if client.is_paused:
             self._upstream.pause(is_paused=True)
-        if self._upstream.is_done or head.is_chunked or not head.is_framed:
+        length = head.content_length
+        if self._upstream.is_done or length < 0:
             return write
-        write = self._countdown = Countdown(write, head.content_length - len(rest))
+        write = self._countdown = Countdown(write, length - len(rest))
         return write
 
     def on_whole(self, known: KnownReply, data: bytes) -> None:
