@@ -164,6 +164,10 @@ class Processes:
         """Return the last lines of a worker's output, made printable; see ``logs.tail``."""
         return await asyncio.to_thread(logs.tail, self.log_path(worker), lines)
 
+    async def last_run(self, spec: InstanceSpec, limit_bytes: int) -> list[str]:
+        """Return the end of what one instance said; see ``logs.last_run``."""
+        return await asyncio.to_thread(logs.last_run, self.log_path(spec.worker), spec.instance, limit_bytes)
+
     def follow(self, worker: str) -> AsyncIterator[bytes]:
         """Yield a worker's output from now on, made printable; see ``logs.follow`` and ``logs.printable_lines``."""
         return logs.printable_lines(logs.follow(self.log_path(worker)))
