@@ -29,6 +29,7 @@ from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.core.errors import L40sError
 from l40sd.core.lifecycle import Phase
 from l40sd.core.messages import Status
+from l40sd.core.naming import natural
 from l40sd.services import report
 from l40sd.services.control import Control, Doors
 from l40sd.services.doctor import examine
@@ -267,7 +268,7 @@ class Daemon:
         self.notifier.extend_timeout(timeout_s + 2 * PROXY_GRACE_S)
         left = await self._supervisor.stop(timeout_s)
         if left:
-            self._log.error("daemon.workers_left", count=left, workers=sorted(self._supervisor.workers))
+            self._log.error("daemon.workers_left", count=left, workers=sorted(self._supervisor.workers, key=natural))
 
     async def _reload_on_hup(self) -> None:
         while True:

@@ -28,10 +28,14 @@ _special_in_response = re.compile(
     rb"\r\n((?i:connection|keep-alive|proxy-(?:connection|authenticate|authorization)|t(?:e|railer)|upgrade"
     rb"|x-(?:request-id|l40s-(?:worker|source)))):[ \t]*+([^\r\n]*+)"
 ).split
+_reserved_in_trailer = re.compile(
+    rb"(?i:c(?:onnection|ontent-(?:length|encoding|type|range))|t(?:e|railer|ransfer-encoding)|host|keep-alive|upgrade"
+    rb"|authorization|set-cookie|proxy-.*|x-(?:request-id|l40s-.*))"
+).fullmatch
 _length = re.compile(rb"\r\n(?i:content-length):[ \t]*+([0-9]++)").search
 _framing = re.compile(rb"\r\n(?i:content-length|transfer-encoding):").search
 _event_stream = re.compile(rb"\r\n(?i:content-type:[ \t]*text/event-stream)").search
-_chunked = re.compile(rb"\r\n(?i:transfer-encoding:[ \t]*chunked)").search
+_coding = re.compile(rb"\r\n(?i:transfer-encoding):([^\r\n]*+)").search
 _content_type = re.compile(rb"\r\n(?i:content-type):[ \t]*+([^\r\n]*+)").search
 _request_id = re.compile(rb"[!-~]{1,%d}" % REQUEST_ID_LIMIT).fullmatch
 _absolute = re.compile(rb"https?://[^/?#]+", re.IGNORECASE).match
@@ -249,15 +253,17 @@ class ResponseHead:
 
     Attributes:
         lines: Status line and all fields that are passed on, without the empty line.
+        has_body: A 204 and a 304 have none, whatever they say.
         is_framed: Says where it ends; otherwise the connection's end is the response's.
     """
 
-    __slots__ = ("is_framed", "lines", "status")
+    __slots__ = ("has_body", "is_framed", "lines", "status")
 
     def __init__(self, status: int, lines: bytes) -> None:
         self.status = status
         self.lines = lines
-        self.is_framed = b"\r\ncontent-length:" in lines or _framing(lines) is not None or status in (204, 304)
+        self.has_body = status not in (204, 304)
+        self.is_framed = not self.has_body or b"\r\ncontent-length:" in lines or _framing(lines) is not None
 
     @property
     def is_event_stream(self) -> bool:
@@ -273,7 +279,8 @@ class ResponseHead:
     @property
     def is_chunked(self) -> bool:
         """Whether the body is in chunks."""
-        return _chunked(self.lines) is not None
+        found = _coding(self.lines)
+        return found is not None and found[1].rstrip().lower().endswith(b"chunked")
 
     def without_framing(self) -> bytes:
         """Return the lines for a client that cannot read chunks."""
@@ -283,11 +290,18 @@ class ResponseHead:
 def parse_response(head: bytes) -> ResponseHead:
     """Return what a worker's response head says, hop-by-hop fields and the proxy's own taken out.
 
-    Framing fields stay, for the body is passed on as it is.
+    Framing fields stay, for the body is passed on as it is; a 204 has none (RFC 9110, 8.6). The version is ours: what a
+    worker speaks is between it and us (RFC 9110, 2.5).
 
     Args:
         head: From the status line to the empty line, both included; one that llhttp found well-formed.
+
+    Raises:
+        ValueError: The status is none that ends a request.
     """
+    status = int(head[9:12])
+    if status < 200:
+        raise ValueError(f"the status {status:03} ends no request")
     pieces = _special_in_response(head)
     lines = b"".join(pieces[0::3])[:-4] if len(pieces) > 1 else head[:-4]
     for position in range(1, len(pieces), 3):
@@ -295,7 +309,14 @@ def parse_response(head: bytes) -> ResponseHead:
             for name in _tokens(pieces[position + 1]):
                 if name not in (b"close", b"keep-alive", b"content-length", b"transfer-encoding"):
                     lines = _without(lines, name)
-    return ResponseHead(int(head[9:12]), lines)
+    if status == 204:
+        lines = _without(_without(lines, b"content-length"), b"transfer-encoding")
+    return ResponseHead(status, b"HTTP/1.1" + lines[8:])
+
+
+def is_reserved_in_trailer(name: bytes) -> bool:
+    """Return whether a field may not stand behind a body: it frames, routes or is ours (RFC 9110, 6.5.1)."""
+    return _reserved_in_trailer(name) is not None
 
 
 def _set_content_length(request: RequestHead, value: bytes) -> None:

@@ -10,6 +10,7 @@ from l40sd.core.config import Config
 from l40sd.core.errors import L40sError
 from l40sd.core.launch import build, program_of
 from l40sd.core.messages import Check
+from l40sd.core.naming import natural
 from l40sd.services.supervisor import Supervisor
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -129,7 +130,8 @@ def _disks(config: Config) -> list[Check]:
 
 
 def _failed_workers(supervisor: Supervisor) -> Check:
-    failed = sorted(w.id for w in supervisor.workers.values() if w.phase in ("failed", "quarantined", "stuck"))
+    given_up = [w.id for w in supervisor.workers.values() if w.phase in ("failed", "quarantined", "stuck")]
+    failed = sorted(given_up, key=natural)
     if failed:
         hint = f"l40sctl status {failed[0]}; l40sctl logs {failed[0]}; then l40sctl reset"
         return Check(name="workers", state=FAILED, found=f"not running: {', '.join(failed)}", hint=hint)

@@ -5,10 +5,8 @@ Owns NVML's helper process. A host file has no memory to read and nothing to pin
 
 import asyncio
 import platform
-from difflib import get_close_matches
-from importlib import resources
-from pathlib import Path
 
+from l40sd.adapters.hostfiles import bundled_hosts, read_host
 from l40sd.adapters.modelfiles import read_model_facts
 from l40sd.adapters.nvidiaproc import read_nvidia_proc
 from l40sd.adapters.nvml import GpuMemory as GpuMemory
@@ -16,12 +14,10 @@ from l40sd.adapters.nvml import Nvml, NvmlSilentError
 from l40sd.adapters.sysfs import read_sysfs
 from l40sd.core.config import Config, HostConfig
 from l40sd.core.errors import L40sError
-from l40sd.core.hostfile import parse_host_file
 from l40sd.core.model import GpuId, Inventory, ModelFacts, ModelName
 from l40sd.core.topology import NvmlFacts, join
 
 AUTO = "auto"
-HOST_FILE_LIMIT_BYTES = 4 << 20
 FACTS_TIMEOUT_S = 30.0
 """For all checkpoints together: a file system on the network may hang, and facts only make refusals better."""
 
@@ -43,7 +39,7 @@ class Host:
             L40sError: No such file or name, a bad file, or no GPU on this machine.
         """
         if config.inventory != AUTO:
-            return cls(await asyncio.to_thread(_recorded, config.inventory))
+            return cls(await asyncio.to_thread(read_host, config.inventory))
         nvml = Nvml(timeout_s=config.nvml_timeout_s)
         try:
             return await cls._live(nvml)
@@ -108,32 +104,3 @@ class Host:
         """End NVML's helper; never waits for one that hangs."""
         if self._nvml is not None:
             await self._nvml.close()
-
-
-def bundled_hosts() -> list[str]:
-    """Return the names of the hosts that come with l40sd."""
-    files = resources.files("l40sd.sim").joinpath("hosts").iterdir()
-    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
-
-
-def _recorded(name: str) -> Inventory:
-    """Return a bundled host, or the one in a file. A name without a slash or suffix is a bundled one first."""
-    if name in bundled_hosts():
-        file = resources.files("l40sd.sim").joinpath("hosts", f"{name}.toml")
-        return parse_host_file(file.read_text(encoding="utf-8"), source=f"{name} (bundled)")
-    path = Path(name).expanduser()
-    try:
-        if path.stat().st_size > HOST_FILE_LIMIT_BYTES:
-            raise L40sError("too large for a host file", where=name, hint="at most 4 MiB", code="bad_host_file")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        near = get_close_matches(name, bundled_hosts(), n=1)
-        known = f"bundled hosts: {', '.join(bundled_hosts())}"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not UTF-8 text"
-        raise L40sError(
-            f"cannot read host file {name!r}: {reason}",
-            where="host.inventory",
-            hint=f"did you mean {near[0]}? {known}" if near else f"{known}; or auto",
-            code="no_host_file",
-        ) from error
-    return parse_host_file(text, source=name)

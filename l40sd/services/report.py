@@ -19,6 +19,7 @@ from l40sd.core.messages import (
     WorkerStatus,
 )
 from l40sd.core.model import GpuId, Layout, Link, Placement
+from l40sd.core.naming import natural
 from l40sd.core.pattern import patterns_of
 from l40sd.core.plan import Do, Limits, capacity, preview
 from l40sd.services.change import Want
@@ -218,9 +219,13 @@ def _in_order(supervisor: Supervisor) -> list[Worker]:
     """Return the workers in the order of their first GPU; one on its way out before what takes its place."""
     rank = {gpu.id: n for n, gpu in enumerate(supervisor.tools.host.inventory.gpus)}
 
-    def key(worker: Worker) -> tuple[int, bool, str]:
+    def key(worker: Worker) -> tuple[object, ...]:
         gpus = worker.wanted.placement.gpus
-        return (min((rank.get(g, 0) for g in gpus), default=len(rank)), worker.goal is not Goal.GONE, worker.id)
+        return (
+            min((rank.get(g, 0) for g in gpus), default=len(rank)),
+            worker.goal is not Goal.GONE,
+            natural(worker.id),
+        )
 
     return sorted(supervisor.workers.values(), key=key)
 

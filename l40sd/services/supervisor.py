@@ -22,6 +22,7 @@ from l40sd.core.errors import L40sError
 from l40sd.core.lifecycle import Event, Goal, Phase
 from l40sd.core.messages import OperationStatus
 from l40sd.core.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
+from l40sd.core.naming import natural
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
 from l40sd.core.plan import Do, Limits, Order, Wanted, capacity, is_settled, plan, ready_share
@@ -355,7 +356,7 @@ class Supervisor:
         if worker is None:
             raise L40sError(
                 f"there is no worker {worker_id!r}",
-                hint=f"workers: {', '.join(sorted(self.workers)) or 'none'}",
+                hint=f"workers: {', '.join(sorted(self.workers, key=natural)) or 'none'}",
                 code="unknown_worker",
             )
         return worker

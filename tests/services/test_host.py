@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from l40sd.adapters import nvml
+from l40sd.adapters.hostfiles import bundled_hosts
 from l40sd.core.config import Config, HostConfig, ModelConfig
 from l40sd.core.errors import L40sError
 from l40sd.core.model import ModelFacts, ModelName
 from l40sd.services import host as host_module
-from l40sd.services.host import GpuMemory, Host, bundled_hosts
+from l40sd.services.host import GpuMemory, Host
 
 FAKE = str(Path(__file__).parents[1] / "adapters/fake_nvml.py")
 ONE: dict[str, Any] = {"gpus": [{"uuid": "GPU-a", "busId": "00000000:18:00.0", "total": 48 << 30, "used": 3}]}
