@@ -154,6 +154,10 @@ class ProxyConfig:
     retries: int = option(
         2, "further workers that a request is tried on before its first byte came back", least=0, most=10
     )
+    poison_refused_s: float = option(
+        300.0, "a request that two workers died of is refused at once for this long; 0: never", least=0, most=86400
+    )
+    poison_limit: int = option(1000, "such requests remembered, as hashes", least=0, most=1_000_000)
     access_log: bool = option(default=False, doc="one line a request; costs more than the request itself")
 
 

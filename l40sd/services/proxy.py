@@ -151,6 +151,7 @@ class Proxy:
             return
         self._shared.config = config
         self._shared.tick_s = _tick_s(config)
+        self._shared.poison.configure(limit=config.poison_limit, kept_s=config.poison_refused_s)
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         affordable = max(1, (descriptors - DESCRIPTORS_KEPT) // 2)  # each client may need a connection to a worker
         self._shared.connection_limit = min(config.connection_limit, affordable)
@@ -260,7 +261,11 @@ class Proxy:
             elif client.deadline_s <= now_s:
                 late.append(client)
         for client in late:
-            client.expired()
+            try:
+                client.expired()
+            except Exception as error:  # noqa: BLE001 - the deadlines of all others hang on this timer
+                client.broke(error)
+        shared.poison.sweep(now_s)
         for client in list(shared.unread):
             client.look_for_hangup()
         self._routes.expire(now_s)

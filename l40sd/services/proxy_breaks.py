@@ -8,7 +8,7 @@ from l40sd.core.sse import ending, is_whole
 from l40sd.services.proxy_upstream import Upstream
 
 
-def last_words(
+def end_of_stream(
     reply: ResponseHead, target: bytes, seen: bytes, refused: Refused, upstream: Upstream, *, takes_chunks: bool
 ) -> bytes | None:
     """Return what ends a stream that broke off so that its client is told why; None where nothing can be added.

@@ -13,6 +13,8 @@ import struct
 from math import inf
 from typing import cast
 
+import structlog
+
 from l40sd.adapters.chunked import ChunkedBody
 from l40sd.adapters.http import HeadTemplate, RequestHead, parse_request, plain_request, template_of
 from l40sd.adapters.requestbody import ModelMemory
@@ -29,6 +31,8 @@ DISCARD_LIMIT_BYTES = 65536  # a refused request's body is read to its end up to
 LINGER_S = 2.0  # for a refused client to read why before its connection is reset
 PARTING_S = 0.25  # for a request that is on its way on an idle connection, when nothing new shall come
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+log = structlog.get_logger()
 
 bare_line_feed = re.compile(rb"(?<!\r)\n").search
 
@@ -168,6 +172,19 @@ class Client(asyncio.Protocol):
             self._answer_and_close(Refused(408, "request_timeout", "the request's head took too long"))
         else:
             self.close()
+
+    def broke(self, error: Exception) -> None:
+        """End what is under way, with an answer where one can be given: our own code failed on it."""
+        exchange = self.exchange
+        if exchange is not None:
+            exchange.broke(error)
+            return
+        log.error("proxy.internal_error", request="", exc_info=error)
+        if self.is_closing:
+            self.transport.abort()
+        else:
+            what = f"l40sd failed on this request: {type(error).__name__}; its log has the rest"
+            self._answer_and_close(Refused(500, "internal_error", what))
 
     def look_for_hangup(self) -> None:
         """Notice that a client has gone whose socket is not being read: no event tells of it."""
@@ -320,6 +337,8 @@ class Client(asyncio.Protocol):
                 self._dispatch()
         except Refused as refused:
             self._answer_and_close(refused)
+        except Exception as error:  # noqa: BLE001 - the loop would only log it and close without a word
+            self.broke(error)
         finally:
             self._is_reading = False
 
@@ -423,10 +442,13 @@ class Client(asyncio.Protocol):
         try:
             name = self._models.name(body, head.content_type, body_at)
         except Refused as refused:
-            self._count_and_refuse(refused)
+            self._count_and_refuse(refused, target)
             return
         exchange = self.exchange = Exchange(self._shared, self, head, target, body, body_at, name)
-        exchange.start()
+        try:
+            exchange.start()
+        except Exception as error:  # noqa: BLE001 - the loop would only log it, and the request never end
+            exchange.broke(error)
 
     def _show(self, head: RequestHead) -> None:
         path = head.target.partition(b"?")[0]
@@ -442,9 +464,9 @@ class Client(asyncio.Protocol):
     def _metrics_text(self) -> str:
         return self._shared.metrics.text(self._shared.routes, len(self._shared.clients))
 
-    def _count_and_refuse(self, refused: Refused) -> None:
+    def _count_and_refuse(self, refused: Refused, target: bytes = b"") -> None:
         self._shared.metrics.answered("", refused.status)
-        self.refuse(refused)
+        self.refuse(refused, target=target)
 
     def _answer(self, status: int, body: bytes, *, content_type: bytes = pages.JSON, fields: bytes = b"") -> None:
         head_only = self._head is not None and self._head.method == b"HEAD"

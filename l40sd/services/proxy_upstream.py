@@ -27,7 +27,7 @@ BROKEN = (httptools.HttpParserError, httptools.HttpParserUpgrade)  # nobody aske
 
 
 class Asker(Protocol):
-    """Who asked, and is told what became of it. Exactly one of ``on_whole``, ``on_complete`` and ``on_lost`` ends it.
+    """Who asked, and is told what became of it: ``on_whole``, ``on_complete``, ``on_lost`` or ``broke`` ends it.
 
     Attributes:
         latest: Set to every part of a reply as it comes: whoever watches for silence sees whether it is another one,
@@ -47,6 +47,9 @@ class Asker(Protocol):
 
     def on_lost(self, why: str, *, is_clean: bool) -> None:
         """The connection closed (then it ``is_clean``), or it or the reply's framing broke."""
+
+    def broke(self, error: Exception) -> None:
+        """End it: our own code failed on the reply."""
 
 
 class Peer:
@@ -265,22 +268,25 @@ class Upstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Pass on a reply's next bytes."""
-        write = self._write
-        if write is None:
-            if self._buffer or not self._take_whole(data):
-                self._head(data)
-            return
         try:
-            self._feed(data)
-        except BROKEN as error:
-            self.is_broken = True
-            self._lost(f"broken framing: {error}")
-            return
-        if self.is_done:
-            self._complete(data, write)
-            return
-        write(data)
-        self.asker.latest = data  # type: ignore[union-attr]  # a head was taken, so somebody asked
+            write = self._write
+            if write is None:
+                if self._buffer or not self._take_whole(data):
+                    self._head(data)
+                return
+            try:
+                self._feed(data)
+            except BROKEN as error:
+                self.is_broken = True
+                self._lost(f"broken framing: {error}")
+                return
+            if self.is_done:
+                self._complete(data, write)
+                return
+            write(data)
+            self.asker.latest = data  # type: ignore[union-attr]  # a head was taken, so somebody asked
+        except Exception as error:  # noqa: BLE001 - the loop would only log it
+            self._broke(error)
 
     def on_message_begin(self) -> None:
         """Count replies: a second one was not asked for."""
@@ -308,7 +314,16 @@ class Upstream(asyncio.Protocol):
             if self in self.peer.idle:
                 self.peer.idle.remove(self)
             return
-        self._lost(f"connection lost: {exc}" if exc else "connection closed", is_clean=exc is None)
+        try:
+            self._lost(f"connection lost: {exc}" if exc else "connection closed", is_clean=exc is None)
+        except Exception as error:  # noqa: BLE001 - the loop would only log it, and the request never end
+            asker.broke(error)
+
+    def _broke(self, error: Exception) -> None:
+        asker, self.asker = self.asker, None
+        self.transport.abort()
+        if asker is not None:
+            asker.broke(error)
 
     def _take_whole(self, data: bytes) -> bool:
         """Hand over a reply that is whole and of a known kind; return whether it was: most that are no streams are."""

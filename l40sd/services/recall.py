@@ -13,6 +13,7 @@ from l40sd.core.messages import restore
 from l40sd.core.model import Layout, Placement, WorkerId
 from l40sd.core.plan import Wanted
 from l40sd.services.change import Change, Want
+from l40sd.services.ends import end_of
 from l40sd.services.past import Past, read
 from l40sd.services.tools import Tools
 from l40sd.services.worker import Worker
@@ -78,7 +79,7 @@ async def recall(
         recalled.change = Change.resumed(journal, previous)
         tools.log.warning("pattern.apply.resumed", pattern=recalled.want.pattern, operation=recalled.change.id)
     for spec, record in adoption.ended:  # 4
-        _note_ended(spec, record, recalled, pasts, config, tools)
+        await _note_ended(spec, record, recalled, pasts, config, tools)
     _remember(recalled, pasts, config, tools)  # 5
     recalled.drained = _drained(state.get("drained"), recalled, tools)  # 6
     for worker_id in recalled.drained & workers.keys():
@@ -158,7 +159,7 @@ def _is_possible(p: Placement, config: Config, tools: Tools) -> bool:
     return p.model in config.models and gpus.issuperset(p.gpus)
 
 
-def _note_ended(
+async def _note_ended(
     spec: InstanceSpec,
     record: ExitRecord,
     recalled: Recalled,
@@ -178,7 +179,7 @@ def _note_ended(
     if record.cause in ("stopped", "killed", "orphaned") and not was_failing:  # as somebody wished
         return
     worker = Worker(wanted, config, tools, past)
-    worker.died_meanwhile(record)
+    worker.died_meanwhile(record, await end_of(tools.processes, spec, record, is_wish=False))
     recalled.workers[worker.id] = worker
 
 

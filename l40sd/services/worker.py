@@ -35,6 +35,7 @@ from l40sd.core.lifecycle import (
 )
 from l40sd.core.model import WorkerId
 from l40sd.core.plan import Observed, Wanted
+from l40sd.services.ends import End, end_of
 from l40sd.services.gpus import wait_until_free
 from l40sd.services.making import launch_of, refuse_misconfigured, spec_of
 from l40sd.services.past import TOLD, Past
@@ -55,7 +56,6 @@ JOBS_IN: Mapping[Phase, frozenset[str]] = {
 }
 
 UNKILLABLE = "SIGKILL has not ended it: its GPUs stay out of use until it is gone"
-LAST_LINES = 12
 MAILBOX = 256
 PAST_LOADS = 20
 
@@ -68,6 +68,7 @@ class Happening:
     reason: str = ""
     kind: str = ""
     exit: ExitRecord | None = None
+    log_says: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -147,9 +148,9 @@ class Worker:
             goal=self.goal,
         )
 
-    def post(self, event: Event, reason: str = "", *, kind: str = "", exit_record: ExitRecord | None = None) -> None:
+    def post(self, event: Event, reason: str = "", *, kind: str = "") -> None:
         """Tell the worker what happened; it is handled after what was posted before it."""
-        self._mailbox.put_nowait(Happening(event, reason, kind, exit_record))
+        self._mailbox.put_nowait(Happening(event, reason, kind))
 
     def adopt(self, instance: Instance) -> None:
         """Take over a process that an earlier daemon started. Call before ``run``.
@@ -186,7 +187,7 @@ class Worker:
         if self.goal is Goal.SERVE:
             self.goal = Goal.REST
 
-    def died_meanwhile(self, record: ExitRecord) -> None:
+    def died_meanwhile(self, record: ExitRecord, end: End) -> None:
         """Count a run that ended while no daemon watched as the failure it was. Call before ``run``."""
         self.phase = Phase.STARTING
         self._ready_for_s = record.ran_s
@@ -195,8 +196,7 @@ class Worker:
             self._ready_for_s = past.ready_for_s(record.ran_s)
             if past.phase in (Phase.STOPPING, Phase.STUCK):
                 self._resume(past)
-        kind, detail = describe_exit(record)
-        self.post(Event.EXITED, f"{detail}, while no daemon watched", kind=kind, exit_record=record)
+        self._ended(record, end, ", while no daemon watched")
 
     def past(self) -> Past:
         """Return what the next daemon has to know of this worker."""
@@ -279,7 +279,7 @@ class Worker:
         if after is None:
             self._log.debug("worker.late_event", phase=self.phase, happened=happening.event)
             return
-        before = self.phase
+        before, was_told_to_restart = self.phase, self.goal is Goal.RESTART
         if happening.kind and self._failure is None:  # 1
             self._failure = happening
         assert isinstance(after.phase, Phase)
@@ -288,7 +288,7 @@ class Worker:
         self._enter(after.phase, happening.reason)
         for action in after.actions:
             self._act(action, happening)
-        self._report(before, happening)
+        self._report(before, happening, is_wish=was_told_to_restart and before is Phase.STOPPING)
         self._tools.changed()
 
     def _enter(self, phase: Phase, reason: str) -> None:
@@ -303,7 +303,7 @@ class Worker:
         for name in [name for name in self._jobs if name not in remaining]:
             self._jobs.pop(name).cancel()
 
-    def _report(self, before: Phase, happening: Happening) -> None:
+    def _report(self, before: Phase, happening: Happening, *, is_wish: bool) -> None:
         """Tell the operator's story of the day, one line a change."""
         if self.phase is before:
             return
@@ -329,6 +329,8 @@ class Worker:
                 self._log.error(f"worker.{self.phase}", last_lines=list(self.last_lines), **keys)
             case Phase.STUCK:
                 self._log.error("worker.stuck", **keys)
+            case Phase.WAITING if is_wish:
+                self._log.info("worker.exited", **keys)
             case Phase.WAITING if before in OCCUPIES_GPUS:
                 self._log.warning("worker.exited", **keys)
             case _:
@@ -425,9 +427,12 @@ class Worker:
 
     async def _await_exit(self, instance: Instance) -> None:
         record = await instance.exited()
-        kind, detail = describe_exit(record)
-        self.last_lines = tuple(await self._tools.processes.tail(self.id, LAST_LINES))
-        self.post(Event.EXITED, detail, kind=kind, exit_record=record)
+        is_wish = self.phase is Phase.STOPPING and self._failure is None
+        self._ended(record, await end_of(self._tools.processes, instance.spec, record, is_wish=is_wish))
+
+    def _ended(self, record: ExitRecord, end: End, when: str = "") -> None:
+        self.last_lines = end.last_lines
+        self._mailbox.put_nowait(Happening(Event.EXITED, end.reason + when, end.kind, record, end.log_says))
 
     def _note_up(self) -> None:
         """It has come up: for the first time, or again under the eyes of this daemon."""
@@ -523,6 +528,8 @@ class Worker:
         )
         self.record = verdict.record
         self.reason = failure.reason or failure.kind
+        if failure is not happening and happening.log_says:  # it hung, say: what it said when it was stopped
+            self.reason += f"; its log: {happening.log_says}"
         if verdict.delay_s is None:
             self.phase = Phase.QUARANTINED
             self.reason = f"{verdict.why}: {self.reason}"
@@ -563,21 +570,3 @@ def restart_limits(workers: WorkersConfig) -> RestartLimits:
         quarantine_per_hour=workers.quarantine_per_hour,
         healthy_after_s=workers.healthy_after_s,
     )
-
-
-def describe_exit(record: ExitRecord) -> tuple[str, str]:
-    """Return what an exit is filed under, and a sentence for the operator."""
-    if record.oom:
-        return "oom", "out of memory: the kernel killed a process of it"
-    match record.cause:
-        case "shim-lost":
-            return "shim-lost", "its shim was killed; what was left of it has been ended"
-        case "exec-failed":
-            return "exec_failed", record.detail
-        case "orphaned":
-            return "orphaned", "stopped itself: no daemon for longer than orphan_grace_s"
-        case _:
-            pass
-    if record.signal is not None:
-        return f"signal {record.signal}", f"ended by signal {record.signal}"
-    return f"exit {record.code}", f"exited with status {record.code}"

@@ -87,6 +87,7 @@ class FakeWorker:
     open: int = 0
     server: asyncio.Server | None = None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    talks: list[Conversation] = field(default_factory=list)
 
     async def start(self) -> None:
         self.server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
@@ -99,6 +100,7 @@ class FakeWorker:
         self.connections += 1
         self.open += 1
         talk = Conversation(reader, writer)
+        self.talks.append(talk)
         try:
             while True:
                 request = await talk.request()
@@ -109,7 +111,15 @@ class FakeWorker:
         finally:
             self.open -= 1
             self.tasks.discard(task)
+            self.talks.remove(talk)
             writer.close()
+
+    def die(self) -> None:
+        """End as a process does: nobody listens any more, and every connection breaks."""
+        assert self.server is not None
+        self.server.close()
+        for talk in self.talks:
+            talk.reset()
 
     async def stop(self) -> None:
         if self.server is not None:

@@ -226,6 +226,7 @@ async def test_the_shape_is_right_also_for_a_head_that_was_seen_before(stand: St
         s.worker.behave = answer_ok
         assert (await dialog.ask(post(path=path))).status == 200
         assert (await dialog.ask(post(path=path))).status == 200
+        assert ("type" in json.loads((await dialog.ask(post(b'"none"', path=path))).body)) == (path == "/v1/messages")
         s.worker.behave = in_pieces(b"")
         body = json.loads((await dialog.ask(post(path=path))).body)
         assert ("type" in body) == (path == "/v1/messages")

@@ -92,10 +92,12 @@ async def test_when_every_worker_fails_the_client_gets_a_502_soon(stand: StartSt
     dialog = await s.dial()
     reply = await dialog.ask(post())
     assert (reply.status, reply.error["code"], reply.error["type"]) == (502, "worker_failed", "server_error")
-    assert sum(len(worker.requests) for worker in s.workers) == 3
+    is_death = fault in ("closes at once", "resets at once")
+    assert sum(len(worker.requests) for worker in s.workers) == (2 if is_death else 3)
+    assert reply.fields.get("x-should-retry") == ("false" if is_death else None)
     for worker in s.workers:
         worker.behave = answer_ok
-    assert (await dialog.ask(post())).status == 200
+    assert (await dialog.ask(post())).status == 200, "workers that are still there are no reason to refuse it"
 
 
 async def test_a_single_worker_that_closes_is_tried_again(stand: StartStand) -> None:
@@ -121,6 +123,27 @@ async def test_a_kept_connection_that_went_stale_is_nobodys_fault(stand: StartSt
     s.worker.behave = behave
     assert (await s.ask(post())).status == 200
     assert (s.failures, s.proxy.stats.retried, s.worker.connections) == ([], 0, 2)
+
+
+async def test_a_kept_connection_that_closed_at_once_is_one_of_the_tries(stand: StartStand) -> None:
+    """A request went out four times with retries = 2: over a stale connection, over a new one, and twice elsewhere."""
+    s = await stand(workers=3, upstream_idle_timeout_s=30.0, retries=2)
+    for worker in s.workers:
+        worker.behave = sends(plain(b"{}"), then="keep")
+    dialogs = [await s.dial() for _ in s.workers]
+    await asyncio.gather(*(dialog.ask(post()) for dialog in dialogs))
+    before = sum(len(worker.requests) for worker in s.workers)
+    garbled = BEFORE_A_REPLY["not HTTP"]
+
+    async def behave(talk: Conversation, request: Request) -> None:
+        for worker in s.workers:
+            worker.behave = garbled
+        talk.reset()
+
+    for worker in s.workers:
+        worker.behave = behave
+    assert (await dialogs[0].ask(post())).status == 502
+    assert sum(len(worker.requests) for worker in s.workers) - before == 3
 
 
 async def test_a_refused_connection_leads_to_another_worker(stand: StartStand) -> None:
