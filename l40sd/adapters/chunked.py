@@ -10,15 +10,31 @@ from typing import NamedTuple
 from l40sd.core.refused import Refused
 
 CHUNK_LINE_LIMIT = 1024
+CHUNKS_FREE = 4096  # that may be of any size; what comes beyond
+CHUNK_MEAN_BYTES = 64  # has to be so large on average: taking a chunk apart costs as much as 5000 bytes within one
 TRAILER_LIMIT = 16384
 FAR_BYTES = 4096
 """A chunk that goes on for as long as this, or longer, is not looked at further."""
 
-_chunk_size = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?").fullmatch
+_token = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+_quoted = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*+"'
+_chunk_size = re.compile(
+    rb"([0-9A-Fa-f]{1,15})(?:[ \t]*+;[ \t]*+"
+    + _token
+    + rb"(?:[ \t]*+=[ \t]*+(?:"
+    + _token
+    + rb"|"
+    + _quoted
+    + rb"))?)*+"
+).fullmatch
 _chunk_line = re.compile(rb"(?:\A\n?|(?<=\r\n))([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 _chunk_begins = re.compile(rb"(?:\A\n?|(?<=\r\n))(?=[0-9A-Fa-f])")
 _half_chunk_line = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?(\r?)").fullmatch
-_trailer = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\x00-\x08\x0a-\x1f\x7f]*+").fullmatch
+_trailer = re.compile(
+    rb"(?!(?i:content-length|transfer-encoding|host|trailer|te|connection):)"
+    + _token
+    + rb":[^\x00-\x08\x0a-\x1f\x7f]*+"
+).fullmatch
 
 
 def ends_between_chunks(data: bytes) -> bool:
@@ -122,17 +138,21 @@ def go_on(place: Place, more: bytes) -> bytes:
 class ChunkedBody:
     """Takes a chunked request body apart. Extensions and trailers are checked and dropped.
 
+    What it holds is in proportion to the body, and so is what it does, however small the chunks are.
+
     Args:
         limit_bytes: Of the body without its framing.
 
     Attributes:
-        parts: The body so far.
-        size: Its bytes so far.
+        content: The body so far.
+        size: Its bytes so far, and what is announced of it.
+        chunks: That were announced.
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self.parts: list[bytes] = []
+        self.content = bytearray()
         self.size = 0
+        self.chunks = 0
         self._limit_bytes = limit_bytes
         self._held = b""  # a line or line end of which the rest is still to come
         self._left = 0  # bytes to come of the chunk at hand
@@ -151,8 +171,7 @@ class ChunkedBody:
         while True:
             if self._left:
                 piece = data[at : at + self._left]
-                if piece:
-                    self.parts.append(piece)
+                self.content += piece
                 self._left -= len(piece)
                 at += len(piece)
                 if self._left:
@@ -171,7 +190,7 @@ class ChunkedBody:
 
     def so_far(self) -> bytes:
         """Return what was fed, in other chunks: to another of us, they and what is still to come are the same body."""
-        body = b"".join(self.parts)
+        body = bytes(self.content)
         announced = len(body) + self._left
         begun = b"%x\r\n%b" % (announced, body) if announced else b""
         if self._left or self._is_after_chunk:
@@ -200,6 +219,9 @@ class ChunkedBody:
             self.size += self._left
             if self.size > self._limit_bytes:
                 raise Refused(413, "request_too_large", f"the body is larger than {self._limit_bytes} bytes")
+            self.chunks += 1
+            if (self.chunks - CHUNKS_FREE) * CHUNK_MEAN_BYTES > self.size:
+                raise Refused(400, "bad_request", f"the body's chunks are smaller than {CHUNK_MEAN_BYTES} bytes each")
             if not self._left:
                 self._trailer_bytes = 0
         return False

@@ -352,7 +352,7 @@ class Client(asyncio.Protocol):
         if end < 4 or end > limit:
             if len(held) > limit:
                 raise Refused(431, "head_too_large", f"the request's head is larger than {limit} bytes")
-            if bare_line_feed(held):
+            if bare_line_feed(held, self._scanned):
                 raise Refused(400, "bad_request", "lines end in CR LF")
             if not self._scanned and held:
                 self.expect(self._shared.config.client_header_timeout_s)
@@ -410,9 +410,11 @@ class Client(asyncio.Protocol):
         if self._chunks is not None:
             rest = self._chunks.feed(self._held) if self._held else None
             self._held = rest or b""
-            self._parts = self._chunks.parts
             if rest is None:
                 self.expect(self._shared.config.client_body_timeout_s)
+            else:
+                self._parts = [bytes(self._chunks.content)]
+                self._chunks = None
             return rest is not None
         if self._missing:
             part = self._held[: self._missing]

@@ -31,7 +31,7 @@ from l40sd.adapters.http import (
     parse_request,
     plain_request,
 )
-from l40sd.adapters.requestbody import find_model, replace_model
+from l40sd.adapters.requestbody import replace_model
 from l40sd.core.handed import HandedExchange, HandedReply
 from l40sd.core.model import ModelName
 from l40sd.core.refused import Refused
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from l40sd.services.proxy_client import Client
 
 STALE_WITHIN_S = 1.0  # a kept connection that closes later than this was closed over the request itself
+LOGGED_LIMIT = 200  # characters of what a client chose
 JOIN_BELOW_BYTES = 16384  # a head and a smaller body are joined: one copy is cheaper than a second buffer
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -267,8 +268,11 @@ class Exchange:
         peer = upstream.peer
         body: bytes | memoryview
         if peer.served_name != self._name:
-            field = find_model(self._body, self._head.content_type, self._body_at)
-            body = replace_model(self._body, field, peer.served_name, self._body_at)
+            try:
+                body = replace_model(self._body, self._head.content_type, peer.served_name, self._body_at)
+            except Refused as refused:
+                self._refuse(refused)
+                return
         elif len(self._body) < JOIN_BELOW_BYTES:
             body = self._body[self._body_at :]
         else:
@@ -706,8 +710,8 @@ class Exchange:
         log.info(
             "proxy.request",
             request=self._request_id.decode(),
-            model=self._model or self._name,
-            path=self._target.decode(),
+            model=self._model or self._name[:LOGGED_LIMIT],
+            path=self._target[:LOGGED_LIMIT].decode(),
             worker=self._lease.route.backend.worker if self._lease else "",
             status=status,
             tries=len(self._tried) + 1,

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -338,10 +339,10 @@ def fake_host(rig: Rig, count: int = 2) -> tuple[Path, dict[str, Any]]:
     return path, facts
 
 
-def live_site(rig: Rig, path: Path, **changes: Any) -> Site:
+def live_site(rig: Rig, path: Path, *, host_changes: Mapping[str, Any] | None = None, **changes: Any) -> Site:
     """Return a daemon that takes its inventory from the fake NVML."""
     return rig.site(
-        host={"inventory": "auto", "nvml_timeout_s": 1.0, "numa_pinning": False},
+        host={"inventory": "auto", "nvml_timeout_s": 1.0, "numa_pinning": False, **(host_changes or {})},
         environ={"L40SD_NVML_LIBRARY": str(FAKE_NVML), "FAKE_NVML": str(path)},
         **changes,
     )
