@@ -4,6 +4,8 @@ Source: RFC 9112 section 7.1.
 """
 
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from l40sd.core.refused import Refused
 
@@ -11,6 +13,8 @@ CHUNK_LINE_LIMIT = 1024
 CHUNKS_FREE = 4096  # that may be of any size; what comes beyond
 CHUNK_MEAN_BYTES = 64  # has to be so large on average: taking a chunk apart costs as much as 5000 bytes within one
 TRAILER_LIMIT = 16384
+FAR_BYTES = 4096
+"""A chunk that goes on for as long as this, or longer, is not looked at further."""
 
 _token = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _quoted = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*+"'
@@ -24,6 +28,8 @@ _chunk_size = re.compile(
     + rb"))?)*+"
 ).fullmatch
 _chunk_line = re.compile(rb"(?:\A\n?|(?<=\r\n))([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
+_chunk_begins = re.compile(rb"(?:\A\n?|(?<=\r\n))(?=[0-9A-Fa-f])")
+_half_chunk_line = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?(\r?)").fullmatch
 _trailer = re.compile(
     rb"(?!(?i:content-length|transfer-encoding|host|trailer|te|connection):)"
     + _token
@@ -57,6 +63,76 @@ def ends_between_chunks(data: bytes) -> bool:
                 return True
             line = _chunk_line.match(data, end)
     return False
+
+
+class Place(NamedTuple):
+    """Where a reply in chunks broke off.
+
+    Attributes:
+        left_bytes: To come until the chunk at hand is ended, its line end included, at most ``FAR_BYTES``; 0: between
+            two chunks.
+        line_end: Of the chunk's size, as far as that has not come: the first of them.
+        payload: What the latest bytes have of the body.
+    """
+
+    left_bytes: int
+    line_end: bytes
+    payload: bytes
+
+
+def places(data: bytes) -> Iterator[Place]:
+    """Yield where a reply in chunks may stand, judged by its latest bytes; the likeliest first.
+
+    They may begin anywhere: in the middle of a chunk, of its size or of a line end. A payload may look like chunks by
+    chance: what the parser says of ``left_bytes`` decides. The cost grows with the bytes: no line is followed twice.
+    """
+    followed: set[int] = set()
+    for begin in _chunk_begins.finditer(data):
+        parts = [data[: begin.start() - 2]] if begin.start() else []
+        at = begin.end()
+        while at not in followed:
+            followed.add(at)
+            line = _chunk_line.match(data, at)
+            if line is None or (size := int(line[1], 16)) == 0:
+                half = _half_chunk_line(data, at)
+                if at == len(data):
+                    yield Place(0, b"", b"".join(parts))
+                elif half is not None and int(half[1], 16):
+                    line_end = b"\n" if half[2] else b"\r\n"
+                    yield Place(min(FAR_BYTES, len(line_end) + int(half[1], 16) + 2), line_end, b"".join(parts))
+                break
+            end = line.end() + size
+            parts.append(data[line.end() : end])
+            if len(data) < end + 2:
+                if b"\r\n".startswith(data[end:]):
+                    yield Place(min(FAR_BYTES, end + 2 - len(data)), b"", b"".join(parts))
+                break
+            if data[end : end + 2] != b"\r\n":
+                break
+            at = end + 2
+
+
+def place_of(data: bytes, left_bytes: int | None) -> Place | None:
+    """Return where a reply in chunks stands.
+
+    Args:
+        data: Its latest bytes.
+        left_bytes: As the parser says, at most ``FAR_BYTES``; None: it says nothing.
+    """
+    found = next((place for place in places(data) if left_bytes in (None, place.left_bytes)), None)
+    if found is None and left_bytes is not None:  # all of it lies in one chunk, as far as it can be seen
+        return Place(left_bytes, b"", data[: len(data) - max(0, 2 - left_bytes)])
+    return found
+
+
+def go_on(place: Place, more: bytes) -> bytes:
+    """Return the bytes that continue a reply in chunks with ``more``; its last chunk does not come."""
+    line_end, left = place.line_end, place.left_bytes - len(place.line_end)
+    room = left - 2 if left > 2 else 0
+    if room >= len(more):
+        return line_end + more
+    rest = more[room:]
+    return b"%b%b%b%x\r\n%b\r\n" % (line_end, more[:room], b"\r\n"[-min(left, 2) :] if left else b"", len(rest), rest)
 
 
 class ChunkedBody:

@@ -5,8 +5,8 @@
                 ^------ another worker ---------/          before the first byte of a reply only (invariant 7)
 
 What is tried again, and where, is core/retrypolicy.py's to say. Once a reply has begun it is never repeated: a stream
-that breaks ends in an error event where a whole chunk can still be written, and its connection is closed without the
-last chunk, so that every client can tell; anything else is cut.
+that breaks ends in an error event, wherever it broke, and its connection is closed without the last chunk, so that
+every client can tell (``proxy_breaks``); anything else is cut.
 
 vLLM ends what it aborts as if it were whole, with ``finish_reason: "abort"`` and ``[DONE]``. Before l40sd tells a
 worker to end it takes its requests from it (``given_up``), so none of that reaches a client. Where somebody else ended
@@ -39,8 +39,9 @@ from l40sd.core.handed import HandedExchange, HandedReply
 from l40sd.core.model import ModelName
 from l40sd.core.refused import Refused
 from l40sd.core.retrypolicy import DEATHS_LIMIT, TABLE, Next, Seen, decide
+from l40sd.services.proxy_breaks import end_of_stream, ended_whole
 from l40sd.services.proxy_metrics import CLIENT_GONE
-from l40sd.services.proxy_pages import error_event, no_worker, refused_as_poison, unknown_model
+from l40sd.services.proxy_pages import no_worker, refused_as_poison, unknown_model
 from l40sd.services.proxy_shared import Shared
 from l40sd.services.proxy_upstream import ABORTED, Countdown, Peer, Tail, Unchunk, Upstream, says_aborted
 from l40sd.services.routes import FailureKind, Lease, Route, Waiter
@@ -455,10 +456,14 @@ class Exchange:
         assert upstream is not None
         if self._phase is Phase.REPLYING:
             assert self._reply is not None
-            if is_clean and not self._reply.is_framed and not says_aborted(self.latest):
+            if not is_clean or self._reply.is_framed:
+                self._cut(FailureKind.CUT, why, upstream)
+            elif says_aborted(self.latest):
+                self._cut(FailureKind.CUT, ABORTED, upstream)
+            elif ended_whole(self._reply, self._target, self.latest, upstream):
                 self._whole()  # its end was to be the connection's
             else:
-                self._cut(FailureKind.CUT, why, upstream)
+                self._cut(FailureKind.CUT, "the stream ended early", upstream)
         elif upstream.begun:
             self._leave(Seen.GARBLED, why)
         elif upstream.reused and self._shared.now_s - self._asked_at_s < STALE_WITHIN_S:
@@ -474,14 +479,13 @@ class Exchange:
         self._lease.failed(kind)
         self._shared.metrics.cut += 1
         refused = Refused(502, "worker_failed", f"l40sd: the reply of {worker} broke off: {why}")
-        can_continue = not self._reply.is_framed or (self._reply.is_chunked and upstream.is_between_chunks())
-        is_told = self._reply.is_event_stream and can_continue
-        if is_told:
-            event = error_event(refused)
-            is_chunked = self._reply.is_chunked and not self._head.is_http10
-            self._client.transport.write(b"%x\r\n%b\r\n" % (len(event), event) if is_chunked else event)
+        seen = self._tail.data if self._tail else self.latest
+        takes_chunks = not self._head.is_http10
+        words = end_of_stream(self._reply, self._target, seen, refused, upstream, takes_chunks=takes_chunks)
+        if words is not None:
+            self._client.transport.write(words)
         self._end(f"cut: {why}")
-        if is_told:
+        if words is not None:
             self._client.close()  # without the last chunk
         else:
             self._client.reset()
@@ -560,7 +564,7 @@ class Exchange:
     def _refuse(self, refused: Refused) -> None:
         self._shared.metrics.answered(self._model, refused.status)
         self._end(refused.message, refused.status)
-        self._client.refuse(refused, request_id=self._request_id)
+        self._client.refuse(refused, request_id=self._request_id, target=self._target)
 
     def _end(self, problem: str, status: int = 0) -> None:
         if self._shared.config.access_log:
@@ -699,6 +703,7 @@ class Exchange:
         client = self._client
         head = self._reply = ResponseHead(handed.status, handed.lines)
         self._phase = Phase.REPLYING
+        self.latest = b"" if head.is_chunked else b"\n"  # what stood before is not known, but that it was a whole part
         self._first_byte_at_s = handed.first_byte_at_s
         client.expect(self._shared.config.idle_timeout_s)
         write: Callable[[bytes], object] = client.transport.write

@@ -467,6 +467,7 @@ class Worker:
                 weight=self.wanted.placement.weight,
                 api_key=launch.api_key,
                 served_name=launch.served_name,
+                ends_streams=launch.ends_streams,
             )
         )
 
