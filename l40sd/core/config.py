@@ -114,6 +114,10 @@ class HostConfig:
     nvml_timeout_s: float = option(
         20.0, "NVML is given up for now when it has not answered", least=0.1, most=300, restart=True
     )
+    gpu_check_interval_s: float = option(10.0, "between two looks whether every GPU answers", least=0.05, most=3600)
+    gpu_rescan_interval_s: float = option(
+        60.0, "while a GPU is missing: between two searches for GPUs that came back", least=0.05, most=86400
+    )
     numa_pinning: bool = option(default=True, doc="bind workers to their GPUs' CPUs and memory with numactl")
     nccl_p2p: str = option(
         "auto",

@@ -35,6 +35,7 @@ class Launch:
         port: 0 in a launch that was only built for its fingerprint.
         api_key: Key between proxy and worker; empty where the engine takes none.
         served_name: The model name that the engine answers to.
+        ends_streams: As the engine's.
         term_to: Who gets SIGTERM.
         term_timeout_s: From SIGTERM to the kill.
         fingerprint: Same fingerprint, same process: covers argv, env and probes with port and key left out.
@@ -54,6 +55,7 @@ class Launch:
     fingerprint: str
     pinning: str = ""
     term_to: TermTo = TermTo.ENGINE
+    ends_streams: bool = False
 
 
 def build(
@@ -132,6 +134,7 @@ def build(
         fingerprint=_fingerprint(*unfilled, engine.probes),
         pinning=" ".join(pinning),
         term_to=engine.term_to,
+        ends_streams=engine.ends_streams,
     )
 
 
