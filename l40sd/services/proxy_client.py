@@ -18,6 +18,7 @@ import structlog
 from l40sd.adapters.chunked import ChunkedBody
 from l40sd.adapters.http import HeadTemplate, RequestHead, parse_request, plain_request, template_of
 from l40sd.adapters.requestbody import ModelMemory
+from l40sd.core.dialects import dialect_of, error_body
 from l40sd.core.handed import HandedConnection, HandedExchange
 from l40sd.core.refused import Refused
 from l40sd.services import proxy_pages as pages
@@ -225,12 +226,12 @@ class Client(asyncio.Protocol):
             self._shared.unread.discard(self)
             self._shared.loop.call_soon(self._proceed)
 
-    def refuse(self, refused: Refused, *, request_id: bytes = b"") -> None:
-        """Answer the present request with an error and go on to the next."""
+    def refuse(self, refused: Refused, *, request_id: bytes = b"", target: bytes = b"") -> None:
+        """Answer the present request with an error and go on to the next; ``target`` where the head is not kept."""
         fields = pages.error_fields(refused)
         if request_id:
             fields += b"x-request-id: %b\r\n" % request_id
-        self._answer(refused.status, pages.error_body(refused), fields=fields)
+        self._answer(refused.status, self._error_body(refused, target), fields=fields)
 
     def close(self) -> None:
         """Close once everything is written."""
@@ -351,7 +352,7 @@ class Client(asyncio.Protocol):
         if end < 4 or end > limit:
             if len(held) > limit:
                 raise Refused(431, "head_too_large", f"the request's head is larger than {limit} bytes")
-            if bare_line_feed(held):
+            if bare_line_feed(held, self._scanned):
                 raise Refused(400, "bad_request", "lines end in CR LF")
             if not self._scanned and held:
                 self.expect(self._shared.config.client_header_timeout_s)
@@ -409,9 +410,11 @@ class Client(asyncio.Protocol):
         if self._chunks is not None:
             rest = self._chunks.feed(self._held) if self._held else None
             self._held = rest or b""
-            self._parts = self._chunks.parts
             if rest is None:
                 self.expect(self._shared.config.client_body_timeout_s)
+            else:
+                self._parts = [bytes(self._chunks.content)]
+                self._chunks = None
             return rest is not None
         if self._missing:
             part = self._held[: self._missing]
@@ -441,7 +444,7 @@ class Client(asyncio.Protocol):
         try:
             name = self._models.name(body, head.content_type, body_at)
         except Refused as refused:
-            self._count_and_refuse(refused)
+            self._count_and_refuse(refused, target)
             return
         exchange = self.exchange = Exchange(self._shared, self, head, target, body, body_at, name)
         try:
@@ -463,9 +466,9 @@ class Client(asyncio.Protocol):
     def _metrics_text(self) -> str:
         return self._shared.metrics.text(self._shared.routes, len(self._shared.clients))
 
-    def _count_and_refuse(self, refused: Refused) -> None:
+    def _count_and_refuse(self, refused: Refused, target: bytes = b"") -> None:
         self._shared.metrics.answered("", refused.status)
-        self.refuse(refused)
+        self.refuse(refused, target=target)
 
     def _answer(self, status: int, body: bytes, *, content_type: bytes = pages.JSON, fields: bytes = b"") -> None:
         head_only = self._head is not None and self._head.method == b"HEAD"
@@ -479,13 +482,19 @@ class Client(asyncio.Protocol):
         """Refuse a connection whose further bytes have no meaning; let the client read why before it closes."""
         self._shared.metrics.answered("", refused.status)
         fields = pages.error_fields(refused)
-        self.transport.write(pages.answer(refused.status, pages.error_body(refused), fields=fields, close=True))
+        self.transport.write(pages.answer(refused.status, self._error_body(refused), fields=fields, close=True))
         self.is_closing = True
         self._held = b""
         self._parts = []
         self.expect(LINGER_S)
         if self.transport.can_write_eof():
             self.transport.write_eof()  # closing now, with bytes unread, would reset the answer away
+
+    def _error_body(self, refused: Refused, target: bytes = b"") -> bytes:
+        """Return an error in the shape of the path that was asked for, as far as one can be read."""
+        if not target:
+            target = self._head.target if self._head is not None else self._held.partition(b" ")[2].partition(b" ")[0]
+        return error_body(dialect_of(target), refused)
 
     def _gone(self) -> None:
         self.is_closing = True

@@ -5,10 +5,13 @@
                 ^------ another worker ---------/          before the first byte of a reply only (invariant 7)
 
 What is tried again, and where, is core/retrypolicy.py's to say. Once a reply has begun it is never repeated: a stream
-that breaks ends in an error event where a whole chunk can still be written, and its connection is closed without the
-last chunk, so that every client can tell; anything else is cut.
+that breaks ends in an error event, wherever it broke, and its connection is closed without the last chunk, so that
+every client can tell (``proxy_breaks``); anything else is cut.
 
-vLLM ends the streams it aborts with ``finish_reason: "abort"`` and ``[DONE]``: such a reply is passed on as whole.
+vLLM ends what it aborts as if it were whole, with ``finish_reason: "abort"`` and ``[DONE]``. Before l40sd tells a
+worker to end it takes its requests from it (``given_up``), so none of that reaches a client. Where somebody else ended
+it, a whole reply that says so is asked for elsewhere, and a stream that says so in its last two reads is cut.
+
 llama.cpp goes on decoding an unstreamed request whose client left while it streams to another: closing the
 connection is all that a proxy can do about it.
 """
@@ -31,21 +34,23 @@ from l40sd.adapters.http import (
     parse_request,
     plain_request,
 )
-from l40sd.adapters.requestbody import find_model, replace_model
+from l40sd.adapters.requestbody import replace_model
 from l40sd.core.handed import HandedExchange, HandedReply
 from l40sd.core.model import ModelName
 from l40sd.core.refused import Refused
 from l40sd.core.retrypolicy import DEATHS_LIMIT, TABLE, Next, Seen, decide
+from l40sd.services.proxy_breaks import end_of_stream, ended_whole
 from l40sd.services.proxy_metrics import CLIENT_GONE
-from l40sd.services.proxy_pages import error_event, no_worker, refused_as_poison, unknown_model
+from l40sd.services.proxy_pages import no_worker, refused_as_poison, unknown_model
 from l40sd.services.proxy_shared import Shared
-from l40sd.services.proxy_upstream import Countdown, Peer, Tail, Unchunk, Upstream
+from l40sd.services.proxy_upstream import ABORTED, Countdown, Peer, Tail, Unchunk, Upstream, says_aborted
 from l40sd.services.routes import FailureKind, Lease, Route, Waiter
 
 if TYPE_CHECKING:
     from l40sd.services.proxy_client import Client
 
 STALE_WITHIN_S = 1.0  # a kept connection that closes later than this was closed over the request itself
+LOGGED_LIMIT = 200  # characters of what a client chose
 JOIN_BELOW_BYTES = 16384  # a head and a smaller body are joined: one copy is cheaper than a second buffer
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -266,8 +271,11 @@ class Exchange:
         peer = upstream.peer
         body: bytes | memoryview
         if peer.served_name != self._name:
-            field = find_model(self._body, self._head.content_type, self._body_at)
-            body = replace_model(self._body, field, peer.served_name, self._body_at)
+            try:
+                body = replace_model(self._body, self._head.content_type, peer.served_name, self._body_at)
+            except Refused as refused:
+                self._refuse(refused)
+                return
         elif len(self._body) < JOIN_BELOW_BYTES:
             body = self._body[self._body_at :]
         else:
@@ -361,6 +369,9 @@ class Exchange:
                 return None
         elif head.status >= 500:
             self._lease.failed(FailureKind.STATUS)
+        elif self._upstream.is_done and says_aborted(rest):
+            self._leave(Seen.ABORTED, ABORTED)
+            return None
         else:
             self._answered(self._lease)
         client = self._client
@@ -402,6 +413,9 @@ class Exchange:
         lease, upstream, client, shared = self._lease, self._upstream, self._client, self._shared
         assert lease is not None
         assert upstream is not None
+        if says_aborted(data):
+            self._leave(Seen.ABORTED, ABORTED)
+            return
         self._answered(lease)
         client.transport.write(
             b"%b\r\nx-request-id: %b%b%b%b"
@@ -442,10 +456,14 @@ class Exchange:
         assert upstream is not None
         if self._phase is Phase.REPLYING:
             assert self._reply is not None
-            if is_clean and not self._reply.is_framed:
+            if not is_clean or self._reply.is_framed:
+                self._cut(FailureKind.CUT, why, upstream)
+            elif says_aborted(self.latest):
+                self._cut(FailureKind.CUT, ABORTED, upstream)
+            elif ended_whole(self._reply, self._target, self.latest, upstream):
                 self._whole()  # its end was to be the connection's
             else:
-                self._cut(FailureKind.CUT, why, upstream)
+                self._cut(FailureKind.CUT, "the stream ended early", upstream)
         elif upstream.begun:
             self._leave(Seen.GARBLED, why)
         elif upstream.reused and self._shared.now_s - self._asked_at_s < STALE_WITHIN_S:
@@ -461,19 +479,33 @@ class Exchange:
         self._lease.failed(kind)
         self._shared.metrics.cut += 1
         refused = Refused(502, "worker_failed", f"l40sd: the reply of {worker} broke off: {why}")
-        can_continue = not self._reply.is_framed or (self._reply.is_chunked and upstream.is_between_chunks())
-        is_told = self._reply.is_event_stream and can_continue
-        if is_told:
-            event = error_event(refused)
-            is_chunked = self._reply.is_chunked and not self._head.is_http10
-            self._client.transport.write(b"%x\r\n%b\r\n" % (len(event), event) if is_chunked else event)
+        seen = self._tail.data if self._tail else self.latest
+        takes_chunks = not self._head.is_http10
+        words = end_of_stream(self._reply, self._target, seen, refused, upstream, takes_chunks=takes_chunks)
+        if words is not None:
+            self._client.transport.write(words)
         self._end(f"cut: {why}")
-        if is_told:
+        if words is not None:
             self._client.close()  # without the last chunk
         else:
             self._client.reset()
 
     # The end
+
+    def given_up(self, why: str, *, is_hung: bool) -> None:
+        """Leave the worker, whose process is about to be told to end; what has begun is cut."""
+        match self._phase:
+            case Phase.CONNECTING:
+                self._leave(Seen.STOPPED, why)
+            case Phase.ASKED:
+                self._leave(Seen.HUNG if is_hung else Seen.STOPPED, why)
+            case Phase.REPLYING:
+                assert self._upstream is not None
+                upstream, self._upstream = self._upstream, None
+                upstream.abort()
+                self._cut(FailureKind.CUT, why, upstream)
+            case Phase.WAITING | Phase.ENDED:
+                pass
 
     def expired(self) -> None:
         """The deadline of the present phase has passed."""
@@ -532,7 +564,7 @@ class Exchange:
     def _refuse(self, refused: Refused) -> None:
         self._shared.metrics.answered(self._model, refused.status)
         self._end(refused.message, refused.status)
-        self._client.refuse(refused, request_id=self._request_id)
+        self._client.refuse(refused, request_id=self._request_id, target=self._target)
 
     def _end(self, problem: str, status: int = 0) -> None:
         if self._shared.config.access_log:
@@ -563,6 +595,11 @@ class Exchange:
         return self._started_at_s
 
     @property
+    def worker(self) -> str:
+        """The worker that it is on, or is being connected to; empty: none."""
+        return self._lease.route.backend.worker if self._lease is not None else ""
+
+    @property
     def has_worker(self) -> bool:
         """Whether a worker has it, or some of it."""
         return self._upstream is not None
@@ -570,8 +607,7 @@ class Exchange:
     @property
     def facts(self) -> dict[str, str]:
         """Return what names it in a log."""
-        worker = self._lease.route.backend.worker if self._lease else ""
-        return {"request": self._request_id.decode(), "worker": worker}
+        return {"request": self._request_id.decode(), "worker": self.worker}
 
     def is_settled(self) -> bool:
         """Whether it is at a point where another daemon could go on with it, as far as our side is concerned."""
@@ -667,6 +703,7 @@ class Exchange:
         client = self._client
         head = self._reply = ResponseHead(handed.status, handed.lines)
         self._phase = Phase.REPLYING
+        self.latest = b"" if head.is_chunked else b"\n"  # what stood before is not known, but that it was a whole part
         self._first_byte_at_s = handed.first_byte_at_s
         client.expect(self._shared.config.idle_timeout_s)
         write: Callable[[bytes], object] = client.transport.write
@@ -703,9 +740,9 @@ class Exchange:
         log.info(
             "proxy.request",
             request=self._request_id.decode(),
-            model=self._model or self._name,
-            path=self._target.decode(),
-            worker=self._lease.route.backend.worker if self._lease else "",
+            model=self._model or self._name[:LOGGED_LIMIT],
+            path=self._target[:LOGGED_LIMIT].decode(),
+            worker=self.worker,
             status=status,
             tries=len(self._tried) + 1,
             first_byte_s=round(self._first_byte_at_s - self._started_at_s, 4) if self._first_byte_at_s else None,

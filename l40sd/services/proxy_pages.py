@@ -1,4 +1,4 @@
-"""Answers that the proxy gives itself: errors in OpenAI's shape, and what it shows of its state.
+"""Answers that the proxy gives itself: errors (their shapes are in core/dialects.py), and what it shows of its state.
 
 All of them carry ``x-l40s-source: l40sd``, so that a client can tell them from a worker's.
 """
@@ -39,18 +39,6 @@ def answer(
         b"connection: close\r\n" if close else b"",
     )
     return head if head_only else head + body
-
-
-def error_body(refused: Refused) -> bytes:
-    """Return ``{"error": {"message", "type", "param", "code"}}``."""
-    kind = "server_error" if refused.status >= 500 else "invalid_request_error"
-    error = {"message": refused.message, "type": kind, "param": refused.param, "code": refused.code}
-    return encode({"error": error})
-
-
-def error_event(refused: Refused) -> bytes:
-    """Return the last event of a stream that broke off."""
-    return b"data: %b\n\n" % error_body(refused)
 
 
 def error_fields(refused: Refused) -> bytes:
