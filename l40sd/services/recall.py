@@ -10,7 +10,7 @@ from l40sd.adapters.process import Adoption, ExitRecord, Instance, InstanceSpec
 from l40sd.core.config import Config, ModelConfig
 from l40sd.core.errors import L40sError
 from l40sd.core.messages import restore
-from l40sd.core.model import Layout, Placement, WorkerId
+from l40sd.core.model import Layout, ModelName, Placement, WorkerId
 from l40sd.core.plan import Wanted
 from l40sd.services.change import Change, Want
 from l40sd.services.past import Past, read
@@ -25,6 +25,7 @@ class Recalled:
     Attributes:
         trouble: A sentence for the operator when not all of what was wanted is possible any more.
         drained: Workers that rest by the operator's wish.
+        floor: The baseline of a change that ended incomplete.
     """
 
     want: Want
@@ -32,6 +33,7 @@ class Recalled:
     change: Change | None = None
     trouble: str = ""
     drained: set[WorkerId] = field(default_factory=set)
+    floor: Mapping[ModelName, int] = field(default_factory=dict)
 
 
 class Design(Protocol):
@@ -81,10 +83,12 @@ async def recall(
         _note_ended(spec, record, recalled, pasts, config, tools)
     _remember(recalled, pasts, config, tools)  # 5
     recalled.drained = _drained(state.get("drained"), recalled, tools)  # 6
+    recalled.floor = _floor(state.get("floor"))
     for worker_id in recalled.drained & workers.keys():
         workers[worker_id].rest()
     if recalled.change is not None and isinstance(journal, dict) and "created" not in journal:  # of an older l40sd
-        recalled.change.created |= {w.placement.worker for w in recalled.want.wanted} & workers.keys()
+        created = {w.placement.worker for w in recalled.want.wanted} & workers.keys()
+        recalled.change.terms = replace(recalled.change.terms, created=frozenset(created))
     return recalled
 
 
@@ -190,6 +194,13 @@ def _remember(recalled: Recalled, pasts: Mapping[WorkerId, Past], config: Config
         is_free = all(gpus.isdisjoint(w.wanted.placement.gpus) for w in recalled.workers.values())
         if past is not None and worker_id not in recalled.workers and is_free:
             recalled.workers[worker_id] = Worker(wanted, config, tools, past)
+
+
+def _floor(stored: Any) -> Mapping[ModelName, int]:
+    try:
+        return restore(dict[ModelName, int], stored or {})
+    except msgspec.ValidationError:  # a change that ended long ago: it goes on without a floor
+        return {}
 
 
 def _drained(stored: Any, recalled: Recalled, tools: Tools) -> set[WorkerId]:

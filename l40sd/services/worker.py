@@ -145,6 +145,7 @@ class Worker:
             fingerprint=self.wanted.fingerprint,
             phase=self.phase,
             goal=self.goal,
+            failed_starts=self.failed_starts,
         )
 
     def post(self, event: Event, reason: str = "", *, kind: str = "", exit_record: ExitRecord | None = None) -> None:
