@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from l40sd.core.config import Config, ModelConfig
 from l40sd.core.cpus import format_cpu_list
-from l40sd.core.engines import Engine, Probes, When, resolve
+from l40sd.core.engines import Engine, Probes, TermTo, When, resolve
 from l40sd.core.errors import L40sError
 from l40sd.core.model import GpuId, Inventory, Link, Placement, WorkerId
 
@@ -35,6 +35,8 @@ class Launch:
         port: 0 in a launch that was only built for its fingerprint.
         api_key: Key between proxy and worker; empty where the engine takes none.
         served_name: The model name that the engine answers to.
+        ends_streams: As the engine's.
+        term_to: Who gets SIGTERM.
         term_timeout_s: From SIGTERM to the kill.
         fingerprint: Same fingerprint, same process: covers argv, env and probes with port and key left out.
         pinning: What numactl was told, or would be told on a live host; for display.
@@ -52,6 +54,8 @@ class Launch:
     term_timeout_s: float
     fingerprint: str
     pinning: str = ""
+    term_to: TermTo = TermTo.ENGINE
+    ends_streams: bool = False
 
 
 def build(
@@ -127,6 +131,8 @@ def build(
         term_timeout_s=term_timeout_s(config, engine),
         fingerprint=_fingerprint(*unfilled, engine.probes),
         pinning=" ".join(pinning),
+        term_to=engine.term_to,
+        ends_streams=engine.ends_streams,
     )
 
 

@@ -119,7 +119,7 @@ def decide(
     back = speaks_against(wanted, observed, terms, min_ready=min_ready, is_late=is_late, is_still=is_still)  # 2
     if back is not None:
         return Decision(terms=terms, proven=proven, back=back)
-    end = end_of(wanted, observed, is_late=is_late, is_still=is_still)  # 4
+    end = _end_of(wanted, observed, is_late=is_late, is_still=is_still)  # 4
     return Decision(terms=terms, proven=proven, orders=orders, end=end)  # 3
 
 
@@ -173,7 +173,7 @@ def speaks_against(
     return None
 
 
-def end_of(wanted: Sequence[Wanted], observed: Sequence[Observed], *, is_late: bool, is_still: bool) -> End | None:
+def _end_of(wanted: Sequence[Wanted], observed: Sequence[Observed], *, is_late: bool, is_still: bool) -> End | None:
     """Return how the change has ended; None while it goes on.
 
     1. Everything is as it is wanted.
