@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from l40sd.core.errors import L40sError
@@ -76,6 +77,16 @@ async def test_a_worker_that_dies_comes_back_at_once_and_says_why(site_of: SiteO
     )
     assert worker(status, before.id).restarts == 1
     assert worker(status, before.id).gpu_ids == before.gpu_ids
+
+
+async def test_the_endpoint_lists_a_model_as_its_engine_does(site_of: SiteOf) -> None:
+    """Clients found no ``max_model_len`` at the endpoint, though every worker says it."""
+    site = site_of(TOY.replace("attention_heads = 8", 'attention_heads = 8\nargs = ["--max-model-len", "4096"]'))
+    await site.start()
+    await site.until_ready("wide", 30)
+    async with aiohttp.ClientSession() as http, http.get(f"{await site.url()}/v1/models") as reply:
+        (listed,) = (await reply.json())["data"]
+    assert (listed["id"], listed["max_model_len"], listed["owned_by"]) == ("toy", 4096, "simulated")
 
 
 async def test_a_worker_that_never_comes_up_is_given_up_with_its_last_words(site_of: SiteOf) -> None:
