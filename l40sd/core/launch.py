@@ -130,7 +130,7 @@ def build(
         api_key=api_key if takes_key else "",
         served_name=model.name,
         probes=engine.probes,
-        term_timeout_s=_term_timeout_s(config, engine),
+        term_timeout_s=term_timeout_s(config, engine),
         fingerprint=_fingerprint(*unfilled, engine.probes),
         pinning=" ".join(pinning),
         term_to=engine.term_to,
@@ -325,7 +325,7 @@ def _fill(template: str, values: Mapping[str, str | tuple[str, ...]], where: str
     return _PLACEHOLDER.sub(value_of, template)
 
 
-def _term_timeout_s(config: Config, engine: Engine) -> float:
+def term_timeout_s(config: Config, engine: Engine) -> float:
     """Return the time from SIGTERM to the kill: the operator's word for this engine, else long enough for it."""
     entry = config.engines.get(engine.name)
     if entry is not None and entry.term_timeout_s > 0:
