@@ -72,7 +72,8 @@ def build(
     1. Somebody else runs it (an endpoint is given): only where and how to ask.
     2. numactl's part, applied on the machine's own devices only; then the engine's command, the options whose
        condition holds, the model's own arguments.
-    3. Environment, later wins: the group's GPUs and how they may talk, the engine's, the model's.
+    3. Environment, later wins: the group's GPUs and how they may talk, the engine's, that of all workers, what the
+       operator says for this engine, the model's.
     4. The fingerprint is taken of the same lines with the port's and the key's placeholders left unfilled, so
        it is equal for every port and key, and after every restart of the daemon.
 
@@ -111,6 +112,7 @@ def build(
                 for name, text in engine.env.items()
                 if key or "{api_key}" not in text
             },
+            **_everywhere(config, engine),
             **model.env,
         }
         prefix = pinning if inventory.is_live else ()
@@ -128,7 +130,7 @@ def build(
         api_key=api_key if takes_key else "",
         served_name=model.name,
         probes=engine.probes,
-        term_timeout_s=_term_timeout_s(config, engine),
+        term_timeout_s=term_timeout_s(config, engine),
         fingerprint=_fingerprint(*unfilled, engine.probes),
         pinning=" ".join(pinning),
         term_to=engine.term_to,
@@ -186,8 +188,14 @@ def _external(placement: Placement, model: ModelConfig, engine: Engine) -> Launc
         served_name=model.source or model.name,
         probes=engine.probes,
         term_timeout_s=0.0,
-        fingerprint=_fingerprint((host, str(port), model.source or model.name), {}, engine.probes),
+        fingerprint=_fingerprint((host, str(port), model.source or model.name), _key_env(model), engine.probes),
     )
+
+
+def _key_env(model: ModelConfig) -> dict[str, str]:
+    """Return what of an external worker's key goes into its fingerprint: another key is another way to ask it."""
+    key = model.endpoint_key
+    return {"endpoint_key": hashlib.sha256(key.encode()).hexdigest()} if key else {}
 
 
 def _template(engine: Engine, conditions: Iterable[When]) -> tuple[str, ...]:
@@ -242,6 +250,12 @@ def _gpu_env(placement: Placement, config: Config) -> dict[str, str]:
             case level:
                 env["NCCL_P2P_LEVEL"] = level
     return env
+
+
+def _everywhere(config: Config, engine: Engine) -> dict[str, str]:
+    """Return ``[workers] env``, without what ``[engines.NAME] env`` says otherwise."""
+    entry = config.engines.get(engine.name)
+    return {name: value for name, value in config.workers.env.items() if entry is None or name not in entry.env}
 
 
 def _pinning(placement: Placement, config: Config, inventory: Inventory) -> tuple[str, ...]:
@@ -311,7 +325,7 @@ def _fill(template: str, values: Mapping[str, str | tuple[str, ...]], where: str
     return _PLACEHOLDER.sub(value_of, template)
 
 
-def _term_timeout_s(config: Config, engine: Engine) -> float:
+def term_timeout_s(config: Config, engine: Engine) -> float:
     """Return the time from SIGTERM to the kill: the operator's word for this engine, else long enough for it."""
     entry = config.engines.get(engine.name)
     if entry is not None and entry.term_timeout_s > 0:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from launches import MODEL, config, gpu_id, host, placement
 
 from l40sd.core.config import BUILT_IN_ENGINES, EngineConfig, HostConfig, WorkersConfig
-from l40sd.core.engines import ENGINES
+from l40sd.core.engines import ENGINES, ends_streams, resolve
 from l40sd.core.errors import L40sError
 from l40sd.core.launch import Launch, build, program_of
 from l40sd.core.model import Link
@@ -198,6 +198,19 @@ def test_a_command_of_ones_own_is_the_whole_line_and_every_placeholder_is_filled
     assert "VLLM_NO_USAGE_STATS" not in launch.env
 
 
+def test_what_all_workers_get_goes_before_the_built_in_and_behind_the_more_particular() -> None:
+    """NCCL_* and the like had to be repeated for every model; workers inherit nothing from the daemon."""
+    everywhere = {"VLLM_NO_USAGE_STATS": "0", "A": "all", "B": "all", "C": "all", "NCCL_DEBUG": "INFO"}
+    launch = launch_of(
+        "vllm",
+        workers=WorkersConfig(env=everywhere),
+        engines={"vllm": EngineConfig(env={"B": "engine", "C": ""})},
+        env={"A": "model"},
+    )
+    expected = {"VLLM_NO_USAGE_STATS": "0", "A": "model", "B": "engine", "NCCL_DEBUG": "INFO"}
+    assert {name: launch.env.get(name) for name in (*expected, "C")} == {**expected, "C": None}
+
+
 def test_an_engine_of_ones_own_takes_a_built_in_ones_probes() -> None:
     own = {"nightly": EngineConfig(base="vllm", command=("nightly", "{port}"), metrics_path="/m", term_timeout_s=3)}
     launch = launch_of("nightly", engines=own)
@@ -256,3 +269,14 @@ def test_draining_is_left_to_the_engine_for_as_long_as_the_config_says() -> None
     argv = build(placement(), patient, host(), port=1, api_key="").argv
     assert argv[argv.index("--shutdown-timeout") + 1] == "1"
     assert patient.models[MODEL].engine == "vllm"
+
+
+def test_whose_streams_end_with_their_last_event_is_told_by_name_and_by_owner() -> None:
+    """Of an external worker only what it calls itself in its list of models is known."""
+    assert [name for name, engine in ENGINES.items() if engine.ends_streams] == [
+        "vllm", "sglang", "tensorrt-llm", "llama-cpp", "simulated"
+    ]  # fmt: skip
+    owners = ("vllm", "sglang", "tensorrt_llm", "llamacpp", "organization-owner", "")
+    assert [ends_streams(owner) for owner in owners] == [True, True, True, True, False, False]
+    own_command = {"vllm": EngineConfig(command=("mine", "{port}"))}
+    assert not resolve("vllm", own_command).ends_streams, "another program than the table's"
