@@ -42,6 +42,7 @@ from l40sd.core.retrypolicy import DEATHS_LIMIT, TABLE, Next, Seen, decide
 from l40sd.services.proxy_breaks import end_of_stream, ended_whole
 from l40sd.services.proxy_metrics import CLIENT_GONE
 from l40sd.services.proxy_pages import no_worker, refused_as_poison, unknown_model
+from l40sd.services.proxy_poison import End
 from l40sd.services.proxy_shared import Shared
 from l40sd.services.proxy_upstream import ABORTED, Countdown, Peer, Tail, Unchunk, Upstream, says_aborted
 from l40sd.services.routes import FailureKind, Lease, Route, Waiter
@@ -97,6 +98,7 @@ class Exchange:
         "_countdown",
         "_dial",
         "_died",
+        "_earlier",
         "_fingerprint",
         "_first_byte_at_s",
         "_head",
@@ -143,6 +145,7 @@ class Exchange:
         self._tried: tuple[int, ...] = ()  # serials of routes that failed
         self._barred: tuple[int, ...] = ()  # those of them that it cannot be tried on again
         self._died: tuple[str, ...] = ()  # workers that ended with it and had not answered a byte of it
+        self._earlier: End | None = None  # the latest of their ends
         self._fingerprint = b""  # once one has
         self._was_stale = False  # the present worker closed a kept connection over it
         self._model = ModelName("")
@@ -202,7 +205,7 @@ class Exchange:
         entry = poison.known(fingerprint)
         if entry is None:
             return False
-        self._fingerprint, self._died = fingerprint, entry.workers
+        self._fingerprint, self._died, self._earlier = fingerprint, entry.workers, entry.ends[-1]
         if entry.is_poison:
             self._refuse(refused_as_poison(self._died, entry.until_s - self._shared.now_s))
             return True
@@ -354,7 +357,10 @@ class Exchange:
         poison, body = self._shared.poison, memoryview(self._body)[self._body_at :]
         if not self._fingerprint:
             self._fingerprint = poison.fingerprint(self._target, body)
-        poison.note(self._fingerprint, len(body), route, self._shared.now_s)
+        now_s, earlier = self._shared.now_s, self._earlier
+        self._earlier = poison.note(self._fingerprint, len(body), route, now_s)
+        if earlier is not None:
+            self._shared.routes.excuse(route.backend.worker, earlier.route, earlier.serial, now_s)
         self._died = (*self._died, route.backend.worker)
 
     def _count_retry(self, route: Route) -> None:
