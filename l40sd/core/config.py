@@ -132,6 +132,9 @@ class ProxyConfig:
 
     listen: tuple[str, ...] = option(("127.0.0.1:8080",), "host:port or unix:/path, any number", restart=True)
     api_keys_file: str = option("", "one key a line, # comments; empty: everybody may ask")
+    cors_origins: tuple[str, ...] = option(
+        (), "web pages that may use it from a browser: https://host, http://host:port or *; none: CORS is off"
+    )
     queue_limit: int = option(1000, "requests that may wait for a worker, per model", least=0, most=1_000_000)
     queue_timeout_s: float = option(120.0, "longest wait for a worker, then 503", least=0, most=86400)
     in_flight_limit: int = option(
