@@ -33,6 +33,7 @@ from l40sd.core.lifecycle import (
     forgiven,
     step,
 )
+from l40sd.core.messages import LastEnd
 from l40sd.core.model import WorkerId
 from l40sd.core.plan import Observed, Wanted
 from l40sd.services.gpus import wait_until_free
@@ -97,6 +98,7 @@ class Worker:
         self.failed_starts = 0
         self.since_s = now_s()
         self.next_start_at_s: float | None = None
+        self.last_end: LastEnd | None = past.last_end if past is not None else None
         self.process: Process | None = None
         self.watch: Watch | None = None
         self._tools = tools
@@ -104,6 +106,7 @@ class Worker:
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
         self._failure: Happening | None = None
+        self._stopped_for = ""  # by wish: what the operator or the planner said
         placement = wanted.placement
         self._log = tools.log.bind(worker=placement.worker, gpus=self.gpu_numbers)
         self._past = past
@@ -218,6 +221,7 @@ class Worker:
             spawned_at_s=process.spawned_at_s if of_instance and process else 0.0,
             ready_at_s=ready_at_s,
             next_start_at_s=self.next_start_at_s,
+            last_end=self.last_end,
         )
 
     def _resume(self, past: Past) -> None:
@@ -282,6 +286,12 @@ class Worker:
         before = self.phase
         if happening.kind and self._failure is None:  # 1
             self._failure = happening
+        if happening.event in (Event.RESTART, Event.RETIRE):
+            self._stopped_for = happening.reason
+        if happening.exit is not None:
+            earlier = self._failure.reason if self._failure not in (None, happening) else ""
+            self.last_end = end_of(happening.exit, happening.reason, why=earlier or self._stopped_for)
+            self._stopped_for = ""
         assert isinstance(after.phase, Phase)
         assert after.goal is not None
         self.goal = after.goal  # 2
@@ -562,6 +572,11 @@ def restart_limits(workers: WorkersConfig) -> RestartLimits:
         quarantine_per_hour=workers.quarantine_per_hour,
         healthy_after_s=workers.healthy_after_s,
     )
+
+
+def end_of(record: ExitRecord, how: str, *, why: str) -> LastEnd:
+    """Return how a run ended; ``why``: the failure that it was killed for, or the wish."""
+    return LastEnd(how=how, why=why, at=record.ended_at, ran_s=record.ran_s, instance=record.instance)
 
 
 def describe_exit(record: ExitRecord) -> tuple[str, str]:
