@@ -239,14 +239,16 @@ def version(session: Session) -> None:
 
 
 @cli.command()
+@click.option("--forget-gpus", is_flag=True, help="GPUs that are missing were removed: do not miss them any more.")
 @common
 @click.pass_obj
-def reload(session: Session) -> None:
-    """Make the daemon read its configuration again.
+def reload(session: Session, *, forget_gpus: bool) -> None:
+    """Make the daemon read its configuration and look at the host's GPUs again.
 
-    A bad one changes nothing and is told here.
+    A bad configuration changes nothing and is told here. GPUs that came back are taken in, lost ones left out.
     """
-    changed = session.client.post("/v1/reload").get("changed", [])
+    path = "/v1/reload?forget_gpus=1" if forget_gpus else "/v1/reload"
+    changed = session.client.post(path).get("changed", [])
     if session.is_json:
         session.data(encode({"changed": changed}))
     else:

@@ -74,6 +74,7 @@ class Engine:
         env: Environment, with ``{placeholders}``; an entry made of an empty API key is left out.
         term_to: Who is told to stop; the others are told once it is gone.
         term_timeout_s: What a clean exit of an idle engine may take, where the config's usual time may be too short.
+        ends_streams: Every whole stream ends with its API's last event (``[DONE]``, ``message_stop``).
         tp_or_pp: It splits a model one way or the other, never both.
     """
 
@@ -84,6 +85,7 @@ class Engine:
     probes: Probes = Probes()
     term_to: TermTo = TermTo.ENGINE
     term_timeout_s: float = 0.0
+    ends_streams: bool = False
     tp_or_pp: bool = False
 
     @property
@@ -117,6 +119,7 @@ _VLLM = Engine(
         (When.NO_PEER_ACCESS, ("--disable-custom-all-reduce",)),
     ),
     env={"VLLM_API_KEY": "{api_key}", "VLLM_NO_USAGE_STATS": "1"},
+    ends_streams=True,
     probes=Probes(
         running_metric="vllm:num_requests_running",
         waiting_metric="vllm:num_requests_waiting",
@@ -145,6 +148,7 @@ _SGLANG = Engine(
         (When.NO_PEER_ACCESS, ("--disable-custom-all-reduce",)),
     ),
     env={"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},
+    ends_streams=True,
     probes=Probes(
         running_metric="sglang:num_running_reqs",
         waiting_metric="sglang:num_queue_reqs",
@@ -163,6 +167,7 @@ _TENSORRT_LLM = Engine(
         *("trtllm-serve", "{model}", "--served_model_name", "{name}", "--host", "{host}", "--port", "{port}"),
         *("--tp_size", "{tp}", "--pp_size", "{pp}", "--no-telemetry"),
     ),
+    ends_streams=True,
     probes=Probes(
         metrics_path="/prometheus/metrics",
         running_metric="trtllm_num_requests_running",
@@ -189,6 +194,7 @@ _LLAMA_CPP = Engine(
         (When.PIPELINE_PARALLEL, ("-sm", "layer", "-ts", "{split}")),
     ),
     env={"LLAMA_API_KEY": "{api_key}"},
+    ends_streams=True,
     probes=Probes(
         metrics_need_key=True,
         running_metric="llamacpp:requests_processing",
@@ -224,6 +230,7 @@ _SIMULATED = Engine(
         *("--ranks", "{ranks}"),
     ),
     env={"L40SD_SIM_API_KEY": "{api_key}"},
+    ends_streams=True,
     probes=Probes(
         running_metric="simulated:requests_running",
         waiting_metric="simulated:requests_waiting",
@@ -278,6 +285,7 @@ def resolve(name: str, configured: Mapping[str, EngineConfig]) -> Engine:
             health_path=entry.health_path or base.probes.health_path,
             metrics_path=entry.metrics_path or base.probes.metrics_path,
         ),
+        ends_streams=base.ends_streams and not entry.command,
         tp_or_pp=base.tp_or_pp and not entry.command,
     )
 

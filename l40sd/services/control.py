@@ -65,7 +65,7 @@ class Doors:
     status: Callable[[], Awaitable[Status]]
     metrics: Callable[[], str]
     doctor: Callable[[], Awaitable[list[Check]]]
-    reload: Callable[[], Awaitable[list[str]]]
+    reload: Callable[[bool], Awaitable[list[str]]]
     upgrade: Callable[[], Awaitable[None]]
     config_toml: Callable[[], str]
     config_files: Callable[[], tuple[str, ...]]
@@ -282,8 +282,8 @@ class Control:
         await self._supervisor.write_down()  # what is accepted is not lost with this daemon
         return _json({"operation": operation.id}, 202)
 
-    async def _reload(self, _: web.Request) -> web.Response:
-        return _json({"changed": await self._doors.reload()})
+    async def _reload(self, request: web.Request) -> web.Response:
+        return _json({"changed": await self._doors.reload(_flag(request, "forget_gpus"))})
 
     async def _upgrade(self, _: web.Request) -> web.Response:
         await self._doors.upgrade()

@@ -11,6 +11,7 @@ from l40sd.core.errors import L40sError
 from l40sd.core.launch import build, program_of
 from l40sd.core.messages import Check
 from l40sd.core.naming import natural
+from l40sd.services.host import Host
 from l40sd.services.supervisor import Supervisor
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -36,13 +37,23 @@ async def examine(supervisor: Supervisor, config: Config) -> list[Check]:
 
 
 def _host(supervisor: Supervisor, *, answers: bool) -> Check:
-    inventory = supervisor.tools.host.inventory
+    host = supervisor.tools.host
+    inventory = host.inventory
     found = f"{len(inventory.gpus)} GPUs, {len(inventory.numa_nodes)} NUMA nodes, from {inventory.source}"
     if not inventory.is_live:
         return Check(name="host", state=WARNING, found=found, hint='a host file: set [host] inventory = "auto"')
+    if missing := [*(f"{gpu.name} is lost: {gpu.reason}" for gpu in host.lost), *_offers(host)]:
+        hint = "nvidia-smi; dmesg (Xid). Back: `l40sctl reload`. Removed for good: `l40sctl reload --forget-gpus`"
+        return Check(name="host", state=FAILED, found=f"{found}; {'; '.join(missing)}", hint=hint)
+    if not inventory.gpus:
+        return Check(name="host", state=FAILED, found="; ".join(host.degraded), hint="try nvidia-smi; dmesg")
     if not answers:
         return Check(name="host", state=WARNING, found=f"{found}; NVML does not answer", hint="try nvidia-smi; dmesg")
     return Check(name="host", state=OK, found=found)
+
+
+def _offers(host: Host) -> list[str]:
+    return [f"{name} answers and is not in use" for name in host.offered]
 
 
 def _provider(supervisor: Supervisor) -> Check:

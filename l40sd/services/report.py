@@ -239,9 +239,9 @@ def _gpus(supervisor: Supervisor, memory: Mapping[GpuId, GpuMemory] | None) -> t
         if w.phase not in (Phase.STOPPED, Phase.WAITING)
         for g in w.wanted.placement.gpus
     }
-    stuck = supervisor.unusable()
+    out_of_use = supervisor.out_of_use()
     silent = "unknown" if inventory.is_live else "recorded"
-    states = {g.id: "stuck" if g.id in stuck else "ok" for g in inventory.gpus}
+    answers = inventory.is_live and memory is not None
     return tuple(
         GpuStatus(
             index=g.index,
@@ -252,7 +252,7 @@ def _gpus(supervisor: Supervisor, memory: Mapping[GpuId, GpuMemory] | None) -> t
             memory_bytes=g.memory_bytes,
             used_bytes=memory[g.id].used_bytes if inventory.is_live and memory and g.id in memory else None,
             worker=owner.get(g.id, ""),
-            state=states[g.id] if states[g.id] == "stuck" or (inventory.is_live and memory) else silent,
+            state=out_of_use.get(g.id, "ok" if answers else silent),
         )
         for g in inventory.gpus
     )

@@ -241,7 +241,7 @@ async def test_what_happened_and_what_a_worker_said_outlive_the_daemon(site: Sit
     assert part.text not in rest.text
     end = (await site.until_ready("C", 30)).workers[0].last_end
     assert end is not None
-    assert (end.how, end.why) == ("exited with status 0", "restart by the operator")
+    assert (end.how, end.why) == ("stopped as told", "restart by the operator")
 
 
 async def test_the_output_of_a_worker_that_is_gone_can_still_be_read(site: Site) -> None:

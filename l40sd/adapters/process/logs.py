@@ -13,6 +13,8 @@ TAIL_BYTES = 1 << 20
 LINE_LIMIT = 2000
 """Characters of one line that are shown."""
 CHUNK_BYTES = 64 << 10
+NOTE = "--- l40sd: "
+"""How the shim's own lines begin."""
 POLL_S = 0.2
 _LINE_ENDS = re.compile(rb"\r*\n|\r+(?![\r\n]|\Z)")
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -73,6 +75,20 @@ def _end_of(path: Path, lines: int) -> tuple[bytes, Position]:
         if data.count(b"\n") > lines or len(data) >= TAIL_BYTES:
             break
     return data, end
+
+
+def last_run(path: Path, instance: str, limit_bytes: int) -> list[str]:
+    """Return what one instance said, at most its last ``limit_bytes``, in lines as ``tail`` makes them.
+
+    The file is the worker's: what an earlier instance said is left out. Blocks on the disk.
+    """
+    data = b""
+    for file in generations(path):
+        data = read_end(file, limit_bytes - len(data))[0] + data
+        if len(data) >= limit_bytes:
+            break
+    start = data.rfind(f"{NOTE}{instance} starts".encode())
+    return [printable(line) for line in data[max(start, 0) :].split(b"\n") if line]
 
 
 async def follow(

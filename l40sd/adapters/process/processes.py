@@ -32,6 +32,7 @@ FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.05
 """Between two looks for run.json: a shim takes about 60 ms, and a poll needs no descriptor and cannot be missed."""
 CLEAR_TIMEOUT_S = 5.0
 CORRUPT_KEPT = 10
+REMOVE_TRIES = 10
 LOCK_NAME = "l40sd.lock"
 
 
@@ -166,6 +167,10 @@ class Processes:
         """Return the last lines of a worker's output, made printable; see ``logs.tail``."""
         return await asyncio.to_thread(logs.tail, self.log_path(worker), lines)
 
+    async def last_run(self, spec: InstanceSpec, limit_bytes: int) -> list[str]:
+        """Return the end of what one instance said; see ``logs.last_run``."""
+        return await asyncio.to_thread(logs.last_run, self.log_path(spec.worker), spec.instance, limit_bytes)
+
     async def tail_to_resume(self, worker: str, lines: int) -> tuple[list[str], Position]:
         """Return the last whole lines, and where to follow from; see ``logs.tail_to_resume``."""
         return await asyncio.to_thread(logs.tail_to_resume, self.log_path(worker), lines)
@@ -242,7 +247,10 @@ class Processes:
         return is_clear
 
     def _remove(self, directory: Path) -> None:
-        shutil.rmtree(directory, ignore_errors=True)
+        for _ in range(REMOVE_TRIES):  # a shim that starts only now makes its log in it
+            shutil.rmtree(directory, ignore_errors=True)
+            if not directory.exists():
+                break
         if self._base:
             remove_group(f"{self._base}/{directory.name}")
 

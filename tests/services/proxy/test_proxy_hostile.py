@@ -144,3 +144,119 @@ async def test_a_worker_that_talks_unasked_loses_its_connection_and_nothing_else
     reply = await here.ask(post())
     assert reply.body == b"ok"
     assert [record for record in caplog.records if record.exc_info] == []
+
+
+# -- what a client says --
+
+
+def json_post(body: bytes) -> bytes:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    return head % len(body) + body
+
+
+def chunked_post(chunks: bytes) -> bytes:
+    return b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+
+
+FORM_HEAD = b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+
+
+def form_post(form: bytes) -> bytes:
+    return FORM_HEAD + b"Content-Length: %d\r\n\r\n" % len(form) + form
+
+
+def part(head: bytes, content: bytes) -> bytes:
+    return b"--b\r\n%b\r\n\r\n%b\r\n" % (head, content)
+
+
+MODEL_PART = b'Content-Disposition: form-data; name="model"'
+BODY = b'{"model":"chat"}'
+NAMES = b",".join(b"a%d" % number for number in range(5000))
+
+REQUESTS = {  # "gpt" is an alias of "chat"
+    "a form's head that repeats its field": (
+        form_post(part(b"content-disposition:" * 21000, b"x") + b"--b--\r\n"),
+        400,
+    ),
+    "a form of many parts": (form_post(part(b"a: b", b"x") * 300 + b"--b--\r\n"), 400),
+    "a form that names two models": (
+        form_post(part(MODEL_PART, b"chat") + part(MODEL_PART, b"other") + b"--b--\r\n"),
+        400,
+    ),
+    "a form whose part has an escaped name": (
+        form_post(part(MODEL_PART.replace(b"model", b"mod\\el"), b"chat") + b"--b--\r\n"),
+        400,
+    ),
+    "a form that does not end": (form_post(part(MODEL_PART, b"chat")), 400),
+    "a form with a model before it": (form_post(BODY + b"\r\n--b--\r\n"), 400),
+    "5000 names in Connection": (
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: " + NAMES + b"\r\n\r\n",
+        400,
+    ),
+    "3000 fields": (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n" + b"x:\r\n" * 3000 + b"\r\n", 431),
+    "a host that is none": (json_post(BODY).replace(b"Host: a", b"Host: a/b@c d"), 400),
+    "chunks of two bytes": (chunked_post(b"2\r\naa\r\n" * 20_000), 400),
+    "a space behind a chunk's size": (chunked_post(b"10 \r\n" + BODY + b"\r\n0\r\n\r\n"), 400),
+    "a chunk extension without a name": (chunked_post(b"10;\r\n" + BODY + b"\r\n0\r\n\r\n"), 400),
+    "a chunk extension whose quotes stay open": (chunked_post(b'10;a="\r\n' + BODY + b"\r\n0\r\n\r\n"), 400),
+    "a length in a trailer": (chunked_post(b"10\r\n" + BODY + b"\r\n0\r\nContent-Length: 1\r\n\r\n"), 400),
+    "2000 levels": (json_post(b'{"a":' + b"[" * 2000 + b"]" * 2000 + b',"model":"chat","b":{"c":{"d":1}}}'), 400),
+    "a name of 2 MiB": (json_post(b'{"model":"' + b"n" * (2 << 20) + b'"}'), 404),
+    "a name of 2 MiB in the middle": (json_post(b'{"a":[[]],"model":"' + b"n" * (2 << 20) + b'","b":[[]]}'), 404),
+    "another key that ends like model": (json_post(b'{"a":1,"model":"nope","x\\"model":"gpt"}'), 404),
+    "only another key that ends like model": (json_post(b'{"\\"model":"chat"}'), 400),
+    "an alias, then another model": (json_post(b'{"model":"gpt","model":"other"}'), 400),
+    "another model, then an alias": (json_post(b'{"a":[[]],"model":"other","model":"gpt"}'), 400),
+    "an alias, then another model, escaped": (json_post(b'{"model":"gpt","\\u006dodel":"other"}'), 400),
+    "an escaped alias in what is no text": (json_post(b'{"\xd2":[ ],"mod\\u0065l":"gpt"}'), 400),
+}
+
+
+@pytest.mark.parametrize(("sent", "status"), REQUESTS.values(), ids=REQUESTS)
+async def test_a_request_that_asks_too_much_is_refused_with_an_answer(
+    stand: StartStand, sent: bytes, status: int
+) -> None:
+    """Some stopped the loop for half a minute, some were never answered, some reached a worker as another request."""
+    here = await stand()
+    client = await here.dial()
+    client.writer.write(sent)
+    reply = await client.reply()
+    assert (reply.status, bool(reply.error["message"])) == (status, True)
+    assert len(reply.body) < 1000
+    assert here.worker.requests == []
+    assert (await here.ask(post())).status == 200
+    assert here.failures == []
+
+
+SERVED = {  # and what the worker gets of it
+    "an escaped key": (
+        b'{"\\u006dodel":"gpt", "a":1}',
+        b'{"\\u006dodel":"chat", "a":1}',
+    ),
+    "an alias beside a tool with a model": (
+        b'{"model":"gpt","tools":[{"model":"x"}], "user":"model"}',
+        b'{"model":"chat","tools":[{"model":"x"}], "user":"model"}',
+    ),
+    "an alias in the middle": (
+        b'{"a":["{\\"model\\":1}\\\\",{"model":"gpt"}], "model" : "gpt","b":[[]]}',
+        b'{"a":["{\\"model\\":1}\\\\",{"model":"gpt"}], "model" : "chat","b":[[]]}',
+    ),
+}
+
+
+@pytest.mark.parametrize(("sent", "expected"), SERVED.values(), ids=SERVED)
+async def test_only_the_model_of_an_aliased_request_is_replaced(
+    stand: StartStand, sent: bytes, expected: bytes
+) -> None:
+    here = await stand()
+    assert (await here.ask(json_post(sent))).status == 200
+    assert here.worker.requests[0].body == expected
+
+
+async def test_a_form_may_hold_anything_that_looks_like_its_lines(stand: StartStand) -> None:
+    here = await stand()
+    file = b"x--b\r\n\r\n--bb\r\n" + MODEL_PART + b"\r\n\r\nother"
+    head = b'Content-Disposition: form-data; name="file"; filename="C:\\dir; name=model"'
+    form = part(head, file) + part(MODEL_PART, b"gpt") + b"--b--\r\n"
+    assert (await here.ask(form_post(form))).status == 200
+    assert here.worker.requests[0].body == form.replace(b"gpt", b"chat")
