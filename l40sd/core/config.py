@@ -169,6 +169,9 @@ class ProxyConfig:
 class WorkersConfig:
     """``[workers]``: starting, stopping, restarting."""
 
+    env: Mapping[str, str] = option(
+        {}, "added to every worker's environment, e.g. NCCL_*, HF_HOME; models' own goes first"
+    )
     host: str = option("127.0.0.1", "address that workers listen on")
     port_first: int = option(30000, "first port given to workers", least=1024, most=65535)
     port_last: int = option(30999, "last port given to workers", least=1024, most=65535)

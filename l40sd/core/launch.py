@@ -72,7 +72,8 @@ def build(
     1. Somebody else runs it (an endpoint is given): only where and how to ask.
     2. numactl's part, applied on the machine's own devices only; then the engine's command, the options whose
        condition holds, the model's own arguments.
-    3. Environment, later wins: the group's GPUs and how they may talk, the engine's, the model's.
+    3. Environment, later wins: the group's GPUs and how they may talk, the engine's, that of all workers, what the
+       operator says for this engine, the model's.
     4. The fingerprint is taken of the same lines with the port's and the key's placeholders left unfilled, so
        it is equal for every port and key, and after every restart of the daemon.
 
@@ -111,6 +112,7 @@ def build(
                 for name, text in engine.env.items()
                 if key or "{api_key}" not in text
             },
+            **_everywhere(config, engine),
             **model.env,
         }
         prefix = pinning if inventory.is_live else ()
@@ -242,6 +244,12 @@ def _gpu_env(placement: Placement, config: Config) -> dict[str, str]:
             case level:
                 env["NCCL_P2P_LEVEL"] = level
     return env
+
+
+def _everywhere(config: Config, engine: Engine) -> dict[str, str]:
+    """Return ``[workers] env``, without what ``[engines.NAME] env`` says otherwise."""
+    entry = config.engines.get(engine.name)
+    return {name: value for name, value in config.workers.env.items() if entry is None or name not in entry.env}
 
 
 def _pinning(placement: Placement, config: Config, inventory: Inventory) -> tuple[str, ...]:

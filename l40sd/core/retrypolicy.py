@@ -12,7 +12,7 @@ only says what it saw and does what it is told.
 | GARBLED: half a head, or no HTTP             | yes    | no      | another worker; none: the same one           |
 | UNAVAILABLE: a reply of 502 or 503           | yes    | no      | another worker; none: that reply             |
 | ENDING: a reply of 500 by a worker that ends | yes    | yes     | another worker; none: that reply             |
-| ABORTED: a reply that says it was aborted    | no     | no      | another worker; none: wait in line for one   |
+| ABORTED: a reply that says it was aborted    | no     | no      | another worker; none: the same one           |
 | STOPPED: l40sd is about to stop the worker   | no     | no      | another worker; none: wait in line for one   |
 | HUNG: the same, because it makes no tokens   | no     | yes     | another worker; none: wait in line for one   |
 | SILENT: nothing for first_byte_timeout_s     | yes    | no      | none: it may well be working on it           |
@@ -75,7 +75,7 @@ TABLE: Mapping[Seen, Rule] = {
     Seen.GARBLED: Rule(is_blamed=True, is_death=False, next=Next.OTHER_OR_SAME),
     Seen.UNAVAILABLE: Rule(is_blamed=True, is_death=False, next=Next.OTHER_OR_REPLY),
     Seen.ENDING: Rule(is_blamed=True, is_death=True, next=Next.OTHER_OR_REPLY),
-    Seen.ABORTED: Rule(is_blamed=False, is_death=False, next=Next.OTHER_OR_WAIT),
+    Seen.ABORTED: Rule(is_blamed=False, is_death=False, next=Next.OTHER_OR_SAME),
     Seen.STOPPED: Rule(is_blamed=False, is_death=False, next=Next.OTHER_OR_WAIT),
     Seen.HUNG: Rule(is_blamed=False, is_death=True, next=Next.OTHER_OR_WAIT),
     Seen.SILENT: Rule(is_blamed=True, is_death=False, next=Next.END),

@@ -8,7 +8,10 @@ What is tried again, and where, is core/retrypolicy.py's to say. Once a reply ha
 that breaks ends in an error event, wherever it broke, and its connection is closed without the last chunk, so that
 every client can tell (``proxy_breaks``); anything else is cut.
 
-vLLM ends the streams it aborts with ``finish_reason: "abort"`` and ``[DONE]``: such a reply is passed on as whole.
+vLLM ends what it aborts as if it were whole, with ``finish_reason: "abort"`` and ``[DONE]``. Before l40sd tells a
+worker to end it takes its requests from it (``given_up``), so none of that reaches a client. Where somebody else ended
+it, a whole reply that says so is asked for elsewhere, and a stream that says so in its last two reads is cut.
+
 llama.cpp goes on decoding an unstreamed request whose client left while it streams to another: closing the
 connection is all that a proxy can do about it.
 """
@@ -40,7 +43,7 @@ from l40sd.services.proxy_breaks import end_of_stream, ended_whole
 from l40sd.services.proxy_metrics import CLIENT_GONE
 from l40sd.services.proxy_pages import no_worker, refused_as_poison, unknown_model
 from l40sd.services.proxy_shared import Shared
-from l40sd.services.proxy_upstream import Countdown, Peer, Tail, Unchunk, Upstream
+from l40sd.services.proxy_upstream import ABORTED, Countdown, Peer, Tail, Unchunk, Upstream, says_aborted
 from l40sd.services.routes import FailureKind, Lease, Route, Waiter
 
 if TYPE_CHECKING:
@@ -366,6 +369,9 @@ class Exchange:
                 return None
         elif head.status >= 500:
             self._lease.failed(FailureKind.STATUS)
+        elif self._upstream.is_done and says_aborted(rest):
+            self._leave(Seen.ABORTED, ABORTED)
+            return None
         else:
             self._answered(self._lease)
         client = self._client
@@ -407,6 +413,9 @@ class Exchange:
         lease, upstream, client, shared = self._lease, self._upstream, self._client, self._shared
         assert lease is not None
         assert upstream is not None
+        if says_aborted(data):
+            self._leave(Seen.ABORTED, ABORTED)
+            return
         self._answered(lease)
         client.transport.write(
             b"%b\r\nx-request-id: %b%b%b%b"
@@ -449,6 +458,8 @@ class Exchange:
             assert self._reply is not None
             if not is_clean or self._reply.is_framed:
                 self._cut(FailureKind.CUT, why, upstream)
+            elif says_aborted(self.latest):
+                self._cut(FailureKind.CUT, ABORTED, upstream)
             elif ended_whole(self._reply, self._target, self.latest, upstream):
                 self._whole()  # its end was to be the connection's
             else:
@@ -480,6 +491,21 @@ class Exchange:
             self._client.reset()
 
     # The end
+
+    def given_up(self, why: str, *, is_hung: bool) -> None:
+        """Leave the worker, whose process is about to be told to end; what has begun is cut."""
+        match self._phase:
+            case Phase.CONNECTING:
+                self._leave(Seen.STOPPED, why)
+            case Phase.ASKED:
+                self._leave(Seen.HUNG if is_hung else Seen.STOPPED, why)
+            case Phase.REPLYING:
+                assert self._upstream is not None
+                upstream, self._upstream = self._upstream, None
+                upstream.abort()
+                self._cut(FailureKind.CUT, why, upstream)
+            case Phase.WAITING | Phase.ENDED:
+                pass
 
     def expired(self) -> None:
         """The deadline of the present phase has passed."""
@@ -569,6 +595,11 @@ class Exchange:
         return self._started_at_s
 
     @property
+    def worker(self) -> str:
+        """The worker that it is on, or is being connected to; empty: none."""
+        return self._lease.route.backend.worker if self._lease is not None else ""
+
+    @property
     def has_worker(self) -> bool:
         """Whether a worker has it, or some of it."""
         return self._upstream is not None
@@ -576,8 +607,7 @@ class Exchange:
     @property
     def facts(self) -> dict[str, str]:
         """Return what names it in a log."""
-        worker = self._lease.route.backend.worker if self._lease else ""
-        return {"request": self._request_id.decode(), "worker": worker}
+        return {"request": self._request_id.decode(), "worker": self.worker}
 
     def is_settled(self) -> bool:
         """Whether it is at a point where another daemon could go on with it, as far as our side is concerned."""
@@ -712,7 +742,7 @@ class Exchange:
             request=self._request_id.decode(),
             model=self._model or self._name[:LOGGED_LIMIT],
             path=self._target[:LOGGED_LIMIT].decode(),
-            worker=self._lease.route.backend.worker if self._lease else "",
+            worker=self.worker,
             status=status,
             tries=len(self._tried) + 1,
             first_byte_s=round(self._first_byte_at_s - self._started_at_s, 4) if self._first_byte_at_s else None,

@@ -5,6 +5,7 @@ that its framing is sound; it calls back at the beginning and the end of a reply
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Protocol, cast
 
@@ -24,6 +25,16 @@ RESPONSE_HEAD_LIMIT_BYTES = 65536
 KINDS_LIMIT = 4
 TAIL_LIMIT_BYTES = 1 << 20
 BROKEN = (httptools.HttpParserError, httptools.HttpParserUpgrade)  # nobody asked for another protocol
+ABORTED = "the engine says that it aborted this request"
+_aborted = re.compile(rb'"finish_reason":\s*"abort"').search
+
+
+def says_aborted(data: bytes) -> bool:
+    """Return whether the end of a reply says that the engine aborted it (vLLM and SGLang, when they are stopped).
+
+    In a text that a model wrote the quotes would be escaped. 0.1 us for a KiB that does not.
+    """
+    return b'"abort"' in data and _aborted(data) is not None
 
 
 class Asker(Protocol):
@@ -369,6 +380,9 @@ class Upstream(asyncio.Protocol):
         assert self.asker is not None
         if problem := self._problem():  # none of this read is passed on: where the reply stops in it is not known
             self._lost(problem)
+            return
+        if says_aborted(data) or says_aborted(self.asker.latest):
+            self._lost(ABORTED)
             return
         write(self._ended(data))
         self.asker.on_complete()

@@ -17,6 +17,9 @@ from l40sd.core.health import TIMEOUT, Pace, ProbeResult, Progress, Readiness, S
 from l40sd.core.launch import Launch
 from l40sd.core.lifecycle import Event
 
+HUNG = "hung"
+"""What the failure of a worker is filed under that makes no tokens."""
+
 
 class Post(Protocol):
     """How a verdict reaches the worker."""
@@ -166,7 +169,7 @@ class Watch:
         if self._instance is None:
             post(Event.FELL, reason)  # somebody else's to restart
         elif await self._is_to_blame():
-            post(Event.STALLED, reason, kind="hung")
+            post(Event.STALLED, reason, kind=HUNG)
 
     async def _is_to_blame(self) -> bool:
         """Return whether silence speaks against the worker: not while this host does not even reach itself.

@@ -42,7 +42,7 @@ from l40sd.services.making import launch_of, refuse_misconfigured, spec_of
 from l40sd.services.past import TOLD, Past
 from l40sd.services.routes import Backend
 from l40sd.services.tools import Tools
-from l40sd.services.watch import Watch
+from l40sd.services.watch import HUNG, Watch
 
 JOBS_IN: Mapping[Phase, frozenset[str]] = {
     Phase.SPAWNING: frozenset({"spawn"}),
@@ -236,6 +236,7 @@ class Worker:
         if instance is not None and self.phase in (Phase.STOPPING, Phase.STUCK):
             self._start_job("exit", partial(self._await_exit, instance))
         if instance is not None and self.phase is Phase.STOPPING:
+            self._take_requests_from_it(is_hung=self._failure is not None and self._failure.kind == HUNG)
             instance.terminate()
             self._start_job("terminate", self._terminate)
         if self.phase is Phase.BACKOFF and self.next_start_at_s is not None:
@@ -361,6 +362,7 @@ class Worker:
             case Action.DRAIN:
                 self._start_job("drain", self._drain)
             case Action.TERMINATE:
+                self._take_requests_from_it(is_hung=happening.event is Event.STALLED)
                 if self.process is not None and self.process.instance is not None:
                     # Here and not in the job: a stop that is told of has reached the shim, which completes it even if
                     # this daemon dies in the next moment.
@@ -375,6 +377,11 @@ class Worker:
             case Action.FORGIVE:
                 self.record, self.failed_starts, self.restarts = Record(), 0, 0
                 self._failure, self.last_lines = None, ()
+
+    def _take_requests_from_it(self, *, is_hung: bool) -> None:
+        """Before the signal: what an engine aborts then it may answer as if it were whole."""
+        why = f"{self.id} is being stopped" + (f": {self.reason}" if self.reason else "")
+        self._tools.routes.give_up(self.id, why, is_hung=is_hung)
 
     def _start_job(self, name: str, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
         assert self._group is not None

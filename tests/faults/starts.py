@@ -149,6 +149,7 @@ async def hung_busy(rig: Rig) -> Outcome:
         await rig.told(site, mark, "worker.ready", victim.id)
     check(set(tally.truncated_on) <= {victim.id}, tally.examples)
     check(tally.failed == 0, tally.examples)
+    check(not any(example.startswith("short") for example in tally.examples), tally.examples)  # aborted, as if whole
     return Outcome(took_s=took_s, lost=tally.truncated, note="lost are its open streams")
 
 

@@ -1,8 +1,10 @@
 """Fake workers that misbehave on order, a client that speaks bytes, and a proxy between them."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,6 +129,21 @@ class FakeWorker:
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def unaccepting() -> Iterator[int]:
+    """Yield a port whose backlog is full: further SYNs are dropped, a connection is neither made nor refused."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        port = full.getsockname()[1]
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        yield port
 
 
 class Reply:

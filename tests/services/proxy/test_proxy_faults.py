@@ -26,6 +26,7 @@ from proxykit import (
     chunk,
     plain,
     post,
+    unaccepting,
     unchunked,
 )
 from ssekit import decode
@@ -170,23 +171,12 @@ async def test_a_request_whose_only_worker_is_gone_waits_for_the_next_instance(s
 
 
 async def test_a_worker_that_does_not_accept_in_time_is_left_for_another(stand: StartStand) -> None:
-    with socket.socket() as full:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        port = full.getsockname()[1]
-        fillers = []
-        for _ in range(4):  # fill its backlog: further SYNs are dropped
-            filler = socket.socket()
-            filler.setblocking(False)
-            filler.connect_ex(("127.0.0.1", port))
-            fillers.append(filler)
+    with unaccepting() as port:
         s = await stand(connect_timeout_s=0.1)
         s.routes.add(s.backend(FakeWorker("full"), port=port, weight=100))
         reply = await s.ask(post())
         assert reply.fields["x-l40s-worker"] == "w0"
         assert s.failures == [("full", FailureKind.CONNECT)]
-        for filler in fillers:
-            filler.close()
 
 
 @pytest.mark.parametrize("status", ["502 Bad Gateway", "503 Service Unavailable"])
