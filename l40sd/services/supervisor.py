@@ -516,12 +516,16 @@ class Supervisor:
         while self._is_unsaved:
             self._is_unsaved = False
             self._pasts = self._pasts_now()
-            state = {
-                **state_of(self.want, self.change, self._drained),
-                "pasts": written(self._pasts),
-                "gpus": plain(self.tools.host.known),
-            }
-            await self.store.save(state)
+            try:
+                state = {
+                    **state_of(self.want, self.change, self._drained),
+                    "pasts": written(self._pasts),
+                    "gpus": plain(self.tools.host.known),
+                }
+                await self.store.save(state)
+            except OSError:
+                self._is_unsaved = True
+                raise
         await self.store.retry()
 
     def _pasts_now(self) -> dict[WorkerId, Past]:
