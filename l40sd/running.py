@@ -8,7 +8,9 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Collection
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -23,10 +25,11 @@ from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Processes
 from l40sd.adapters.store import Store
 from l40sd.core import configshow
-from l40sd.core.config import Config
+from l40sd.core.config import Config, in_force
 from l40sd.core.configfile import Loaded, load
 from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.core.errors import L40sError
+from l40sd.core.keyfile import key_changes
 from l40sd.core.lifecycle import Phase
 from l40sd.core.messages import Status
 from l40sd.core.naming import natural
@@ -126,7 +129,8 @@ class Daemon:
     ) -> None:
         self.notifier = notifier
         self._path = path
-        self._loaded = loaded
+        self._loaded = loaded  # its config is the one in force
+        self._started = loaded.config
         self._supervisor = supervisor
         self._proxy = proxy
         self._lock = lock
@@ -202,21 +206,20 @@ class Daemon:
         """
         self.notifier.reloading()
         try:
-            loaded = load(configfiles.read(self._path))
-            changed = list(configshow.diff(self._loaded.config, loaded.config))
-            keys = read_keys(loaded.config.proxy.api_keys_file)
-            changed += await self._reconfigure(loaded.config, forget_gpus=forget_gpus)
+            fresh = load(configfiles.read(self._path))
+            config = in_force(self._started, fresh.config)
+            keys = read_keys(config.proxy.api_keys_file)
+            changed = self._differences(fresh.config, keys)
+            changed += await self._reconfigure(config, forget_gpus=forget_gpus)
         except L40sError as error:
             self._log.error("config.reload.failed", reason=str(error))
             raise
         finally:
             self.notifier.ready(self.summary())
-        self._loaded = loaded
-        self._proxy.configure(loaded.config.proxy)
+        self._loaded = replace(fresh, config=config)
+        self._proxy.configure(config.proxy)
         self._proxy.set_api_keys(keys)
-        proxy = loaded.config.proxy
-        self._supervisor.tools.routes.configure(queue_limit=proxy.queue_limit, in_flight_limit=proxy.in_flight_limit)
-        log.set_level(loaded.config.daemon.log_level)
+        log.set_level(config.daemon.log_level)
         self._log.info("config.reloaded", changed=changed)
         return changed
 
@@ -342,8 +345,13 @@ class Daemon:
                 self._log.error("daemon.lock_lost", reason=str(error))
 
     def _config_diff(self) -> str:
+        """Return what a reload would say and change."""
         fresh = load(configfiles.read(self._path)).config
-        return "\n".join(configshow.diff(self._loaded.config, fresh))
+        return "\n".join(self._differences(fresh, read_keys(fresh.proxy.api_keys_file)))
+
+    def _differences(self, fresh: Config, keys: Collection[str]) -> list[str]:
+        """Return how files that were just read differ from what is in force."""
+        return [*configshow.diff(self._loaded.config, fresh), *key_changes(self._proxy.api_keys, keys)]
 
 
 def own_python() -> str:

@@ -246,6 +246,16 @@ ENGINES: Mapping[str, Engine] = {
 }
 
 
+OWNERS = {"vllm": _VLLM, "sglang": _SGLANG, "tensorrt_llm": _TENSORRT_LLM, "llamacpp": _LLAMA_CPP}
+"""By what they call themselves as the owner of a model in ``/v1/models``."""
+
+
+def ends_streams(owned_by: str) -> bool:
+    """Return whether the engine that calls itself so ends every whole stream with its API's last event."""
+    owner = OWNERS.get(owned_by)
+    return owner is not None and owner.ends_streams
+
+
 def resolve(name: str, configured: Mapping[str, EngineConfig]) -> Engine:
     """Return the engine of this name: the built-in one with the changes of ``[engines.NAME]``, or the operator's own.
 

@@ -91,10 +91,13 @@ class OperationStatus:
     """A pattern change under way or ended.
 
     Attributes:
-        state: ``running``, ``done``, ``rolling_back``, ``rolled_back``, ``replaced`` or ``failed``.
-        done: Workers of the new pattern that are ready; ``total``: of how many.
-        lowest_ready: The smallest share of ready capacity seen so far, 0 to 1.
+        state: ``running``, ``done``, ``incomplete`` (in place but for some workers, which are tried again as ever),
+            ``rolling_back``, ``rolled_back``, ``replaced`` or ``failed``.
+        done: Workers of the pattern that it is at that are ready; ``total``: of how many.
+        lowest_ready: The smallest share of ready capacity so far, 0 to 1, of models that are there before and after.
         why: For anything but ``running`` and ``done``.
+        ends_within_s: It has ended after so many seconds from now, whatever happens.
+        leaving: Models that it takes out of service.
     """
 
     id: str
@@ -107,6 +110,8 @@ class OperationStatus:
     lowest_ready: float = 1.0
     why: str = ""
     duration_s: float = 0.0
+    ends_within_s: float = 0.0
+    leaving: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +229,12 @@ class ChangePreview:
     Attributes:
         gpus: GPU number, worker now, worker then; empty names where there is none.
         kept: Workers that are not touched.
-        lowest_ready: The smallest share of ready capacity on the way, 0 to 1, per model.
+        lowest_ready: The smallest share of ready capacity on the way, 0 to 1, per model that is there before and after.
+        leaving: Models that are out of service then.
+        expected_s: How long it takes by this host's past loads, besides the drains; None: a model was never loaded.
+        waits_s: Longest time without a ready worker by the same measure, for each model that has such a time.
+        ends_within_s: Done, or back, or in place but for some workers, whatever happens; ``drain_timeout_s`` is part.
+        replaces: The change under way that it would replace, in words; empty: there is none.
     """
 
     pattern: str
@@ -236,6 +246,11 @@ class ChangePreview:
     lowest_ready: Mapping[str, float] = field(default_factory=dict)
     leftover: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
+    expected_s: float | None = None
+    waits_s: Mapping[str, float] = field(default_factory=dict)
+    ends_within_s: float = 0.0
+    replaces: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

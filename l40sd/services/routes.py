@@ -19,7 +19,7 @@ from enum import StrEnum
 
 from l40sd.core.balancer import AWAY, choose, load_with_one_more
 from l40sd.core.model import Backend as Backend
-from l40sd.core.model import ModelName, WorkerId
+from l40sd.core.model import ListedModel, ModelName, WorkerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,14 +127,19 @@ class Waiter:
 
 
 class Line:
-    """One model: its routes, and those who wait for one. First in, first out among those who can be served."""
+    """One model: its routes, and those who wait for one. First in, first out among those who can be served.
 
-    __slots__ = ("entry", "is_in_catalog", "loads", "model", "routes", "turn", "waiters")
+    Attributes:
+        listed: What the engine said of the model that was added last.
+    """
+
+    __slots__ = ("entry", "is_in_catalog", "listed", "loads", "model", "routes", "turn", "waiters")
 
     def __init__(self, model: ModelName) -> None:
         self.model = model
         self.entry = CatalogEntry()
         self.is_in_catalog = False
+        self.listed: ListedModel | None = None
         self.routes: list[Route] = []
         self.loads: list[float] = []  # of each of them, with one request more
         self.turn = 0  # where to look first among equals
@@ -210,6 +215,8 @@ class Routes:
         route.is_open = True
         route.serial = self._serial  # new, so that requests which tried it before may try it again
         route.failing = 0
+        route.backend = backend  # what its engine says now
+        line.listed = backend.listed or line.listed
         line.routes.append(route)
         line.seat()
         self._name_lines()

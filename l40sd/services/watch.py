@@ -16,6 +16,7 @@ from l40sd.core.config import HealthConfig
 from l40sd.core.health import TIMEOUT, Pace, ProbeResult, Progress, Readiness, Stage, Startup, StartVerdict, Turn
 from l40sd.core.launch import Launch
 from l40sd.core.lifecycle import Event
+from l40sd.core.model import ListedModel
 
 HUNG = "hung"
 """What the failure of a worker is filed under that makes no tokens."""
@@ -29,7 +30,11 @@ class Post(Protocol):
 
 
 class Watch:
-    """The three questions, asked of one process."""
+    """The three questions, asked of one process.
+
+    Attributes:
+        listed: What its engine says of the model, once it was asked; None: nothing.
+    """
 
     def __init__(
         self,
@@ -53,6 +58,7 @@ class Watch:
         self._leases = leases
         self._replies = replies
         self._suspected = asyncio.Event()
+        self.listed: ListedModel | None = None
         self._deadline_s = deadline_s
         self._startup = Startup(
             launch.probes,
@@ -101,8 +107,9 @@ class Watch:
             case Stage.PORT | Stage.HEALTH:
                 startup.feed_health(await self._health(), now_s())
             case Stage.MODEL:
-                names = await self._prober.models(*self._target, self._config.probe_timeout_s)
-                startup.feed_models(names, launch.served_name, now_s())
+                models = await self._prober.models(*self._target, self._config.probe_timeout_s)
+                self.listed = next((model for model in models if model.id == launch.served_name), None)
+                startup.feed_models([model.id for model in models], launch.served_name, now_s())
             case Stage.TOKEN:
                 timeout_s = max(self._config.canary_timeout_s, self._config.probe_timeout_s)
                 startup.feed_token(await self._one_token(timeout_s), now_s())

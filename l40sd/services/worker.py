@@ -19,6 +19,7 @@ from l40sd.adapters.clock import now_s
 from l40sd.adapters.ports import HeldPort
 from l40sd.adapters.process import ExitRecord, Instance
 from l40sd.core.config import Config, ModelConfig, WorkersConfig
+from l40sd.core.engines import ends_streams
 from l40sd.core.errors import L40sError
 from l40sd.core.health import startup_timeout_s
 from l40sd.core.launch import Launch
@@ -149,6 +150,7 @@ class Worker:
             fingerprint=self.wanted.fingerprint,
             phase=self.phase,
             goal=self.goal,
+            failed_starts=self.failed_starts,
         )
 
     def post(self, event: Event, reason: str = "", *, kind: str = "") -> None:
@@ -475,6 +477,7 @@ class Worker:
     def _add_route(self) -> None:
         assert self.process is not None
         launch = self.process.launch
+        listed = self.watch.listed if self.watch is not None else None
         self._tools.routes.add(
             Backend(
                 worker=self.id,
@@ -484,7 +487,8 @@ class Worker:
                 weight=self.wanted.placement.weight,
                 api_key=launch.api_key,
                 served_name=launch.served_name,
-                ends_streams=launch.ends_streams,
+                ends_streams=launch.ends_streams or (listed is not None and ends_streams(listed.owned_by)),
+                listed=listed,
             )
         )
 

@@ -33,6 +33,7 @@ class Api:
         faults: Faults,
         *,
         api_key: str,
+        max_model_len: int,
         slots: int,
         tokens_per_s: float,
         keep_alive_s: float,
@@ -43,6 +44,7 @@ class Api:
         self._models = models
         self._faults = faults
         self._api_key = api_key
+        self._max_model_len = max_model_len
         self._slots = asyncio.Semaphore(slots)
         self._tokens_per_s = tokens_per_s
         self._keep_alive_s = keep_alive_s
@@ -81,7 +83,8 @@ class Api:
             case _, path if path.startswith("/v1/") and self._key_is_missing(request):
                 await reply.error(401, "wrong or missing API key", "invalid_api_key")
             case "GET", "/v1/models":
-                listed = [{"id": name, "object": "model", "owned_by": "l40sd"} for name in self._models]
+                length = {"max_model_len": self._max_model_len} if self._max_model_len else {}
+                listed = [{"id": name, "object": "model", "owned_by": "simulated", **length} for name in self._models]
                 await reply.json(200, {"object": "list", "data": listed})
             case "POST", "/v1/chat/completions" | "/v1/completions":
                 await self._complete(request, reply, reader)
