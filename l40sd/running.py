@@ -98,6 +98,7 @@ async def run_workers(
             tools, config, Store(Path(config.daemon.state_dir) / "state.json", version=STATE_VERSION)
         )
         routes.on_failure = supervisor.on_request_failure
+        routes.on_doubt = supervisor.is_ending
         async with asyncio.timeout(ADOPT_TIMEOUT_S):
             adoption = await processes.adopt()
         await supervisor.begin(adoption)

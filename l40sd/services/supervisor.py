@@ -485,6 +485,11 @@ class Supervisor:
         if worker is not None:
             worker.suspect()
 
+    async def is_ending(self, worker_id: WorkerId) -> bool:
+        """Return whether this worker's process, or its health, says that it ends; it has just answered 500."""
+        worker = self.workers.get(worker_id)
+        return worker is None or await worker.is_ending()
+
     # -- start and stop --------------------------------------------------------------------------------------------
 
     async def begin(self, adoption: Adoption) -> None:

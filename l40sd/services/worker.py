@@ -57,6 +57,8 @@ JOBS_IN: Mapping[Phase, frozenset[str]] = {
     Phase.BACKOFF: frozenset({"timer"}),
 }
 
+ROUTED_ONCE = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
+"""Phases of a process that may have requests and is not being stopped."""
 UNKILLABLE = "SIGKILL has not ended it: its GPUs stay out of use until it is gone"
 MAILBOX = 256
 PAST_LOADS = 20
@@ -248,6 +250,10 @@ class Worker:
         """A request failed on this worker: have a look now rather than at the next interval."""
         if self.watch is not None:
             self.watch.suspect()
+
+    async def is_ending(self) -> bool:
+        """Return whether its process, or its health, says that it ends: an engine whose core died answers 500 first."""
+        return self.phase not in ROUTED_ONCE or self.watch is None or await self.watch.is_ending()
 
     def give_up_spawn(self) -> None:
         """Undo a spawn under way rather than wait for what comes of it; nothing is left of it then.
