@@ -105,6 +105,7 @@ async def run_workers(
             tools, config, Store(Path(config.daemon.state_dir) / "state.json", version=STATE_VERSION)
         )
         routes.on_failure = supervisor.on_request_failure
+        routes.on_doubt = supervisor.is_ending
         async with asyncio.timeout(ADOPT_TIMEOUT_S):
             adoption = await processes.adopt()
         await supervisor.begin(adoption)
@@ -331,10 +332,13 @@ class Daemon:
         """Now and then: what nobody else notices."""
         while True:
             await asyncio.sleep(TICK_S)
-            await control.rebind_if_lost()
-            self._keep_lock()
-            await self._supervisor.store.retry()
-            self.notifier.status(self.summary())
+            try:
+                await control.rebind_if_lost()
+                self._keep_lock()
+                await self._supervisor.store.retry()
+                self.notifier.status(self.summary())
+            except OSError as error:  # no file descriptor is left, say: the next time comes soon
+                self._log.error("daemon.look_failed", reason=str(error))
 
     def _keep_lock(self) -> None:
         """Without the lock's file the shims would take this daemon for dead, and the next one would not see it."""
