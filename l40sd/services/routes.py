@@ -13,7 +13,7 @@ on counting for ``in_flight`` and ``drained``, never for the new one's load.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -161,11 +161,13 @@ class Routes:
 
     Attributes:
         on_failure: Called with the worker and what a request saw go wrong on it; never for a worker already removed.
+        on_doubt: Says of a worker that just answered 500 whether it is ending; None: nobody can tell.
         on_given_up: Takes a worker's requests from it: called with the worker, why, and whether it hangs.
     """
 
     def __init__(self, *, queue_limit: int = 1000, in_flight_limit: int = 0) -> None:
         self.on_failure: Callable[[WorkerId, FailureKind], None] | None = None
+        self.on_doubt: Callable[[WorkerId], Awaitable[bool]] | None = None
         self.on_given_up: Callable[[WorkerId, str, bool], None] | None = None
         self._queue_limit = queue_limit
         self._in_flight_limit = in_flight_limit

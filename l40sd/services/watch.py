@@ -4,6 +4,7 @@ Two jobs, one after the other: ``startup`` until it has made a token, then ``fol
 """
 
 import asyncio
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -58,6 +59,9 @@ class Watch:
         self._leases = leases
         self._replies = replies
         self._suspected = asyncio.Event()
+        self._doubt = asyncio.Lock()
+        self._doubted_s = -math.inf
+        self._is_ending = False
         self.listed: ListedModel | None = None
         self._deadline_s = deadline_s
         self._startup = Startup(
@@ -80,6 +84,19 @@ class Watch:
     def suspect(self) -> None:
         """Look now: a request has failed on it."""
         self._suspected.set()
+
+    async def is_ending(self) -> bool:
+        """Return whether its process is gone or its health says no; one that answers too late may only be busy.
+
+        Whoever asks while one question is under way shares the next one's answer.
+        """
+        asked_s = now_s()
+        async with self._doubt:
+            if self._doubted_s < asked_s:
+                self._doubted_s = now_s()
+                result = await self._health()
+                self._is_ending = not result.ok and result.error != TIMEOUT
+        return self._is_ending or (self._instance is not None and not self._instance.is_running)
 
     async def startup(self, post: Post) -> None:
         """Ask until it is up or late; a worker that somebody else runs is never late.

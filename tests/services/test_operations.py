@@ -96,7 +96,9 @@ async def test_a_worker_that_never_comes_up_is_given_up_with_its_last_words(site
         '[daemon]\npattern = "C"\n'
     )
     await site.start()
-    status = await site.until(lambda s: all(w.phase == "quarantined" for w in s.workers), "given up", 60)
+    status = await site.until(
+        lambda s: bool(s.workers) and all(w.phase == "quarantined" for w in s.workers), "given up", 60
+    )
     assert len(status.workers) == 2
     assert all("3 starts in a row failed alike (exit 3)" in w.reason for w in status.workers)
     assert any("quarantined" in sentence for sentence in status.degraded)
@@ -118,7 +120,7 @@ async def test_what_cannot_be_started_is_one_clear_error_and_no_restart_loop(
     mine = '[engines.mine]\ncommand = ["no-such-program", "--port", "{port}"]\n'
     site = site_of(f'{QUICK}{mine}[daemon]\npattern = "C"\n[models.m]\nattention_heads = 8\n{lines}\n')
     await site.start()
-    status = await site.until(lambda s: all(w.phase == "failed" for w in s.workers), "refused", 20)
+    status = await site.until(lambda s: bool(s.workers) and all(w.phase == "failed" for w in s.workers), "refused", 20)
     assert all(word in w.reason and w.restarts == 0 for w in status.workers)
 
 
