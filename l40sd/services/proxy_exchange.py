@@ -437,11 +437,13 @@ class Exchange:
         if not head.is_framed:
             client.keep_alive = False
         line_end = lines.find(b"\r\n")
-        write_head = b"%b\r\nx-request-id: %b%b%b%b\r\n\r\n" % (
+        cors = self._shared.cors
+        write_head = b"%b\r\nx-request-id: %b%b%b%b%b\r\n\r\n" % (
             lines[:line_end] if line_end >= 0 else lines,
             self._request_id,
             self._upstream.peer.reply_field,
             b"" if client.will_keep_alive() else b"\r\nconnection: close",
+            b"" if cors is None else cors.reply_fields(self._head.origin),
             lines[line_end:] if line_end >= 0 else b"",
         )
         if unchunk:
@@ -468,13 +470,14 @@ class Exchange:
             return
         self._answered(lease)
         client.transport.write(
-            b"%b\r\nx-request-id: %b%b%b%b"
+            b"%b\r\nx-request-id: %b%b%b%b%b"
             % (
                 data[: known.line_end],
                 self._request_id,
                 upstream.peer.reply_field,
                 b"" if client.will_keep_alive() else b"\r\nconnection: close",
-                data[known.line_end :],
+                b"" if shared.cors is None else shared.cors.reply_fields(self._head.origin),
+                data[known.line_end :] if known.passed_on is None else known.rest_of(data),
             )
         )
         upstream.release(shared.now_s)
@@ -619,7 +622,7 @@ class Exchange:
     def _refuse(self, refused: Refused) -> None:
         self._shared.metrics.answered(self._model, refused.status)
         self._end(refused.message, refused.status)
-        self._client.refuse(refused, request_id=self._request_id, target=self._target)
+        self._client.refuse(refused, self._head, request_id=self._request_id)
 
     def _end(self, problem: str, status: int = 0) -> None:
         if self._shared.config.access_log:

@@ -62,6 +62,7 @@ def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
         ready_s=None if process is None or process.ready_at_s is None else now - process.ready_at_s,
         progress=worker.watch.startup_fraction() if is_coming and worker.watch else None,
         next_start_s=None if worker.next_start_at_s is None else max(0.0, worker.next_start_at_s - now),
+        last_end=worker.last_end,
     )
 
 

@@ -38,6 +38,8 @@ from l40sd.services.tools import Tools
 from l40sd.services.worker import Worker
 
 TURN_AT_LEAST_EVERY_S = 2.0
+TURN_AGAIN_S = 0.5
+"""Until a turn is taken again that the system refused something."""
 OPERATIONS_KEPT = 50
 SERVED = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
 """Phases of a worker that receives requests, or did until it was asked not to."""
@@ -66,6 +68,8 @@ class Supervisor:
         self._floor: Mapping[ModelName, int] = {}  # of a change that ended incomplete
         self._pasts: dict[WorkerId, Past] = {}  # as they are on disk
         self._trouble = ""
+        self._refused = ""  # what the system says to the turns since the last good one
+        self.failed_turns = 0
         self._log = tools.log
         tools.changed = self._wake.set
 
@@ -217,7 +221,10 @@ class Supervisor:
         """Sentences on what is not as it is wanted and will not become so by itself."""
         given_up = (Phase.STUCK, Phase.QUARANTINED, Phase.FAILED)
         workers = (f"{w.id} is {w.phase}: {w.reason}" for w in self.workers.values() if w.phase in given_up)
-        return (*filter(None, [self._trouble]), *workers)
+        refused = (
+            f"the system refuses what is needed to go on, again and again: {self._refused}" if self._refused else ""
+        )
+        return (*filter(None, [self._trouble, refused]), *workers)
 
     # -- turns -----------------------------------------------------------------------------------------------------
 
@@ -229,12 +236,31 @@ class Supervisor:
                 self._run_worker(worker)
             while True:
                 self._wake.clear()
-                await self._turn()
+                await self._try_turn()
                 try:
                     async with asyncio.timeout(TURN_AT_LEAST_EVERY_S):
                         await self._wake.wait()
                 except TimeoutError:
                     continue
+
+    async def _try_turn(self) -> None:
+        """Take a turn. One that the system refuses something (no file descriptor is left, say) is taken again.
+
+        It is told once for each reason, and in ``degraded`` while it lasts. What it had done by then is done; the next
+        one looks at everything anew.
+        """
+        try:
+            await self._turn()
+        except OSError as error:
+            self.failed_turns += 1
+            if str(error) != self._refused:
+                self._refused = str(error)
+                self._log.error("plan.failed", reason=self._refused, count=self.failed_turns)
+            await asyncio.sleep(TURN_AGAIN_S)
+        else:
+            if self._refused:
+                self._log.info("plan.recovered", reason=self._refused, count=self.failed_turns)
+            self._refused = ""
 
     async def _turn(self) -> None:
         """One look, then what follows from it.
@@ -514,12 +540,16 @@ class Supervisor:
         while self._is_unsaved:
             self._is_unsaved = False
             self._pasts = self._pasts_now()
-            state = {
-                **state_of(self.want, self.change, self._drained, self._floor),
-                "pasts": written(self._pasts),
-                "gpus": plain(self.tools.host.known),
-            }
-            await self.store.save(state)
+            try:
+                state = {
+                    **state_of(self.want, self.change, self._drained, self._floor),
+                    "pasts": written(self._pasts),
+                    "gpus": plain(self.tools.host.known),
+                }
+                await self.store.save(state)
+            except OSError:
+                self._is_unsaved = True
+                raise
         await self.store.retry()
 
     def _pasts_now(self) -> dict[WorkerId, Past]:

@@ -9,9 +9,10 @@ now reached are cancelled: ``JOBS_IN`` says which remain.
 import asyncio
 import random
 import secrets
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from l40sd.adapters.clock import now_s
@@ -34,9 +35,10 @@ from l40sd.core.lifecycle import (
     forgiven,
     step,
 )
+from l40sd.core.messages import LastEnd
 from l40sd.core.model import WorkerId
 from l40sd.core.plan import Observed, Wanted
-from l40sd.services.ends import End, end_of
+from l40sd.services.ends import End, end_of, last_end_of
 from l40sd.services.gpus import wait_until_free
 from l40sd.services.making import launch_of, refuse_misconfigured, spec_of
 from l40sd.services.past import TOLD, Past
@@ -63,6 +65,8 @@ EXIT_SEEN_WITHIN_S = 10.0
 """From a request's broken connection to the word that the worker's whole process tree is gone."""
 MAILBOX = 256
 PAST_LOADS = 20
+JOB_AGAIN_S = 1.0
+"""Until a job is tried again that the system refused something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,7 @@ class Worker:
         self.failed_starts = 0
         self.since_s = now_s()
         self.next_start_at_s: float | None = None
+        self.last_end: LastEnd | None = past.last_end if past is not None else None
         self.process: Process | None = None
         self.watch: Watch | None = None
         self._tools = tools
@@ -110,6 +115,7 @@ class Worker:
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
         self._failure: Happening | None = None
+        self._stopped_for = ""  # by wish: what the operator or the planner said
         placement = wanted.placement
         self._log = tools.log.bind(worker=placement.worker, gpus=self.gpu_numbers)
         self._past = past
@@ -224,6 +230,7 @@ class Worker:
             spawned_at_s=process.spawned_at_s if of_instance and process else 0.0,
             ready_at_s=ready_at_s,
             next_start_at_s=self.next_start_at_s,
+            last_end=self.last_end,
         )
 
     def _resume(self, past: Past) -> None:
@@ -237,13 +244,13 @@ class Worker:
         """Go on with what ``_resume`` found under way."""
         instance = self.process.instance if self.process is not None else None
         if instance is not None and self.phase in (Phase.STOPPING, Phase.STUCK):
-            self._start_job("exit", self._await_exit(instance))
+            self._start_job("exit", partial(self._await_exit, instance))
         if instance is not None and self.phase is Phase.STOPPING:
             self._take_requests_from_it(is_hung=self._failure is not None and self._failure.kind == HUNG)
             instance.terminate()
-            self._start_job("terminate", self._terminate())
+            self._start_job("terminate", self._terminate)
         if self.phase is Phase.BACKOFF and self.next_start_at_s is not None:
-            self._start_job("timer", self._retry_later(max(0.0, self.next_start_at_s - now_s())))
+            self._start_job("timer", partial(self._retry_later, max(0.0, self.next_start_at_s - now_s())))
 
     def suspect(self) -> None:
         """A request failed on this worker: have a look now rather than at the next interval."""
@@ -293,6 +300,12 @@ class Worker:
         before, was_told_to_restart = self.phase, self.goal is Goal.RESTART
         if happening.kind and self._failure is None:  # 1
             self._failure = happening
+        if happening.event in (Event.RESTART, Event.RETIRE):
+            self._stopped_for = happening.reason
+        if happening.exit is not None:
+            earlier = self._failure.reason if self._failure not in (None, happening) else ""
+            self.last_end = last_end_of(happening.exit, happening.reason, why=earlier or self._stopped_for)
+            self._stopped_for = ""
         assert isinstance(after.phase, Phase)
         assert after.goal is not None
         self.goal = after.goal  # 2
@@ -352,10 +365,10 @@ class Worker:
     def _act(self, action: Action, happening: Happening) -> None:
         match action:
             case Action.SPAWN:
-                self._start_job("spawn", self._spawn())
+                self._start_job("spawn", self._spawn)
             case Action.WATCH_EXIT:
                 if self.process is not None and self.process.instance is not None:
-                    self._start_job("exit", self._await_exit(self.process.instance))
+                    self._start_job("exit", partial(self._await_exit, self.process.instance))
             case Action.WATCH_START:
                 self._begin_watch()
             case Action.ADD_ROUTE:
@@ -365,16 +378,16 @@ class Worker:
             case Action.WATCH:
                 assert self.watch is not None
                 self._note_up()
-                self._start_job("follow", self.watch.follow(self.post))
+                self._start_job("follow", partial(self.watch.follow, self.post))
             case Action.DRAIN:
-                self._start_job("drain", self._drain())
+                self._start_job("drain", self._drain)
             case Action.TERMINATE:
                 self._take_requests_from_it(is_hung=happening.event is Event.STALLED)
                 if self.process is not None and self.process.instance is not None:
                     # Here and not in the job: a stop that is told of has reached the shim, which completes it even if
                     # this daemon dies in the next moment.
                     self.process.instance.terminate()
-                self._start_job("terminate", self._terminate())
+                self._start_job("terminate", self._terminate)
             case Action.CLEAN_UP:
                 self._clean_up(happening.exit)
             case Action.ASK_POLICY:
@@ -390,12 +403,26 @@ class Worker:
         why = f"{self.id} is being stopped" + (f": {self.reason}" if self.reason else "")
         self._tools.routes.give_up(self.id, why, is_hung=is_hung)
 
-    def _start_job(self, name: str, job: Coroutine[Any, Any, None]) -> None:
+    def _start_job(self, name: str, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
         assert self._group is not None
         previous = self._jobs.pop(name, None)
         if previous is not None:
             previous.cancel()
-        self._jobs[name] = self._group.create_task(job, name=f"{self.id}:{name}")
+        self._jobs[name] = self._group.create_task(self._carry_out(name, job), name=f"{self.id}:{name}")
+
+    async def _carry_out(self, name: str, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do a job. What the system refuses now (no file descriptor is left, say) ends neither worker nor daemon."""
+        refused = ""
+        while True:
+            try:
+                await job()
+            except OSError as error:
+                if str(error) != refused:
+                    refused = str(error)
+                    self._log.error("worker.job_failed", job=name, reason=refused, again_after_s=JOB_AGAIN_S)
+                await asyncio.sleep(JOB_AGAIN_S)
+            else:
+                return
 
     async def _spawn(self) -> None:
         """Make the process: GPUs free? program there? port, record, shim; posts how it went."""
@@ -440,7 +467,7 @@ class Worker:
             leases=lambda: self._tools.routes.in_flight(self.id),
             replies=lambda: self._tools.routes.served(self.id),
         )
-        self._start_job("startup", self.watch.startup(self.post))
+        self._start_job("startup", partial(self.watch.startup, self.post))
 
     async def _await_exit(self, instance: Instance) -> None:
         record = await instance.exited()
@@ -569,7 +596,7 @@ class Worker:
 
     def _retry_in(self, delay_s: float) -> None:
         self.next_start_at_s = now_s() + delay_s
-        self._start_job("timer", self._retry_later(delay_s))
+        self._start_job("timer", partial(self._retry_later, delay_s))
 
     async def _retry_later(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
