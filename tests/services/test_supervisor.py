@@ -11,6 +11,7 @@ from l40sd.adapters.ports import PortPool
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Adoption, Processes
 from l40sd.adapters.store import Store
+from l40sd.adapters.workerkeys import WorkerKeys
 from l40sd.core.configfile import load
 from l40sd.services.host import Host
 from l40sd.services.routes import Routes
@@ -52,6 +53,7 @@ async def test_nobody_is_made_once_a_stop_has_begun(tmp_path: Path) -> None:
         host=host,
         processes=cast(Processes, None),
         ports=PortPool("127.0.0.1", 20000, 20001),
+        keys=WorkerKeys(tmp_path / "worker-keys"),
         prober=cast(Prober, None),
         routes=Routes(queue_limit=1, in_flight_limit=0),
         facts=await host.facts(config),
