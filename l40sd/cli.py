@@ -1,9 +1,10 @@
 """`l40sctl`: the operator's command line. Talks to the daemon's control socket and to nothing else.
 
 Exit status: 0 done; 1 failed; 2 misuse; 3 `status WORKER`: not serving; 4 no such worker; 5 daemon not reachable;
-130 Ctrl-C.
+130 Ctrl-C; 141 whoever read the output has gone (`l40sctl events | head -1`).
 """
 
+import errno
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from l40sd import __version__
 from l40sd.cli_base import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_NO_READER,
     EXIT_NOT_SERVING,
+    OutputLost,
     Session,
     common,
     complete_worker,
@@ -31,8 +34,10 @@ from l40sd.cli_base import (
 )
 from l40sd.cli_change import switch_pattern
 from l40sd.cli_config import config
+from l40sd.cli_grid import Window
 from l40sd.cli_layout import patterns_view
 from l40sd.cli_status import checks_view, event_line, status_view, worker_view
+from l40sd.cli_streams import NO_READER, abandon, settle
 from l40sd.cli_topology import topology
 from l40sd.client import UNREACHABLE, worker_path
 from l40sd.core.errors import L40sError
@@ -46,27 +51,51 @@ UPGRADE_LIMIT_S = 60.0
 
 def main() -> None:
     """Run l40sctl and end with its exit status."""
+    settle()
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command; return its exit status."""
+    """Run one command; return its exit status.
+
+    Everything that a command reads or asks turns its errors into ours; an OSError that is left is of the output.
+    """
     session = Session()
     try:
         code = cli.main(args=list(arguments), prog_name=PROGRAM, obj=session, standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.Abort:  # Ctrl-C
+    except (click.Abort, KeyboardInterrupt):  # as the version of click likes it
         return EXIT_INTERRUPTED
     except L40sError as error:
         show_error(session, error)
         return exit_code_of(error)
+    except OutputLost as lost:
+        return _output_lost(lost.why)
+    except OSError as error:
+        return _output_lost(error)
     save_picture(session, f"{PROGRAM} {' '.join(arguments)}")
     return code if isinstance(code, int) else 0
 
 
+def _output_lost(error: OSError) -> int:
+    """Return the exit status for output that could not be written, after saying so where anybody would hear it."""
+    abandon(sys.stdout)
+    if error.errno in NO_READER:  # of his own will: he has seen enough
+        return EXIT_NO_READER
+    try:
+        why = "stdout is closed" if error.errno == errno.EBADF else error.strerror or str(error)
+        sys.stderr.write(f"{PROGRAM}: the output cannot be written: {why}\n")
+        sys.stderr.flush()
+    except OSError:  # a full disk behind both
+        abandon(sys.stderr)
+    return EXIT_FAILED
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
 @common
 def cli() -> None:
     """Watch and steer l40sd, the daemon that runs this host's inference workers."""
@@ -108,17 +137,17 @@ def _watch(session: Session, worker: str | None) -> None:
                 session.show(last[0], Group(last[1], Text("")))
                 time.sleep(WATCH_PIPED_S)
                 last = _glance(session, worker)
-        with Live(last[1], console=session.out, screen=True, auto_refresh=False) as live:
+        with Live(Window(last[1]), console=session.out, screen=True, auto_refresh=False) as live:
             while True:
                 time.sleep(WATCH_TERMINAL_S)
                 try:
                     last = _glance(session, worker)
-                    live.update(last[1], refresh=True)
+                    live.update(Window(last[1]), refresh=True)
                 except L40sError as error:
                     if error.code != UNREACHABLE:
                         raise
                     away = Text(f"! {error.what}; trying again. Last seen:", style="bold red")
-                    live.update(Group(away, last[1]), refresh=True)
+                    live.update(Window(Group(away, last[1])), refresh=True)
     except KeyboardInterrupt:
         if session.out.is_terminal and not session.is_json:
             session.out.print(last[1])
@@ -240,14 +269,16 @@ def version(session: Session) -> None:
 
 
 @cli.command()
+@click.option("--forget-gpus", is_flag=True, help="GPUs that are missing were removed: do not miss them any more.")
 @common
 @click.pass_obj
-def reload(session: Session) -> None:
-    """Make the daemon read its configuration again.
+def reload(session: Session, *, forget_gpus: bool) -> None:
+    """Make the daemon read its configuration and look at the host's GPUs again.
 
-    A bad one changes nothing and is told here.
+    A bad configuration changes nothing and is told here. GPUs that came back are taken in, lost ones left out.
     """
-    changed = session.client.post("/v1/reload").get("changed", [])
+    path = "/v1/reload?forget_gpus=1" if forget_gpus else "/v1/reload"
+    changed = session.client.post(path).get("changed", [])
     if session.is_json:
         session.data(encode({"changed": changed}))
     else:

@@ -1,11 +1,12 @@
 """What every l40sctl command shares: where to ask, how to print, and what an error's exit status is."""
 
 import difflib
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 import click
 from click.shell_completion import CompletionItem
@@ -19,6 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 EXIT_FAILED, EXIT_MISUSE, EXIT_NOT_SERVING, EXIT_NO_WORKER, EXIT_UNREACHABLE = 1, 2, 3, 4, 5
 EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
+EXIT_NO_READER = 141  # as a shell reports SIGPIPE
 
 PIPED_WIDTH = 1000
 """Columns where nobody looks: no line is wrapped or cut, so that grep and awk see all of it."""
@@ -67,10 +69,18 @@ def console(stream: TextIO) -> Console:
     """
     picture = bool(os.environ.get("L40SCTL_SVG")) and stream is sys.stdout
     if picture:
-        return Console(file=stream, record=True, force_terminal=True, color_system="truecolor", highlight=False)
+        return _Console(file=stream, record=True, force_terminal=True, color_system="truecolor", highlight=False)
     plain = bool(os.environ.get("NO_COLOR")) or not stream.isatty()
     width = None if stream.isatty() or os.environ.get("COLUMNS") else PIPED_WIDTH
-    return Console(file=stream, color_system=None if plain else "auto", highlight=False, width=width, emoji=False)
+    return _Console(file=stream, color_system=None if plain else "auto", highlight=False, width=width, emoji=False)
+
+
+class _Console(Console):
+    """A console that leaves it to ``run`` what becomes of a command whose output nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Pass the error on; called while it is handled."""
+        raise  # what rich is handling when it calls this
 
 
 def save_picture(session: Session, title: str) -> None:
@@ -79,8 +89,24 @@ def save_picture(session: Session, title: str) -> None:
         session.out.save_svg(path, title=title)
 
 
+class OutputLost(Exception):  # noqa: N818  it reads as what it says
+    """What a command wrote has not arrived; ``why`` is the system's word. Click would end the program at an OSError."""
+
+    def __init__(self, why: OSError) -> None:
+        super().__init__(str(why))
+        self.why = why
+
+
 def common(function: F) -> F:
     """Give a command ``-o`` and ``--socket``; they may stand before or after the command's name."""
+
+    @functools.wraps(function)
+    def command(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except OSError as error:
+            raise OutputLost(error) from error
+
     output = click.option(
         "-o",
         "--output",
@@ -96,7 +122,7 @@ def common(function: F) -> F:
         callback=_set("socket"),
         help="Control socket. [default: $L40SD_SOCKET, else /run/l40sd/control.sock]",
     )
-    return output(socket(function))
+    return output(socket(cast(F, command)))
 
 
 def _set(name: str) -> Callable[[click.Context, click.Parameter, str | None], None]:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.segment import Segment
 from rich.text import Text
 
 NOTE_INDENT = 4
@@ -97,6 +98,24 @@ class Flow:
                 line.append(self._between)
             line.append_text(item)
         yield line
+
+
+class Window:
+    """As much of a view as the terminal is high; the last line says how much is below it, when something is."""
+
+    def __init__(self, view: RenderableType) -> None:
+        self._view = view
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._view, options.update(height=None), pad=False)
+        height = console.size.height
+        hidden = 0 if len(lines) <= height else len(lines) - height + 1
+        for line in lines[: len(lines) - hidden]:
+            yield from line
+            yield Segment.line()
+        if hidden:
+            more = f"{hidden} more {'line' if hidden == 1 else 'lines'} below: the window is too low for all of it"
+            yield Text(more, style="reverse", no_wrap=True, overflow="ellipsis", end="")
 
 
 def indented(text: Text, indent: int, width: int) -> Text:

@@ -219,10 +219,10 @@ def _gpu_lines(gpus: Sequence[GpuStatus]) -> list[RenderableType]:
     kinds = dict.fromkeys((gpu.name, gpu.memory_bytes) for gpu in gpus)
     count = {kind: sum((gpu.name, gpu.memory_bytes) == kind for gpu in gpus) for kind in kinds}
     parts = [f"{count[kind]} x {kind[0]} {kind[1] / GIB:.0f} GiB" for kind in kinds]
-    free = [gpu.index for gpu in gpus if not gpu.worker and gpu.state != "stuck"]
+    free = [gpu.index for gpu in gpus if not gpu.worker and gpu.state not in ("stuck", "lost")]
     line = Text(" + ".join(parts), style="dim")
     line.append(f" · free: {numbers(free)}" if free else " · all in use")
-    for state, style in (("stuck", "bold red"), ("unknown", "yellow")):
+    for state, style in (("stuck", "bold red"), ("lost", "bold red"), ("unknown", "yellow")):
         if found := [gpu.index for gpu in gpus if gpu.state == state]:
             line.append(f" · {state}: {numbers(found)}", style=style)
     used = [

@@ -1,45 +1,64 @@
-"""`l40sctl topology`: the daemon's host, or any host file, with or without a daemon."""
+"""`l40sctl topology`: the daemon's host, or any recorded one, with or without a daemon."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
+from l40sd.adapters import configfiles
+from l40sd.adapters.hostfiles import SIZE_LIMIT_BYTES, read_host
+from l40sd.adapters.modelfiles import read_model_facts
 from l40sd.cli_base import Session, common, complete_pattern
 from l40sd.cli_layout import topology_view
 from l40sd.core import views
 from l40sd.core.config import Config, HostConfig, ModelConfig
+from l40sd.core.configfile import load
 from l40sd.core.errors import L40sError
 from l40sd.core.hostfile import parse_host_file
 from l40sd.core.messages import Topology
-from l40sd.core.model import Inventory, ModelName
+from l40sd.core.model import Inventory, ModelFacts, ModelName
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
-
-FILE_LIMIT_BYTES = 1 << 22
 
 
 @click.command()
 @click.option("--record", "record_to", metavar="FILE", help="Write the host as a host file; - is stdout.")
 @click.option(
-    "--from", "read_from", metavar="FILE", help="Show a host file or a pasted `nvidia-smi topo -m`; - is stdin."
+    "--from",
+    "read_from",
+    metavar="HOST",
+    help="Show a bundled host, a host file or a pasted `nvidia-smi topo -m`; - is stdin.",
 )
-@click.option("--pattern", shell_complete=complete_pattern, help="With --from: place this pattern (A, B, C or D).")
+@click.option("--pattern", shell_complete=complete_pattern, help="With --from: place this pattern.")
+@click.option(
+    "--config", "config_file", metavar="FILE", help="With --pattern: take models and patterns from this configuration."
+)
 @click.option("--force", is_flag=True, help="With --pattern: allow GPU groups that cross sockets.")
 @common
 @click.pass_obj
 def topology(
-    session: Session, *, record_to: str | None, read_from: str | None, pattern: str | None, force: bool
+    session: Session,
+    *,
+    record_to: str | None,
+    read_from: str | None,
+    pattern: str | None,
+    config_file: str | None,
+    force: bool,
 ) -> None:
     """Show how the GPUs are linked, and the GPU groups.
 
-    With --from no daemon is asked: try a pattern on a machine before you have it.
+    With --from no daemon is asked: try a pattern on a machine before you have it. Without --config A, B, C and D are
+    placed for a model that fits anywhere.
     """
-    if read_from is None and (pattern or force):
-        raise click.UsageError("--pattern and --force go with --from; see also: l40sctl patterns")
-    found = (
-        session.client.get("/v1/topology", Topology) if read_from is None else _local(read_from, pattern, force=force)
-    )
+    if read_from is None and (pattern or force or config_file):
+        raise click.UsageError("--pattern, --config and --force go with --from; see also: l40sctl patterns")
+    if pattern is None and (force or config_file):
+        raise click.UsageError("--config and --force go with --pattern")
+    if read_from is None:
+        found = session.client.get("/v1/topology", Topology)
+    else:
+        found = _local(read_from, pattern, config_file, force=force)
     if record_to is None:
         session.show(found, topology_view(found))
     elif record_to == "-":
@@ -49,23 +68,32 @@ def topology(
         session.say(f"{record_to}: {len(found.gpus)} GPUs recorded", "green")
 
 
-def _local(source: str, pattern: str | None, *, force: bool) -> Topology:
-    """Return the topology that a file describes, with a pattern for one model placed on it.
+def _local(host: str, pattern: str | None, config_file: str | None, *, force: bool) -> Topology:
+    """Return the topology of a recorded host, with a pattern placed on it.
 
     Raises:
-        L40sError: The file is unreadable or describes no host; the pattern is unknown or does not fit.
+        L40sError: There is no such host, the configuration is bad, the pattern is unknown or does not fit.
     """
-    inventory = parse_host_file(_read(source), source="stdin" if source == "-" else source)
-    return views.topology(inventory) if pattern is None else _placed(inventory, pattern, force=force)
+    inventory = parse_host_file(_stdin(), source="stdin") if host == "-" else read_host(host, where="--from")
+    if pattern is None:
+        return views.topology(inventory)
+    if config_file is None:
+        model = ModelName("model")
+        config = Config(host=HostConfig(), models={model: ModelConfig(name=model, engine="simulated")})
+        return _placed(inventory, pattern, config, {}, force=force)
+    config = load(configfiles.read(Path(config_file))).config
+    facts = {model.name: read_model_facts(model.source) for model in config.models.values() if model.source}
+    return _placed(inventory, pattern, config, facts, force=force)
 
 
-def _placed(inventory: Inventory, name: str, *, force: bool) -> Topology:
-    model = ModelName("model")
-    config = Config(host=HostConfig(), models={model: ModelConfig(name=model, engine="simulated")})
+def _placed(
+    inventory: Inventory, name: str, config: Config, facts: Mapping[ModelName, ModelFacts], *, force: bool
+) -> Topology:
     patterns = patterns_of(config, inventory)
     if name not in patterns:
-        raise L40sError(f'no pattern "{name}"', hint=f"there are {', '.join(patterns)}", code="unknown_pattern")
-    layout = place(patterns[name], config, inventory, facts={}, force=force)
+        hint = f"there are {', '.join(patterns)}"
+        raise L40sError(f'no pattern "{name}"', hint=hint, code="unknown_pattern")
+    layout = place(patterns[name], config, inventory, facts=facts, force=force)
     return views.topology(
         inventory,
         pattern=name,
@@ -75,15 +103,14 @@ def _placed(inventory: Inventory, name: str, *, force: bool) -> Topology:
     )
 
 
-def _read(source: str) -> str:
+def _stdin() -> str:
     try:
-        with sys.stdin.buffer if source == "-" else Path(source).open("rb") as file:
-            data = file.read(FILE_LIMIT_BYTES + 1)
-    except OSError as error:
-        raise L40sError(f"cannot be read: {error.strerror}", where=source, code="unreadable") from error
-    if len(data) > FILE_LIMIT_BYTES:
-        raise L40sError("too large for a host file", where=source, code="unreadable")
-    return data.decode(errors="replace")
+        data = sys.stdin.buffer.read(SIZE_LIMIT_BYTES + 1)
+    except (OSError, AttributeError) as error:  # AttributeError: started without a stdin
+        raise L40sError("cannot be read", where="stdin", code="unreadable") from error
+    if len(data) > SIZE_LIMIT_BYTES:
+        raise L40sError("too large for a host file", where="stdin", code="unreadable")
+    return data.decode("utf-8-sig", errors="replace")
 
 
 def _write(target: str, text: str) -> None:

@@ -29,10 +29,13 @@ from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.core.errors import L40sError
 from l40sd.core.lifecycle import Phase
 from l40sd.core.messages import Status
+from l40sd.core.naming import natural
+from l40sd.core.presence import changes
 from l40sd.services import report
 from l40sd.services.control import Control, Doors
 from l40sd.services.doctor import examine
 from l40sd.services.events import Events
+from l40sd.services.gpuwatch import GpuWatch
 from l40sd.services.host import Host
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import Routes
@@ -132,6 +135,8 @@ class Daemon:
         self._upgrade_wanted = asyncio.Event()
         self._reload_wanted = asyncio.Event()
         self._log = structlog.get_logger()
+        host = supervisor.tools.host
+        self._watch_gpus = GpuWatch(host, lambda: self._loaded.config.host, self._take_in_gpus)
 
     async def live(self, control: Control) -> Ending:
         """Live until a signal says otherwise, then end in an orderly way."""
@@ -146,6 +151,7 @@ class Daemon:
                 group.create_task(self._supervisor.run(), name="supervisor"),
                 group.create_task(self._tick(control), name="tick"),
                 group.create_task(self._reload_on_hup(), name="reload"),
+                group.create_task(self._watch_gpus.run(), name="gpus"),
                 group.create_task(self._upgrade_on_signal(), name="upgrade"),
             ]
             ending = await self._told()
@@ -167,7 +173,7 @@ class Daemon:
             status=self.status,
             metrics=self._proxy.metrics_text,
             doctor=lambda: examine(self._supervisor, self._loaded.config),
-            reload=self.reload,
+            reload=lambda forget_gpus: self.reload(forget_gpus=forget_gpus),
             upgrade=self.upgrade,
             config_toml=lambda: configshow.to_toml(self._loaded.config, self._loaded.origins),
             config_files=lambda: self._loaded.files,
@@ -185,8 +191,11 @@ class Daemon:
             degraded=(*host.degraded, *filter(None, [store.degraded]), *self._supervisor.degraded),
         )
 
-    async def reload(self) -> list[str]:
-        """Read the configuration again; what changed is returned. A bad one changes nothing.
+    async def reload(self, *, forget_gpus: bool = False) -> list[str]:
+        """Read the configuration and look at the host again; what changed is returned. A bad one changes nothing.
+
+        Args:
+            forget_gpus: GPUs that are missing were removed.
 
         Raises:
             L40sError: The configuration is bad or does not fit this host.
@@ -196,8 +205,7 @@ class Daemon:
             loaded = load(configfiles.read(self._path))
             changed = list(configshow.diff(self._loaded.config, loaded.config))
             keys = read_keys(loaded.config.proxy.api_keys_file)
-            facts = await self._supervisor.tools.host.facts(loaded.config)
-            self._supervisor.reconfigure(loaded.config, facts)
+            changed += await self._reconfigure(loaded.config, forget_gpus=forget_gpus)
         except L40sError as error:
             self._log.error("config.reload.failed", reason=str(error))
             raise
@@ -211,6 +219,32 @@ class Daemon:
         log.set_level(loaded.config.daemon.log_level)
         self._log.info("config.reloaded", changed=changed)
         return changed
+
+    async def _reconfigure(self, config: Config, *, forget_gpus: bool = False) -> list[str]:
+        """Place the pattern anew, with this configuration and on the GPUs that there are now; return which are others.
+
+        Raises:
+            L40sError: It does not fit; then nothing has changed.
+        """
+        host = self._supervisor.tools.host
+        facts = await host.facts(config)
+        found = await host.look(held=self._supervisor.held_gpus(), forget=forget_gpus)
+        former = host.take(found)
+        try:
+            self._supervisor.reconfigure(config, facts)
+        except L40sError:
+            host.take(former)
+            raise
+        return list(changes(former.inventory, found.inventory))
+
+    async def _take_in_gpus(self) -> None:
+        """Use GPUs that have come to a host that had none; what cannot be placed on them is said, and tried again."""
+        try:
+            changed = await self._reconfigure(self._loaded.config)
+        except L40sError as error:
+            self._log.error("pattern.degraded", pattern=self._supervisor.want.pattern, reason=str(error), workers=0)
+        else:
+            self._log.info("inventory.gpus_taken_in", changed=changed)
 
     def summary(self) -> str:
         """Return one line for `systemctl status`."""
@@ -267,7 +301,7 @@ class Daemon:
         self.notifier.extend_timeout(timeout_s + 2 * PROXY_GRACE_S)
         left = await self._supervisor.stop(timeout_s)
         if left:
-            self._log.error("daemon.workers_left", count=left, workers=sorted(self._supervisor.workers))
+            self._log.error("daemon.workers_left", count=left, workers=sorted(self._supervisor.workers, key=natural))
 
     async def _reload_on_hup(self) -> None:
         while True:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -145,6 +146,30 @@ def test_the_topology_can_be_recorded(fake: FakeControl, capfd: pytest.CaptureFi
     assert Run(fake, capfd, "topology", "--record", str(tmp_path / "host.toml")).code == 0
     assert (tmp_path / "host.toml").read_text() == canned.TOPOLOGY.record
     assert Run(fake, capfd, "topology", "--record", "-").out == canned.TOPOLOGY.record
+
+
+def test_a_bundled_host_can_be_tried_with_a_pattern_of_ones_own(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Only paths were taken, and only the patterns A to D."""
+    file = tmp_path / "l40sd.toml"
+    file.write_text(
+        "[models.small]\nengine = 'simulated'\n[models.big]\nengine = 'simulated'\nattention_heads = 8\n"
+        "[[patterns.day.replicas]]\nmodel = 'small'\ncount = 2\n[[patterns.day.replicas]]\nmodel = 'big'\ntp = 2\n"
+    )
+    command = ["topology", "--from", "l40s-8", "--pattern", "day"]
+    assert cli.run([*command, "--config", str(file)]) == 0
+    out = capfd.readouterr().out
+    assert "pattern day" in out
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith("big-")] == [
+        ["big-gpu0-1", "TP2"],
+        ["big-gpu2-3", "TP2"],
+        ["big-gpu4-5", "TP2"],
+    ]
+    assert cli.run(command) == 1
+    assert 'no pattern "day"' in capfd.readouterr().err
+    assert cli.run(["topology", "--from", "l40s-9"]) == 1
+    assert "l40sctl: --from: cannot read host file 'l40s-9'" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("pattern", ["A", "B", "C", "D"])
@@ -310,7 +335,7 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         settled = {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "40", **environ}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from l40sd.cli import main; main()", "--socket", fake.path, *arguments],
+            [sys.executable, "-c", "from l40sd.l40sctl import main; main()", "--socket", fake.path, *arguments],
             env={**os.environ, **settled},
             stdin=theirs,
             stdout=theirs,
@@ -365,6 +390,20 @@ def test_every_view_fits_80_columns(fake: FakeControl) -> None:
         assert max(len(line) for line in terminal.text.splitlines()) <= 80, arguments
 
 
+def test_a_watch_on_a_low_terminal_says_how_much_it_hides(fake: FakeControl) -> None:
+    """On 12 lines `status --watch` showed eleven of them and not a word of the others."""
+    terminal = Terminal(fake, "status", "--watch", NO_COLOR="1", LINES="12")
+    terminal.read_until("more lines below")
+    terminal.text = ""
+    terminal.read_until("more lines below")  # the second picture: the screen is set up and in the loop
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 0
+    hidden = re.search(r"(\d+) more lines below", terminal.text)
+    whole = terminal.text[terminal.text.rindex("\x1b[?1049l") :]  # printed once more when it ends
+    assert hidden is not None
+    assert int(hidden[1]) == len(whole.strip().splitlines()) - 11
+
+
 def test_ctrl_c_leaves_a_change_running_and_says_so(fake: FakeControl) -> None:
     fake.answers["GET /v1/operations/op1"] = (200, canned.OPERATION)
     terminal = Terminal(fake, "switch-pattern", "B")
@@ -382,6 +421,86 @@ def test_watching_goes_on_over_a_daemon_that_is_away_until_ctrl_c(fake: FakeCont
     terminal.read_until("pattern later")
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.end() == 0
+
+
+# --- wherever the output goes ---------------------------------------------------------------------------------------
+
+
+def ended(fake: FakeControl, redirection: str, *arguments: str, **environ: str) -> tuple[int, str, str]:
+    """Run l40sctl below a shell that redirects its output; return its exit status, stdout and stderr."""
+    done = subprocess.run(  # noqa: TID251 - no loop here
+        [
+            "sh",
+            "-c",
+            f'"$@" {redirection}',
+            "sh",
+            sys.executable,
+            "-m",
+            "l40sd.l40sctl",
+            "--socket",
+            fake.path,
+            *arguments,
+        ],
+        env={**os.environ, **environ},
+        capture_output=True,
+        timeout=30,
+    )
+    return done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
+
+
+@pytest.mark.parametrize("arguments", [("status",), ("config", "show"), ("events",), ("doctor", "-o", "json")])
+@pytest.mark.parametrize(
+    ("redirection", "why"), [(">/dev/full", "No space left on device"), (">&-", "stdout is closed")]
+)
+def test_output_that_cannot_be_written_is_an_error_and_no_traceback(
+    fake: FakeControl, redirection: str, why: str, arguments: Sequence[str]
+) -> None:
+    """Thirty lines of Python were what a full disk looked like."""
+    code, _, err = ended(fake, redirection, *arguments)
+    assert (code, err) == (1, f"l40sctl: the output cannot be written: {why}\n")
+
+
+def test_a_closed_stderr_is_no_reason_to_fail(fake: FakeControl) -> None:
+    assert ended(fake, "2>&-", "version")[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [("events",), ("events", "-o", "json")])
+def test_whoever_has_read_enough_is_told_nothing(fake: FakeControl, arguments: Sequence[str]) -> None:
+    """`events | head -1` ended with 1, as if something had failed."""
+    fake.answers["GET /v1/events"] = lambda: (200, (encode(event) + b"\n" for event in canned.EVENTS * 5000))
+    program = [sys.executable, "-m", "l40sd.l40sctl", "--socket", fake.path, *arguments]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(30), process.stderr.read()) == (141, b"")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "cp437"])
+@pytest.mark.parametrize("arguments", [("status",), ("events",), ("topology",), ("switch-pattern", "B", "--dry-run")])
+def test_a_terminal_without_unicode_gets_what_it_can_show(
+    fake: FakeControl, encoding: str, arguments: Sequence[str]
+) -> None:
+    """'latin-1' codec can't encode character '\\ufffd'."""
+    fake.answers["POST /v1/pattern"] = (200, canned.PREVIEW)
+    code, out, err = ended(fake, "", *arguments, PYTHONIOENCODING=encoding, LC_ALL="C")
+    assert (code, err) == (0, "")
+    assert out
+    if encoding == "ascii" and arguments == ("status",):
+        assert "l40s-12 - pattern B - 2 of 6 ready" in out
+
+
+def test_ctrl_c_before_the_first_line_is_no_traceback_either(fake: FakeControl, tmp_path: Path) -> None:
+    """The command line takes 0.3 s to import."""
+    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    code, out, err = ended(fake, "", "status", PYTHONPATH=str(tmp_path))
+    assert (code, out, err) == (130, "", "")
+
+
+def test_the_version_can_be_asked_for_as_everywhere(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert re.fullmatch(r"l40sctl \d+\.\d+\.\d+\n", capfd.readouterr().out)
 
 
 # --- configuration, completion ------------------------------------------------------------------------------------

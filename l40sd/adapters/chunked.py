@@ -4,22 +4,45 @@ Source: RFC 9112 section 7.1.
 """
 
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from l40sd.core.refused import Refused
 
 CHUNK_LINE_LIMIT = 1024
+CHUNKS_FREE = 4096  # that may be of any size; what comes beyond
+CHUNK_MEAN_BYTES = 64  # has to be so large on average: taking a chunk apart costs as much as 5000 bytes within one
 TRAILER_LIMIT = 16384
+FAR_BYTES = 4096
+"""A chunk that goes on for as long as this, or longer, is not looked at further."""
 
-_chunk_size = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?").fullmatch
-_chunk_line = re.compile(rb"(?:\A|(?<=\r\n))([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
-_trailer = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[^\x00-\x08\x0a-\x1f\x7f]*+").fullmatch
+_token = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+_quoted = rb'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*+"'
+_chunk_size = re.compile(
+    rb"([0-9A-Fa-f]{1,15})(?:[ \t]*+;[ \t]*+"
+    + _token
+    + rb"(?:[ \t]*+=[ \t]*+(?:"
+    + _token
+    + rb"|"
+    + _quoted
+    + rb"))?)*+"
+).fullmatch
+_chunk_line = re.compile(rb"(?:\A\n?|(?<=\r\n))([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
+_chunk_begins = re.compile(rb"(?:\A\n?|(?<=\r\n))(?=[0-9A-Fa-f])")
+_half_chunk_line = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?(\r?)").fullmatch
+_trailer = re.compile(
+    rb"(?!(?i:content-length|transfer-encoding|host|trailer|te|connection):)"
+    + _token
+    + rb":[^\x00-\x08\x0a-\x1f\x7f]*+"
+).fullmatch
 
 
 def ends_between_chunks(data: bytes) -> bool:
     """Return whether a reply in chunks stands between two of them, as far as its latest bytes can tell.
 
-    That is so when they end with one whole chunk or more. They may begin anywhere: in the middle of a chunk, what
-    follows its end is looked at. A payload may look like that by chance: who acts on it asks the parser.
+    That is so when they end with one whole chunk or more. They may begin anywhere: in the middle of a chunk, or of
+    the line end behind it, what follows is looked at. A payload may look like that by chance: who acts on it asks the
+    parser. The cost grows with the bytes, not with the chunks times their number: no line is followed twice.
 
     Args:
         data: None at all: at the body's beginning.
@@ -28,9 +51,11 @@ def ends_between_chunks(data: bytes) -> bool:
         return True
     if not data.endswith(b"\r\n"):
         return False
+    followed: set[int] = set()  # where chunk lines end from which the end was not reached
     for first in _chunk_line.finditer(data):
         line: re.Match[bytes] | None = first
-        while line is not None:
+        while line is not None and line.end() not in followed:
+            followed.add(line.end())
             end = line.end() + int(line[1], 16) + 2
             if data[end - 2 : end] != b"\r\n" or end == line.end() + 2:
                 break
@@ -40,20 +65,94 @@ def ends_between_chunks(data: bytes) -> bool:
     return False
 
 
+class Place(NamedTuple):
+    """Where a reply in chunks broke off.
+
+    Attributes:
+        left_bytes: To come until the chunk at hand is ended, its line end included, at most ``FAR_BYTES``; 0: between
+            two chunks.
+        line_end: Of the chunk's size, as far as that has not come: the first of them.
+        payload: What the latest bytes have of the body.
+    """
+
+    left_bytes: int
+    line_end: bytes
+    payload: bytes
+
+
+def places(data: bytes) -> Iterator[Place]:
+    """Yield where a reply in chunks may stand, judged by its latest bytes; the likeliest first.
+
+    They may begin anywhere: in the middle of a chunk, of its size or of a line end. A payload may look like chunks by
+    chance: what the parser says of ``left_bytes`` decides. The cost grows with the bytes: no line is followed twice.
+    """
+    followed: set[int] = set()
+    for begin in _chunk_begins.finditer(data):
+        parts = [data[: begin.start() - 2]] if begin.start() else []
+        at = begin.end()
+        while at not in followed:
+            followed.add(at)
+            line = _chunk_line.match(data, at)
+            if line is None or (size := int(line[1], 16)) == 0:
+                half = _half_chunk_line(data, at)
+                if at == len(data):
+                    yield Place(0, b"", b"".join(parts))
+                elif half is not None and int(half[1], 16):
+                    line_end = b"\n" if half[2] else b"\r\n"
+                    yield Place(min(FAR_BYTES, len(line_end) + int(half[1], 16) + 2), line_end, b"".join(parts))
+                break
+            end = line.end() + size
+            parts.append(data[line.end() : end])
+            if len(data) < end + 2:
+                if b"\r\n".startswith(data[end:]):
+                    yield Place(min(FAR_BYTES, end + 2 - len(data)), b"", b"".join(parts))
+                break
+            if data[end : end + 2] != b"\r\n":
+                break
+            at = end + 2
+
+
+def place_of(data: bytes, left_bytes: int | None) -> Place | None:
+    """Return where a reply in chunks stands.
+
+    Args:
+        data: Its latest bytes.
+        left_bytes: As the parser says, at most ``FAR_BYTES``; None: it says nothing.
+    """
+    found = next((place for place in places(data) if left_bytes in (None, place.left_bytes)), None)
+    if found is None and left_bytes is not None:  # all of it lies in one chunk, as far as it can be seen
+        return Place(left_bytes, b"", data[: len(data) - max(0, 2 - left_bytes)])
+    return found
+
+
+def go_on(place: Place, more: bytes) -> bytes:
+    """Return the bytes that continue a reply in chunks with ``more``; its last chunk does not come."""
+    line_end, left = place.line_end, place.left_bytes - len(place.line_end)
+    room = left - 2 if left > 2 else 0
+    if room >= len(more):
+        return line_end + more
+    rest = more[room:]
+    return b"%b%b%b%x\r\n%b\r\n" % (line_end, more[:room], b"\r\n"[-min(left, 2) :] if left else b"", len(rest), rest)
+
+
 class ChunkedBody:
     """Takes a chunked request body apart. Extensions and trailers are checked and dropped.
+
+    What it holds is in proportion to the body, and so is what it does, however small the chunks are.
 
     Args:
         limit_bytes: Of the body without its framing.
 
     Attributes:
-        parts: The body so far.
-        size: Its bytes so far.
+        content: The body so far.
+        size: Its bytes so far, and what is announced of it.
+        chunks: That were announced.
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self.parts: list[bytes] = []
+        self.content = bytearray()
         self.size = 0
+        self.chunks = 0
         self._limit_bytes = limit_bytes
         self._held = b""  # a line or line end of which the rest is still to come
         self._left = 0  # bytes to come of the chunk at hand
@@ -72,8 +171,7 @@ class ChunkedBody:
         while True:
             if self._left:
                 piece = data[at : at + self._left]
-                if piece:
-                    self.parts.append(piece)
+                self.content += piece
                 self._left -= len(piece)
                 at += len(piece)
                 if self._left:
@@ -92,7 +190,7 @@ class ChunkedBody:
 
     def so_far(self) -> bytes:
         """Return what was fed, in other chunks: to another of us, they and what is still to come are the same body."""
-        body = b"".join(self.parts)
+        body = bytes(self.content)
         announced = len(body) + self._left
         begun = b"%x\r\n%b" % (announced, body) if announced else b""
         if self._left or self._is_after_chunk:
@@ -121,6 +219,9 @@ class ChunkedBody:
             self.size += self._left
             if self.size > self._limit_bytes:
                 raise Refused(413, "request_too_large", f"the body is larger than {self._limit_bytes} bytes")
+            self.chunks += 1
+            if (self.chunks - CHUNKS_FREE) * CHUNK_MEAN_BYTES > self.size:
+                raise Refused(400, "bad_request", f"the body's chunks are smaller than {CHUNK_MEAN_BYTES} bytes each")
             if not self._left:
                 self._trailer_bytes = 0
         return False

@@ -36,7 +36,7 @@ def _text(path: Path) -> str:
             data = file.read(SIZE_LIMIT_BYTES + 1)
         if len(data) > SIZE_LIMIT_BYTES:
             raise L40sError("larger than 1 MiB", where=str(path), code="config_unreadable")
-        return data.decode()
+        return data.decode("utf-8-sig")  # an editor's byte order mark is not a part of it
     except FileNotFoundError as error:
         raise L40sError(
             "no such file",

@@ -8,13 +8,15 @@ Source: RFC 9112 (framing), RFC 9110 section 7.6.1 (hop-by-hop fields).
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from l40sd.core.refused import Refused
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 REQUEST_ID_LIMIT = 128
 LENGTH_DIGITS = 15
+FIELDS_LIMIT = 256  # a browser sends 20, an SDK 15
+CONNECTION_TOKENS_LIMIT = 16  # clients name one or two
 _DIGITS_ALIKE = bytes.maketrans(b"123456789", b"000000000")
 
 _fields = rb"(?:" + TOKEN + rb"++:[^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+\r\n"
@@ -28,13 +30,18 @@ _special_in_response = re.compile(
     rb"\r\n((?i:connection|keep-alive|proxy-(?:connection|authenticate|authorization)|t(?:e|railer)|upgrade"
     rb"|x-(?:request-id|l40s-(?:worker|source)))):[ \t]*+([^\r\n]*+)"
 ).split
+_reserved_in_trailer = re.compile(
+    rb"(?i:c(?:onnection|ontent-(?:length|encoding|type|range))|t(?:e|railer|ransfer-encoding)|host|keep-alive|upgrade"
+    rb"|authorization|set-cookie|proxy-.*+|x-(?:request-id|l40s-.*+))"
+).fullmatch
 _length = re.compile(rb"\r\n(?i:content-length):[ \t]*+([0-9]++)").search
 _framing = re.compile(rb"\r\n(?i:content-length|transfer-encoding):").search
-_event_stream = re.compile(rb"\r\n(?i:content-type:[ \t]*text/event-stream)").search
-_chunked = re.compile(rb"\r\n(?i:transfer-encoding:[ \t]*chunked)").search
+_event_stream = re.compile(rb"\r\n(?i:content-type:[ \t]*+text/event-stream)").search
+_coding = re.compile(rb"\r\n(?i:transfer-encoding):([^\r\n]*+)").search
 _content_type = re.compile(rb"\r\n(?i:content-type):[ \t]*+([^\r\n]*+)").search
 _request_id = re.compile(rb"[!-~]{1,%d}" % REQUEST_ID_LIMIT).fullmatch
-_absolute = re.compile(rb"https?://[^/?#]+", re.IGNORECASE).match
+_host = re.compile(rb"(?:\[[0-9A-Fa-f:.]++\]|[!$%&'()*+,\-.0-9;=A-Z_a-z~]*+)(?::[0-9]*+)?[ \t]*+").fullmatch
+_absolute = re.compile(rb"https?://[^/?#]++", re.IGNORECASE).match
 
 
 class RequestHead:
@@ -99,6 +106,8 @@ def parse_request(head: bytes) -> RequestHead:
     Raises:
         Refused: 400 for anything that two parsers could read differently, 417, 501 or 505 for what is not spoken here.
     """
+    if head.count(b"\r\n") > FIELDS_LIMIT + 2:  # and the request line, and the empty one
+        raise Refused(431, "head_too_large", f"the request's head has more than {FIELDS_LIMIT} fields")
     match = _request(head)
     if match is None:
         raise _explain(head)
@@ -116,8 +125,8 @@ def parse_request(head: bytes) -> RequestHead:
     if not target.startswith(b"/"):
         request.target = _path_of(method, target)
     request.fields = b"".join(pieces[0::3])[len(match[1]) + len(match[2]) + 10 : -4]
-    for name in request.hop_by_hop:
-        request.fields = _without(request.fields, name)
+    if request.hop_by_hop:
+        request.fields = _without(request.fields, request.hop_by_hop)
     return request
 
 
@@ -249,15 +258,17 @@ class ResponseHead:
 
     Attributes:
         lines: Status line and all fields that are passed on, without the empty line.
+        has_body: A 204 and a 304 have none, whatever they say.
         is_framed: Says where it ends; otherwise the connection's end is the response's.
     """
 
-    __slots__ = ("is_framed", "lines", "status")
+    __slots__ = ("has_body", "is_framed", "lines", "status")
 
     def __init__(self, status: int, lines: bytes) -> None:
         self.status = status
         self.lines = lines
-        self.is_framed = b"\r\ncontent-length:" in lines or _framing(lines) is not None or status in (204, 304)
+        self.has_body = status not in (204, 304)
+        self.is_framed = not self.has_body or b"\r\ncontent-length:" in lines or _framing(lines) is not None
 
     @property
     def is_event_stream(self) -> bool:
@@ -273,29 +284,45 @@ class ResponseHead:
     @property
     def is_chunked(self) -> bool:
         """Whether the body is in chunks."""
-        return _chunked(self.lines) is not None
+        found = _coding(self.lines)
+        return found is not None and found[1].rstrip().lower().endswith(b"chunked")
 
     def without_framing(self) -> bytes:
         """Return the lines for a client that cannot read chunks."""
-        return _without(self.lines, b"transfer-encoding")
+        return _without(self.lines, (b"transfer-encoding",))
 
 
 def parse_response(head: bytes) -> ResponseHead:
     """Return what a worker's response head says, hop-by-hop fields and the proxy's own taken out.
 
-    Framing fields stay, for the body is passed on as it is.
+    Framing fields stay, for the body is passed on as it is; a 204 has none (RFC 9110, 8.6). The version is ours: what a
+    worker speaks is between it and us (RFC 9110, 2.5).
 
     Args:
         head: From the status line to the empty line, both included; one that llhttp found well-formed.
+
+    Raises:
+        ValueError: The status is none that ends a request.
     """
+    status = int(head[9:12])
+    if status < 200:
+        raise ValueError(f"the status {status:03} ends no request")
     pieces = _special_in_response(head)
     lines = b"".join(pieces[0::3])[:-4] if len(pieces) > 1 else head[:-4]
+    dropped = {b"content-length", b"transfer-encoding"} if status == 204 else set()
     for position in range(1, len(pieces), 3):
         if pieces[position].lower() == b"connection":
-            for name in _tokens(pieces[position + 1]):
-                if name not in (b"close", b"keep-alive", b"content-length", b"transfer-encoding"):
-                    lines = _without(lines, name)
-    return ResponseHead(int(head[9:12]), lines)
+            dropped |= set(_tokens(pieces[position + 1])) - {
+                *(b"close", b"keep-alive", b"content-length", b"transfer-encoding")
+            }
+    if dropped:
+        lines = _without(lines, dropped)
+    return ResponseHead(status, b"HTTP/1.1" + lines[8:])
+
+
+def is_reserved_in_trailer(name: bytes) -> bool:
+    """Return whether a field may not stand behind a body: it frames, routes or is ours (RFC 9110, 6.5.1)."""
+    return _reserved_in_trailer(name) is not None
 
 
 def _set_content_length(request: RequestHead, value: bytes) -> None:
@@ -313,7 +340,9 @@ def _set_chunked(request: RequestHead, value: bytes) -> None:
     request.is_chunked = True
 
 
-def _count_host(request: RequestHead, _value: bytes) -> None:
+def _count_host(request: RequestHead, value: bytes) -> None:
+    if not _host(value):
+        raise Refused(400, "bad_request", "the Host field is not a host and a port")
     request.hosts += 1
 
 
@@ -346,6 +375,8 @@ def _set_connection(request: RequestHead, value: bytes) -> None:
             request.keep_alive = False
         elif token != b"keep-alive":
             request.hop_by_hop.append(token)
+    if len(request.hop_by_hop) > CONNECTION_TOKENS_LIMIT:
+        raise Refused(400, "bad_request", f"Connection names more than {CONNECTION_TOKENS_LIMIT} fields")
 
 
 _HANDLERS: dict[bytes, Callable[[RequestHead, bytes], None]] = {
@@ -364,8 +395,10 @@ def _tokens(value: bytes) -> list[bytes]:
     return [token for token in (part.strip().lower() for part in value.split(b",")) if token]
 
 
-def _without(lines: bytes, name: bytes) -> bytes:
-    return re.sub(rb"\r\n(?i:" + re.escape(name) + rb"):[^\r\n]*", b"", lines)
+def _without(lines: bytes, names: Collection[bytes]) -> bytes:
+    """Return the lines but for the fields of these names (lower case), in one pass whatever their number."""
+    first, *fields = lines.split(b"\r\n")
+    return b"\r\n".join([first, *(field for field in fields if field.partition(b":")[0].lower() not in names)])
 
 
 def _path_of(method: bytes, target: bytes) -> bytes:

@@ -16,6 +16,7 @@ from typing import Any
 
 from l40sd.core.errors import L40sError
 from l40sd.core.model import GpuId, Link
+from l40sd.core.presence import Failing, Heard
 from l40sd.core.topology import NvmlFacts, NvmlGpu, normal_pci
 
 LIBRARY_VARIABLE = "L40SD_NVML_LIBRARY"
@@ -54,8 +55,8 @@ class Nvml:
         self._failures = 0
         self._retry_at_s = 0.0
         self._why = ""
-        self.lost: tuple[str, ...] = ()
-        """GPUs that did not answer the last question, with NVML's reason."""
+        self.heard: Heard | None = None
+        """Which GPUs answered the last question, and which did not, with NVML's reason; None: it never did."""
 
     async def inventory(self) -> NvmlFacts:
         """Return the GPUs and the links that NVML knows.
@@ -64,21 +65,12 @@ class Nvml:
             NvmlSilentError: No answer.
         """
         answer = await self._ask("inventory")
-        gpus = tuple(
-            NvmlGpu(
-                id=GpuId(gpu["id"]),
-                index=gpu["index"],
-                pci=normal_pci(gpu["pci"]),
-                name=gpu["name"],
-                memory_bytes=gpu["memory_bytes"],
-            )
-            for gpu in answer["gpus"]
-        )
+        gpus = _heard(answer).answering
         ids = {gpu.index: gpu.id for gpu in gpus}
         return NvmlFacts(gpus=gpus, links={(ids[a], ids[b]): Link[letters] for a, b, letters in answer["links"]})
 
     async def memory(self) -> dict[GpuId, GpuMemory]:
-        """Return the memory of every GPU that answers.
+        """Return the memory of every GPU that answers and has memory to tell of.
 
         Raises:
             NvmlSilentError: No answer.
@@ -87,11 +79,17 @@ class Nvml:
         return {
             GpuId(gpu["id"]): GpuMemory(
                 used_bytes=gpu["used_bytes"],
-                total_bytes=gpu["total_bytes"],
+                total_bytes=gpu["memory_bytes"],
                 holders=tuple((pid, command, size) for pid, command, size in gpu["holders"]),
             )
             for gpu in answer["gpus"]
+            if gpu["used_bytes"] is not None
         }
+
+    async def renew(self) -> None:
+        """Have the next question answered by a new helper: the library finds GPUs only when it starts."""
+        async with self._turn:
+            await self._drop_helper()
 
     async def close(self) -> None:
         """End the helper; returns within ``GONE_TIMEOUT_S`` even when it hangs."""
@@ -132,7 +130,7 @@ class Nvml:
             raise await self._failed(reply["error"])
         self._failures = 0
         answer: Mapping[str, Any] = reply["answer"]
-        self.lost = tuple(answer["lost"])
+        self.heard = _heard(answer)
         return answer
 
     async def _started(self) -> asyncio.subprocess.Process:
@@ -165,3 +163,19 @@ class Nvml:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GONE_TIMEOUT_S):
                 await helper.wait()
+
+
+def _heard(answer: Mapping[str, Any]) -> Heard:
+    return Heard(
+        answering=tuple(
+            NvmlGpu(
+                id=GpuId(gpu["id"]),
+                index=gpu["index"],
+                pci=normal_pci(gpu["pci"]),
+                name=gpu["name"],
+                memory_bytes=gpu["memory_bytes"],
+            )
+            for gpu in answer["gpus"]
+        ),
+        failing=tuple(Failing(number=x["number"], id=GpuId(x["id"]), reason=x["reason"]) for x in answer["lost"]),
+    )

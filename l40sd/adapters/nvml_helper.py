@@ -3,7 +3,9 @@
 Reads one JSON line per question from stdin, ``{"id": 1, "ask": "inventory" | "memory"}``, and answers with one line,
 ``{"id": 1, "answer": {...}}`` or ``{"id": 1, "error": "..."}``. Ends when stdin does, or when its parent dies.
 
-A GPU that does not answer (fallen off the bus, Xid 79) is left out and named under ``lost``: it must not hide the rest.
+A GPU that does not answer (fallen off the bus, Xid 79) is left out and named under ``lost``, with its number, its UUID
+where this process has read it before, and NVML's reason: it must not hide the rest. What is only not supported (memory
+sizes of some GPUs, processes in a partitioned one) or not allowed to be known (processes) is left unknown.
 """
 
 import ctypes
@@ -23,6 +25,11 @@ NVLINK_TO_SWITCH = 2
 """nvmlIntNvLinkDeviceType_t: the other end is an NVSwitch."""
 PCI_BRIDGES = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 """nvmlGpuTopologyLevel_t in nvidia-smi's letters; 0 is two GPUs on one board."""
+NOT_SUPPORTED = 3
+"""nvmlReturn_t."""
+GONE = (15, 16, 999)
+"""nvmlReturn_t: GPU is lost, reset required, unknown error."""
+GONE_WORDS = ("GPU is lost", "GPU requires reset", "Unknown Error")
 
 
 def main(arguments: list[str]) -> int:
@@ -31,11 +38,12 @@ def main(arguments: list[str]) -> int:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # the driver's library is closed source: whatever it prints must not be taken for an answer
     library: Any = None
+    seen: dict[int, str] = {}
     for line in sys.stdin:
         question = json.loads(line)
         try:
             library = library or _started(arguments[0] if arguments else "pynvml")
-            answer = _inventory(library) if question["ask"] == "inventory" else _memory(library)
+            answer = (_inventory if question["ask"] == "inventory" else _memory)(library, seen)
         except Exception as error:  # noqa: BLE001  # whatever goes wrong here is an answer; the parent decides
             _reply(replies, {"id": question["id"], "error": f"{type(error).__name__}: {error}"})
         else:
@@ -62,19 +70,15 @@ def _started(name: str) -> Any:
     return library
 
 
-def _inventory(nvml: Any) -> dict[str, Any]:
-    lost: list[str] = []
-    handles = dict(_handles(nvml, lost))
-    gpus = [
-        {
-            "id": _text(nvml.nvmlDeviceGetUUID(handle)),
-            "index": index,
-            "pci": _text(nvml.nvmlDeviceGetPciInfo(handle).busId),
-            "name": _text(nvml.nvmlDeviceGetName(handle)),
-            "memory_bytes": nvml.nvmlDeviceGetMemoryInfo(handle).total,
-        }
-        for index, handle in handles.items()
-    ]
+def _inventory(nvml: Any, seen: dict[int, str]) -> dict[str, Any]:
+    lost: list[dict[str, Any]] = []
+    gpus, handles = [], {}
+    for index, handle in _handles(nvml, seen, lost):
+        try:
+            gpus.append({**_identity(nvml, index, handle, seen), "memory_bytes": _sizes(nvml, handle)[1] or 0})
+            handles[index] = handle
+        except nvml.NVMLError as error:
+            lost.append(_lost(index, seen, error))
     pairs = [(a, b) for a in handles for b in handles if a < b]
     ends = {index: _nvlink_ends(nvml, handle) for index, handle in handles.items()}
     pci = {gpu["index"]: gpu["pci"] for gpu in gpus}
@@ -85,38 +89,67 @@ def _inventory(nvml: Any) -> dict[str, Any]:
     return {"gpus": gpus, "links": [link for link in links if link[2]], "lost": lost}
 
 
-def _memory(nvml: Any) -> dict[str, Any]:
-    lost: list[str] = []
+def _memory(nvml: Any, seen: dict[int, str]) -> dict[str, Any]:
+    lost: list[dict[str, Any]] = []
     gpus = []
-    for index, handle in _handles(nvml, lost):
+    for index, handle in _handles(nvml, seen, lost):
         try:
-            memory = _memory_info(nvml, handle)
-            holders = [
-                [process.pid, _command(process.pid), process.usedGpuMemory or 0]
-                for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-            ]
-            gpus.append(
-                {
-                    "id": _text(nvml.nvmlDeviceGetUUID(handle)),
-                    "used_bytes": memory.used,
-                    "total_bytes": memory.total,
-                    "holders": holders,
-                }
-            )
+            used, total = _sizes(nvml, handle)
+            about = {"memory_bytes": total or 0, "used_bytes": used, "holders": _holders(nvml, handle)}
+            gpus.append({**_identity(nvml, index, handle, seen), **about})
         except nvml.NVMLError as error:
-            lost.append(f"GPU{index}: {error}")
+            lost.append(_lost(index, seen, error))
     return {"gpus": gpus, "lost": lost}
 
 
-def _handles(nvml: Any, lost: list[str]) -> Iterator[tuple[int, Any]]:
+def _handles(nvml: Any, seen: dict[int, str], lost: list[dict[str, Any]]) -> Iterator[tuple[int, Any]]:
+    """Yield the GPUs that have a UUID, which is noted in ``seen``."""
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            nvml.nvmlDeviceGetUUID(handle)
+            seen[index] = _text(nvml.nvmlDeviceGetUUID(handle))
         except nvml.NVMLError as error:
-            lost.append(f"GPU{index}: {error}")
+            lost.append(_lost(index, seen, error))
         else:
             yield index, handle
+
+
+def _identity(nvml: Any, index: int, handle: Any, seen: dict[int, str]) -> dict[str, Any]:
+    return {
+        "id": seen[index],
+        "index": index,
+        "pci": _text(nvml.nvmlDeviceGetPciInfo(handle).busId),
+        "name": _text(nvml.nvmlDeviceGetName(handle)),
+    }
+
+
+def _lost(index: int, seen: dict[int, str], error: Exception) -> dict[str, Any]:
+    return {"number": index, "id": seen.get(index, ""), "reason": str(error)}
+
+
+def _sizes(nvml: Any, handle: Any) -> tuple[int | None, int | None]:
+    """Return used and total bytes; None where this GPU has no memory of its own to tell of."""
+    try:
+        memory = _memory_info(nvml, handle)
+    except nvml.NVMLError as error:
+        if not _is(error, (NOT_SUPPORTED,), ("Not Supported",)):
+            raise
+        return None, None
+    return memory.used, memory.total
+
+
+def _holders(nvml: Any, handle: Any) -> list[list[Any]]:
+    try:
+        processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except nvml.NVMLError as error:
+        if _is(error, GONE, GONE_WORDS):
+            raise
+        return []
+    return [[process.pid, _command(process.pid), process.usedGpuMemory or 0] for process in processes]
+
+
+def _is(error: Exception, codes: tuple[int, ...], words: tuple[str, ...]) -> bool:
+    return getattr(error, "value", None) in codes or str(error) in words
 
 
 def _memory_info(nvml: Any, handle: Any) -> Any:

@@ -14,6 +14,7 @@ from l40sd.core.model import ModelName, Pattern
 
 BUILT_IN_ENGINES = ("vllm", "sglang", "tensorrt-llm", "llama-cpp", "torchrun", "simulated", "external")
 BUILT_IN_PATTERNS = ("A", "B", "C", "D")
+EXTERNAL = "external"
 
 
 def option(
@@ -113,6 +114,10 @@ class HostConfig:
     nvml_timeout_s: float = option(
         20.0, "NVML is given up for now when it has not answered", least=0.1, most=300, restart=True
     )
+    gpu_check_interval_s: float = option(10.0, "between two looks whether every GPU answers", least=0.05, most=3600)
+    gpu_rescan_interval_s: float = option(
+        60.0, "while a GPU is missing: between two searches for GPUs that came back", least=0.05, most=86400
+    )
     numa_pinning: bool = option(default=True, doc="bind workers to their GPUs' CPUs and memory with numactl")
     nccl_p2p: str = option(
         "auto",
@@ -153,6 +158,10 @@ class ProxyConfig:
     retries: int = option(
         2, "further workers that a request is tried on before its first byte came back", least=0, most=10
     )
+    poison_refused_s: float = option(
+        300.0, "a request that two workers died of is refused at once for this long; 0: never", least=0, most=86400
+    )
+    poison_limit: int = option(1000, "such requests remembered, as hashes", least=0, most=1_000_000)
     access_log: bool = option(default=False, doc="one line a request; costs more than the request itself")
 
 
@@ -160,6 +169,9 @@ class ProxyConfig:
 class WorkersConfig:
     """``[workers]``: starting, stopping, restarting."""
 
+    env: Mapping[str, str] = option(
+        {}, "added to every worker's environment, e.g. NCCL_*, HF_HOME; models' own goes first"
+    )
     host: str = option("127.0.0.1", "address that workers listen on")
     port_first: int = option(30000, "first port given to workers", least=1024, most=65535)
     port_last: int = option(30999, "last port given to workers", least=1024, most=65535)
@@ -259,6 +271,11 @@ class EngineConfig:
     env: Mapping[str, str] = option({}, "added to the worker's environment; an empty value removes one")
     health_path: str = option("", "GET answers 200 when ready")
     metrics_path: str = option("", "Prometheus text")
+    term_to: str = option(
+        "",
+        "who gets SIGTERM: engine (the process that ends its others), or the whole process group; empty: as built in",
+        choices=("", "engine", "group"),
+    )
     term_timeout_s: float = option(0.0, "0: [workers] term_timeout_s", least=0, most=3600)
 
 
@@ -290,3 +307,13 @@ class Config:
     engines: Mapping[str, EngineConfig] = field(default_factory=dict)
     models: Mapping[ModelName, ModelConfig] = field(default_factory=dict)
     patterns: Mapping[str, Pattern] = field(default_factory=dict)
+
+
+def is_external(model: ModelConfig, engines: Mapping[str, EngineConfig]) -> bool:
+    """Return whether somebody else runs this model's workers: they are only probed and routed to, and take no GPUs.
+
+    That is so for the engine ``external``, and for one of the operator's own with that base, unless it has a command:
+    what has a command is run here.
+    """
+    entry = engines.get(model.engine, EngineConfig())
+    return (entry.base or model.engine) == EXTERNAL and not entry.command

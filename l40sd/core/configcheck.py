@@ -2,17 +2,19 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import SplitResult, urlsplit
 
+from l40sd.core import overrides
 from l40sd.core.config import (
     BUILT_IN_ENGINES,
     BUILT_IN_PATTERNS,
     Config,
     EngineConfig,
     ModelConfig,
+    is_external,
     slug,
 )
 from l40sd.core.model import ModelName, Pattern
@@ -45,6 +47,7 @@ def check(config: Config) -> Iterator[Problem]:
     yield from _check_workers(config)
     for name, engine in config.engines.items():
         yield from _check_engine(name, engine)
+        yield from _check_command(name, engine, config)
     if not config.models:
         yield Problem(path=("models",), what="no model", hint="add a [models.NAME] with engine and source")
     for model in config.models.values():
@@ -106,6 +109,7 @@ def _check_proxy(config: Config) -> Iterator[Problem]:
 
 def _check_workers(config: Config) -> Iterator[Problem]:
     workers = config.workers
+    yield from _check_env(("workers", "env"), workers.env)
     if not re.fullmatch(r"[^\s/\[\]]+", workers.host):
         yield Problem(path=("workers", "host"), what=f'"{workers.host}" is no address', hint='e.g. "127.0.0.1"')
     for lower, upper in (
@@ -137,6 +141,17 @@ def _check_engine(name: str, engine: EngineConfig) -> Iterator[Problem]:
     yield from _check_env((*at, "env"), engine.env)
 
 
+def _check_command(name: str, engine: EngineConfig, config: Config) -> Iterator[Problem]:
+    """A command line of the operator's own may say all that l40sd says, but not fight it."""
+    path = ("engines", name, "command")
+    if engine.command and not overrides.has_port(engine.command, engine.env):
+        hint = 'write {port} where the engine takes it, or PORT = "{port}" in env for a script of your own'
+        yield Problem(path=path, what="does not say {port}: the worker would listen where nobody asks", hint=hint)
+    program = overrides.pinning(engine.command)
+    if program and config.host.numa_pinning:
+        yield Problem(path=path, what=f"{program} would bind the worker elsewhere", hint=overrides.NUMA_HINT)
+
+
 def _placeholders(texts: Iterable[str]) -> list[str]:
     """Return the names in single braces; ``{"mode": 2}`` and ``{{ messages }}`` are what they look like."""
     return [name for text in texts for name in re.findall(r"(?<!\{)\{([A-Za-z_][A-Za-z0-9_]*)\}(?!\})", text)]
@@ -148,16 +163,17 @@ def _check_model(model: ModelConfig, config: Config) -> Iterator[Problem]:
     if model.engine not in engines:
         hint = _nearest(model.engine, engines)
         yield Problem(path=(*at, "engine"), what=f'no engine "{model.engine}"', hint=hint)
-    base = base_engine(model.engine, config)
-    if base == "external":
+    if external := is_external(model, config.engines):
         yield from _check_endpoints(model)
     else:
         for key in ("endpoints", "endpoint_key"):
             if getattr(model, key):
                 yield Problem(path=(*at, key), what='is only for engine = "external"')
-    if not model.source and base not in ("external", "simulated"):
+    if not model.source and not external and base_engine(model.engine, config) != "simulated":
         yield Problem(path=(*at, "source"), what="is missing", hint="a path or a hub id, as the engine takes it")
     yield from _check_env((*at, "env"), model.env)
+    for name, hint in overrides.arguments(base_engine(model.engine, config), model.args):
+        yield Problem(path=(*at, "args"), what=f"{name} is not to be set here: l40sd sets it", hint=hint)
 
 
 def _check_endpoints(model: ModelConfig) -> Iterator[Problem]:
@@ -186,8 +202,11 @@ def _check_names(config: Config) -> Iterator[Problem]:
     owners: dict[str, ModelName] = {}  # slug -> the first model that has it
     for name in config.models:
         short = slug(name)
-        if not re.fullmatch(r"[!-~]{1,200}", name) or not short or len(short) > _SLUG_LIMIT:
-            hint = f"printable ASCII without spaces, with at least one letter or digit, at most {_SLUG_LIMIT}"
+        if not re.fullmatch(r"[!-,.-~][!-~]{0,199}", name) or not short or len(short) > _SLUG_LIMIT:
+            hint = (
+                "printable ASCII without spaces, not beginning with -, with at least one letter or digit,"
+                f" at most {_SLUG_LIMIT}"
+            )
             yield Problem(path=("models", name), what="cannot be a model's name", hint=hint)
         elif short in owners:
             yield Problem(
@@ -200,6 +219,9 @@ def _check_names(config: Config) -> Iterator[Problem]:
             path = ("models", name, "aliases")
             if not alias:
                 yield Problem(path=path, what="an alias is empty")
+            elif alias.startswith("-") or not alias.isprintable() or alias != alias.strip() or len(alias) > 200:
+                hint = "engines are told it on their command line: printable, not beginning with -, at most 200"
+                yield Problem(path=path, what=f"{alias[:40]!a} cannot be an alias", hint=hint)
             elif alias in config.models and alias != name:
                 yield Problem(path=path, what=f'"{alias}" is another model\'s name')
             elif alias in seen:
@@ -220,15 +242,17 @@ def _check_pattern(pattern: Pattern, config: Config) -> Iterator[Problem]:
         elif replica.model not in config.models:
             hint = _nearest(replica.model, list(config.models))
             yield Problem(path=path, what=f'no model "{replica.model}"', hint=hint)
-        elif base_engine(config.models[replica.model].engine, config) == "external":
+        elif is_external(config.models[replica.model], config.engines):
             hint = "leave it out: external workers are part of every pattern"
             yield Problem(path=path, what=f'"{replica.model}" is external and takes no GPUs here', hint=hint)
 
 
-def _check_env(path: KeyPath, names: Iterable[str]) -> Iterator[Problem]:
-    for name in names:
+def _check_env(path: KeyPath, env: Mapping[str, str]) -> Iterator[Problem]:
+    for name in env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield Problem(path=(*path, name), what="cannot be a variable's name")
+    for name, hint in overrides.variables(env):
+        yield Problem(path=(*path, name), what="is not to be set here: l40sd sets it", hint=hint)
 
 
 def _socket_problem(path: str) -> str:

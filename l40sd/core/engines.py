@@ -46,6 +46,13 @@ class Probes:
     tokens_metrics: tuple[str, ...] = ()
 
 
+class TermTo(StrEnum):
+    """Who gets SIGTERM when an engine shall end."""
+
+    ENGINE = "engine"  # the process that ends its own others: the leader, or behind a wrapper the one that it runs
+    GROUP = "group"  # the whole process group at once
+
+
 class When(StrEnum):
     """A condition on one worker, under which a part of a command line is wanted."""
 
@@ -65,7 +72,9 @@ class Engine:
         command: Its command line, with ``{placeholders}``; empty: somebody else runs it.
         options: Further arguments, each under its condition, in this order.
         env: Environment, with ``{placeholders}``; an entry made of an empty API key is left out.
+        term_to: Who is told to stop; the others are told once it is gone.
         term_timeout_s: What a clean exit of an idle engine may take, where the config's usual time may be too short.
+        ends_streams: Every whole stream ends with its API's last event (``[DONE]``, ``message_stop``).
         tp_or_pp: It splits a model one way or the other, never both.
     """
 
@@ -74,7 +83,9 @@ class Engine:
     options: tuple[tuple[When, tuple[str, ...]], ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     probes: Probes = Probes()
+    term_to: TermTo = TermTo.ENGINE
     term_timeout_s: float = 0.0
+    ends_streams: bool = False
     tp_or_pp: bool = False
 
     @property
@@ -88,6 +99,9 @@ class Engine:
 #   EngineCore hangs and while a draining server finishes its streams.
 # - --shutdown-timeout 0, its default, ends open streams at SIGTERM as if they were complete (finish_reason "abort",
 #   then [DONE]). With the drain's time they run to their end; what is cut after that is cut visibly.
+# - SIGTERM to the API server alone: it drains, then ends EngineCore and the ranks. To all of them: TP and PP ranks end
+#   at once, and every open stream with them. Until its Python has come to the handler, SIGTERM just ends it.
+# - It then still has its port, and answers /health with 200, until the last stream is done.
 # - With a key, /health and /metrics stay open.
 # - iteration_tokens_total counts engine steps: it moves during a long chunked prefill, when both token counters rest.
 # - Custom all-reduce on a pair without working peer access hangs at the start; above two GPUs it wants NVLink.
@@ -105,6 +119,7 @@ _VLLM = Engine(
         (When.NO_PEER_ACCESS, ("--disable-custom-all-reduce",)),
     ),
     env={"VLLM_API_KEY": "{api_key}", "VLLM_NO_USAGE_STATS": "1"},
+    ends_streams=True,
     probes=Probes(
         running_metric="vllm:num_requests_running",
         waiting_metric="vllm:num_requests_waiting",
@@ -120,7 +135,8 @@ _VLLM = Engine(
 # - /health makes a token when idle and takes a second or more; with the variable below it is a plain yes or no, 503
 #   while starting and from the first moment of a drain. The token is asked for at start and by the idle canary.
 # - The API key is an argument only: users of this machine can see it in `ps`.
-# - SIGTERM drains without limit, looking every 5 s, then gives its schedulers 15 s.
+# - SIGTERM drains without limit, looking every 5 s, then gives its schedulers 15 s. It goes to the main process, whose
+#   children die with it.
 _SGLANG = Engine(
     name="sglang",
     command=(
@@ -132,6 +148,7 @@ _SGLANG = Engine(
         (When.NO_PEER_ACCESS, ("--disable-custom-all-reduce",)),
     ),
     env={"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},
+    ends_streams=True,
     probes=Probes(
         running_metric="sglang:num_running_reqs",
         waiting_metric="sglang:num_queue_reqs",
@@ -150,6 +167,7 @@ _TENSORRT_LLM = Engine(
         *("trtllm-serve", "{model}", "--served_model_name", "{name}", "--host", "{host}", "--port", "{port}"),
         *("--tp_size", "{tp}", "--pp_size", "{pp}", "--no-telemetry"),
     ),
+    ends_streams=True,
     probes=Probes(
         metrics_path="/prometheus/metrics",
         running_metric="trtllm_num_requests_running",
@@ -176,6 +194,7 @@ _LLAMA_CPP = Engine(
         (When.PIPELINE_PARALLEL, ("-sm", "layer", "-ts", "{split}")),
     ),
     env={"LLAMA_API_KEY": "{api_key}"},
+    ends_streams=True,
     probes=Probes(
         metrics_need_key=True,
         running_metric="llamacpp:requests_processing",
@@ -211,6 +230,7 @@ _SIMULATED = Engine(
         *("--ranks", "{ranks}"),
     ),
     env={"L40SD_SIM_API_KEY": "{api_key}"},
+    ends_streams=True,
     probes=Probes(
         running_metric="simulated:requests_running",
         waiting_metric="simulated:requests_waiting",
@@ -259,11 +279,13 @@ def resolve(name: str, configured: Mapping[str, EngineConfig]) -> Engine:
         command=entry.command or base.command,
         options=() if entry.command else base.options,
         env={key: value for key, value in {**base.env, **entry.env}.items() if value},
+        term_to=TermTo(entry.term_to) if entry.term_to else base.term_to,
         probes=replace(
             base.probes,
             health_path=entry.health_path or base.probes.health_path,
             metrics_path=entry.metrics_path or base.probes.metrics_path,
         ),
+        ends_streams=base.ends_streams and not entry.command,
         tp_or_pp=base.tp_or_pp and not entry.command,
     )
 

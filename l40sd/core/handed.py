@@ -36,6 +36,7 @@ class HandedExchange:
         body: The request's, so that it can be tried elsewhere; empty once a reply has begun.
         name: The model's, as the body has it.
         begun: What has come of the reply's head, while there is no ``reply``.
+        died: Workers that ended with it and had not answered a byte of it.
     """
 
     upstream: int
@@ -53,6 +54,7 @@ class HandedExchange:
     asked_at_s: float
     begun: bytes
     reply: HandedReply | None
+    died: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from l40sd.core.config import Config, ModelConfig
 from l40sd.core.cpus import format_cpu_list
-from l40sd.core.engines import Engine, Probes, When, resolve
+from l40sd.core.engines import Engine, Probes, TermTo, When, resolve
 from l40sd.core.errors import L40sError
 from l40sd.core.model import GpuId, Inventory, Link, Placement, WorkerId
 
@@ -35,6 +35,8 @@ class Launch:
         port: 0 in a launch that was only built for its fingerprint.
         api_key: Key between proxy and worker; empty where the engine takes none.
         served_name: The model name that the engine answers to.
+        ends_streams: As the engine's.
+        term_to: Who gets SIGTERM.
         term_timeout_s: From SIGTERM to the kill.
         fingerprint: Same fingerprint, same process: covers argv, env and probes with port and key left out.
         pinning: What numactl was told, or would be told on a live host; for display.
@@ -52,6 +54,8 @@ class Launch:
     term_timeout_s: float
     fingerprint: str
     pinning: str = ""
+    term_to: TermTo = TermTo.ENGINE
+    ends_streams: bool = False
 
 
 def build(
@@ -68,7 +72,8 @@ def build(
     1. Somebody else runs it (an endpoint is given): only where and how to ask.
     2. numactl's part, applied on the machine's own devices only; then the engine's command, the options whose
        condition holds, the model's own arguments.
-    3. Environment, later wins: the group's GPUs and how they may talk, the engine's, the model's.
+    3. Environment, later wins: the group's GPUs and how they may talk, the engine's, that of all workers, what the
+       operator says for this engine, the model's.
     4. The fingerprint is taken of the same lines with the port's and the key's placeholders left unfilled, so
        it is equal for every port and key, and after every restart of the daemon.
 
@@ -107,6 +112,7 @@ def build(
                 for name, text in engine.env.items()
                 if key or "{api_key}" not in text
             },
+            **_everywhere(config, engine),
             **model.env,
         }
         prefix = pinning if inventory.is_live else ()
@@ -127,6 +133,8 @@ def build(
         term_timeout_s=_term_timeout_s(config, engine),
         fingerprint=_fingerprint(*unfilled, engine.probes),
         pinning=" ".join(pinning),
+        term_to=engine.term_to,
+        ends_streams=engine.ends_streams,
     )
 
 
@@ -236,6 +244,12 @@ def _gpu_env(placement: Placement, config: Config) -> dict[str, str]:
             case level:
                 env["NCCL_P2P_LEVEL"] = level
     return env
+
+
+def _everywhere(config: Config, engine: Engine) -> dict[str, str]:
+    """Return ``[workers] env``, without what ``[engines.NAME] env`` says otherwise."""
+    entry = config.engines.get(engine.name)
+    return {name: value for name, value in config.workers.env.items() if entry is None or name not in entry.env}
 
 
 def _pinning(placement: Placement, config: Config, inventory: Inventory) -> tuple[str, ...]:

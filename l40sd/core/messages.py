@@ -57,7 +57,8 @@ class GpuStatus:
     """One GPU and who has it.
 
     Attributes:
-        state: ``ok``, ``unknown`` (NVML does not answer), ``stuck`` or ``recorded`` (from a host file).
+        state: ``ok``, ``unknown`` (NVML does not answer), ``lost`` (this GPU does not), ``stuck``, or ``recorded``
+            (from a host file).
         used_bytes: None when it cannot be told.
     """
 

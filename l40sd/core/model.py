@@ -5,7 +5,7 @@ card is pulled, an identity does not (invariant 9).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NewType
 
@@ -203,6 +203,7 @@ class Backend:
         weight: Relative capacity, at least 1.
         api_key: Sent to the worker in place of the client's; empty: the worker asks for none.
         served_name: The model name that the worker's engine answers to; empty: the model's own.
+        ends_streams: Its engine ends a stream with the last event of its API (``[DONE]``) always.
     """
 
     worker: WorkerId
@@ -212,3 +213,4 @@ class Backend:
     weight: int = 1
     api_key: str = ""
     served_name: str = ""
+    ends_streams: bool = field(default=False, compare=False)

@@ -6,11 +6,10 @@ Where the GPUs are is the business of placement.py; here only numbers count: GPU
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 
-from l40sd.core.config import Config, ModelConfig
+from l40sd.core.config import Config, ModelConfig, is_external
 from l40sd.core.errors import ConfigError, DoesNotFit, L40sError
 from l40sd.core.model import Inventory, ModelFacts, ModelName, Pattern, ReplicaSpec
 
-EXTERNAL = "external"
 PP_USUAL = 4
 """Stages of pattern D where the host has as many GPUs: 3 x PP4 on twelve."""
 TP_ADVISED = 4
@@ -50,12 +49,12 @@ def find_pattern(name: str, patterns: Mapping[str, Pattern]) -> Pattern:
 
 def own_models(config: Config) -> list[ModelConfig]:
     """Return the models that need GPUs of this host, in the config's order."""
-    return [model for model in config.models.values() if model.engine != EXTERNAL]
+    return [model for model in config.models.values() if not is_external(model, config.engines)]
 
 
 def external_models(config: Config) -> list[ModelConfig]:
     """Return the models whose workers somebody else runs, in the config's order."""
-    return [model for model in config.models.values() if model.engine == EXTERNAL]
+    return [model for model in config.models.values() if is_external(model, config.engines)]
 
 
 def attention_heads(model: ModelConfig, facts: ModelFacts) -> int | None:
@@ -118,7 +117,7 @@ def _problems(
 ) -> Iterator[L40sError]:
     where = f"pattern {pattern}: {spec.model}"
     model = config.models.get(spec.model)
-    if model is None or model.engine == EXTERNAL:
+    if model is None or is_external(model, config.engines):
         own = ", ".join(m.name for m in own_models(config)) or "none is configured"
         why = "is external: its workers join every pattern by themselves" if model else "is not configured"
         yield L40sError(f"model {spec.model!r} {why}", where=where, hint=f"models to place: {own}", code="bad_pattern")

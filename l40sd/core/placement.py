@@ -70,6 +70,13 @@ def place(
     )
 
 
+def part_of(pattern: str, former: Sequence[Placement], config: Config, inventory: Inventory) -> Layout:
+    """Return what of a former layout this host can still hold, for when the whole pattern does not fit any more."""
+    gpus = {gpu.id for gpu in inventory.gpus}
+    own = (p for p in former if p.gpus and p.model in config.models and gpus.issuperset(p.gpus))
+    return Layout(pattern=pattern, placements=(*own, *_external(config)))
+
+
 def slug(model: str) -> str:
     """Return a model's name as part of a worker's: ``[a-z0-9-]`` only, never empty, at most 48 characters."""
     return re.sub("[^a-z0-9]+", "-", model.lower()).strip("-")[:48].strip("-") or "model"

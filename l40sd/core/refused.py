@@ -9,11 +9,15 @@ class Refused(Exception):  # noqa: N818 - what happens to the request, in the pr
         code: A stable snake_case word for programs, e.g. ``"model_not_found"``.
         message: One sentence.
         param: The parameter it concerns, if it concerns one.
+        should_retry: False tells the client's library not to send it again (``x-should-retry``).
     """
 
-    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, *, should_retry: bool = True
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.param = param
+        self.should_retry = should_retry

@@ -1,8 +1,9 @@
 """The text that ``nvidia-smi topo -m`` prints, pasted from a terminal or an issue, read as a host.
 
 Seen in the field (tests/fixtures/topo has the texts): columns apart by tabs or by spaces, ANSI underlines around the
-header, older drivers without "GPU NUMA ID" or with SOC for SYS, no affinity columns at all, NICs between and below the
-GPUs, legends, a shell prompt before it. Only the rows and columns of GPUs are read; everything else is passed over.
+header, older drivers without "GPU NUMA ID" or with SOC for SYS, no affinity columns at all, an empty one of CPUs, NICs
+between and below the GPUs, legends, a shell prompt before it. Only the rows and columns of GPUs are read; everything
+else is passed over.
 """
 
 import re
@@ -34,9 +35,10 @@ def parse_smi_text(text: str, *, source: str) -> Inventory:
     Raises:
         L40sError: A row or column is missing, or a cell is no link.
     """
-    lines = [line for line in _ANSI.sub("", text).splitlines() if line.strip()]
-    columns = _columns(lines, source)
-    rows = {int(words[0][3:]): words[1:] for line in lines if _is_row(words := line.split())}
+    lines = [line.expandtabs() for line in _ANSI.sub("", text).splitlines() if line.strip()]
+    header, columns = _columns(lines, source)
+    whole = {int(words[0][3:]): line for line in lines if _is_row(words := line.split())}
+    rows = {number: line.split()[1:] for number, line in whole.items()}
     numbers = [int(name[3:]) for name in columns if _GPU.match(name)]
     if sorted(rows) != sorted(numbers):
         shown = f"columns for GPUs {sorted(numbers)}, rows for {sorted(rows)}"
@@ -51,7 +53,8 @@ def parse_smi_text(text: str, *, source: str) -> Inventory:
             if other != number:
                 worse = max(_link(cell, number, source), links.get((ids[other], ids[number]), Link.X))
                 links[(ids[number], ids[other])] = links[(ids[other], ids[number])] = worse
-    near = {number: _affinity(rows[number][len(columns) :]) for number in numbers}
+    after_cpus = header.find("NUMA Affinity")
+    near = {number: _affinity(_from_word(whole[number], len(columns) + 1), after_cpus) for number in numbers}
     gpus = tuple(
         Gpu(
             id=ids[number],
@@ -71,8 +74,8 @@ def _is_row(words: list[str]) -> bool:
     return len(words) > 1 and bool(_GPU.match(words[0])) and (words[1] == "X" or _is_link(words[1]))
 
 
-def _columns(lines: list[str], source: str) -> list[str]:
-    """Return the devices of the header, GPUs and NICs, in order; NICs are known by number or by the kernel's name."""
+def _columns(lines: list[str], source: str) -> tuple[str, list[str]]:
+    """Return the header, and its devices in order, GPUs and NICs; NICs are known by number or by the kernel's name."""
     for line in lines:
         words = line.split()
         if _GPU.match(words[0]) and not _is_row(words):
@@ -81,7 +84,7 @@ def _columns(lines: list[str], source: str) -> list[str]:
                 if not _DEVICE.match(word):
                     break
                 names.append(word)
-            return names
+            return line, names
     raise _bad(source, "no header line of GPU names", "paste the whole output of `nvidia-smi topo -m`")
 
 
@@ -95,11 +98,20 @@ def _link(cell: str, number: int, source: str) -> Link:
     return Link.NV if cell.startswith("NV") else Link[_OLD_NAMES.get(cell, cell)]
 
 
-def _affinity(cells: list[str]) -> tuple[frozenset[int], int | None]:
+def _from_word(line: str, place: int) -> list[tuple[int, str]]:
+    """Return the words of a line from this one on, each with the column that it begins in."""
+    return [(match.start(), match[0]) for match in re.finditer(r"\S+", line)][place:]
+
+
+def _affinity(words: list[tuple[int, str]], after_cpus: int) -> tuple[frozenset[int], int | None]:
     """Return a GPU's CPUs and NUMA node from what follows its links: CPU list, NUMA nodes, GPU's own NUMA node.
 
-    A GPU near several NUMA nodes at once, or near none (``N/A``), has none that is known.
+    A GPU near several NUMA nodes at once, or near none (``N/A``), has none that is known. The CPU list is empty where
+    the driver was not told: then the first word stands below the next heading, which begins at ``after_cpus``.
     """
+    cells = [word for _, word in words]
+    if words and 0 <= after_cpus <= words[0][0]:
+        cells.insert(0, "")
     cpus = parse_cpu_list(cells[0]) if cells and _CPUS.match(cells[0]) else frozenset[int]()
     node = int(cells[1]) if len(cells) > 1 and cells[1].isdigit() else None
     return cpus, node

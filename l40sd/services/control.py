@@ -2,12 +2,16 @@
 
 Who may connect is settled before anything is read: the socket is 0660 and belongs to the control group from its
 first instant, and the peer's credentials are asked of the kernel for each connection. Every change is logged with them.
+
+What a connection may take is bounded, for it takes from the endpoint's descriptors and memory: so many at once, so
+long without a word, so much of a body.
 """
 
 import asyncio
 import grp
 import os
 import pwd
+import re
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -28,6 +32,12 @@ from l40sd.services.events import Events
 from l40sd.services.supervisor import Supervisor
 
 BODY_LIMIT_BYTES = 1 << 16
+CONNECTION_LIMIT = 64
+"""At once, followers included; one more is closed as it comes."""
+SILENCE_TIMEOUT_S = 10.0
+"""For a connection's first request to be whole, for the next one to begin, and for a body."""
+NUMBER_DIGITS = 15
+"""Of a number in a query: a number of events, of lines."""
 WRITE_TIMEOUT_S = 30.0
 TAIL_AT_MOST = 10_000
 
@@ -52,7 +62,7 @@ class Doors:
     status: Callable[[], Awaitable[Status]]
     metrics: Callable[[], str]
     doctor: Callable[[], Awaitable[list[Check]]]
-    reload: Callable[[], Awaitable[list[str]]]
+    reload: Callable[[bool], Awaitable[list[str]]]
     upgrade: Callable[[], Awaitable[None]]
     config_toml: Callable[[], str]
     config_files: Callable[[], tuple[str, ...]]
@@ -69,7 +79,7 @@ class Control:
         self._events = events
         self._doors = doors
         self._runner: web.AppRunner | None = None
-        self._site: web.SockSite | None = None
+        self._listener: asyncio.Server | None = None
         self._log: structlog.stdlib.BoundLogger = supervisor.tools.log
 
     async def start(self) -> None:
@@ -80,27 +90,38 @@ class Control:
         """
         app = web.Application(client_max_size=BODY_LIMIT_BYTES, middlewares=[self._guard])
         app.add_routes(self._routes())
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=1.0, keepalive_timeout=SILENCE_TIMEOUT_S, lingering_time=1.0
+        )
         await self._runner.setup()
-        await self._listen(self._runner)
+        await self._listen()
 
     async def rebind_if_lost(self) -> bool:
         """Open the socket anew when somebody deleted its file; return whether that was so (fault 19)."""
         if self.path.is_socket() or self._runner is None:
             return False
-        former = self._site
-        await self._listen(self._runner)
+        former = self._listener
+        await self._listen()
         if former is not None:  # nobody can reach it any more
-            await former.stop()
+            former.close()
         self._log.warning("control.rebound", path=str(self.path))
         return True
 
-    async def _listen(self, runner: web.AppRunner) -> None:
-        self._site = web.SockSite(runner, bind_private(self.path, self._group))
-        await self._site.start()
+    async def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(self._accepted, sock=bind_private(self.path, self._group))
+
+    def _accepted(self) -> asyncio.Protocol:
+        """Return what a new connection is served by: aiohttp, or nobody when there are too many."""
+        server = self._runner.server if self._runner is not None else None
+        if server is None or len(server.connections) >= CONNECTION_LIMIT:
+            return _TurnedAway()
+        return server()
 
     async def close(self) -> None:
         """Stop serving and remove the socket's file."""
+        if self._listener is not None:
+            self._listener.close()
         if self._runner is not None:
             await self._runner.cleanup()
             with suppress(OSError):
@@ -138,15 +159,15 @@ class Control:
                     hint=f"become root or join group {self._group}",
                     code="forbidden",
                 )
+            await _read_body(request)
             answer = await handler(request)
         except L40sError as error:
             answer = _refusal(error)
         except web.HTTPException as error:
-            answer = _refusal(
-                L40sError(f"{request.method} {request.path}: {error.reason}", code="not_found"), error.status
-            )
+            code = "not_found" if error.status in (404, 405) else "bad_request"
+            answer = _refusal(L40sError(f"{request.method} {request.path}: {error.reason}", code=code), error.status)
         if request.method == "POST":
-            self._log.info("control.request", path=request.path, uid=uid, pid=pid, status=answer.status)
+            self._log.info("control.request", path=request.path[:200], uid=uid, pid=pid, status=answer.status)
         return answer
 
     # -- questions -------------------------------------------------------------------------------------------------
@@ -221,7 +242,7 @@ class Control:
     async def _apply(self, request: web.Request) -> web.Response:
         try:
             wish = decode(PatternRequest, await request.read())
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise L40sError(f"not a pattern request: {error}", code="bad_request") from error
         want = self._supervisor.design(wish.name, self._supervisor.config, force=wish.force)
         if wish.dry_run:
@@ -230,12 +251,19 @@ class Control:
         await self._supervisor.write_down()  # what is accepted is not lost with this daemon
         return _json({"operation": operation.id}, 202)
 
-    async def _reload(self, _: web.Request) -> web.Response:
-        return _json({"changed": await self._doors.reload()})
+    async def _reload(self, request: web.Request) -> web.Response:
+        return _json({"changed": await self._doors.reload(_flag(request, "forget_gpus"))})
 
     async def _upgrade(self, _: web.Request) -> web.Response:
         await self._doors.upgrade()
         return _json({}, 202)
+
+
+class _TurnedAway(asyncio.Protocol):
+    """A connection above the limit."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
 
 
 def bind_private(path: Path, group: str) -> socket.socket:
@@ -315,10 +343,26 @@ async def _stream(request: web.Request, parts: AsyncIterator[bytes], content_typ
     return answer
 
 
+async def _read_body(request: web.Request) -> None:
+    """Take in the whole body, which the request then keeps.
+
+    Raises:
+        L40sError: It did not come in time.
+        HTTPRequestEntityTooLarge: It is larger than ``BODY_LIMIT_BYTES``.
+    """
+    try:
+        async with asyncio.timeout(SILENCE_TIMEOUT_S):
+            await request.read()
+    except TimeoutError as error:
+        raise L40sError(
+            f"the request's body did not come within {SILENCE_TIMEOUT_S:g} s", where=request.path, code="bad_request"
+        ) from error
+
+
 def _number(request: web.Request, key: str, default: int) -> int:
     text = request.query.get(key, str(default))
-    if not text.isdigit():
-        raise L40sError(f"{key} = {text!r} is not a number", where=request.path, code="bad_request")
+    if not re.fullmatch(f"[0-9]{{1,{NUMBER_DIGITS}}}", text):
+        raise L40sError(f"{key} = {text[:40]!r} is not a number", where=request.path, code="bad_request")
     return int(text)
 
 

@@ -10,6 +10,8 @@ from l40sd.core.config import Config
 from l40sd.core.errors import L40sError
 from l40sd.core.launch import build, program_of
 from l40sd.core.messages import Check
+from l40sd.core.naming import natural
+from l40sd.services.host import Host
 from l40sd.services.supervisor import Supervisor
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -35,13 +37,23 @@ async def examine(supervisor: Supervisor, config: Config) -> list[Check]:
 
 
 def _host(supervisor: Supervisor, *, answers: bool) -> Check:
-    inventory = supervisor.tools.host.inventory
+    host = supervisor.tools.host
+    inventory = host.inventory
     found = f"{len(inventory.gpus)} GPUs, {len(inventory.numa_nodes)} NUMA nodes, from {inventory.source}"
     if not inventory.is_live:
         return Check(name="host", state=WARNING, found=found, hint='a host file: set [host] inventory = "auto"')
+    if missing := [*(f"{gpu.name} is lost: {gpu.reason}" for gpu in host.lost), *_offers(host)]:
+        hint = "nvidia-smi; dmesg (Xid). Back: `l40sctl reload`. Removed for good: `l40sctl reload --forget-gpus`"
+        return Check(name="host", state=FAILED, found=f"{found}; {'; '.join(missing)}", hint=hint)
+    if not inventory.gpus:
+        return Check(name="host", state=FAILED, found="; ".join(host.degraded), hint="try nvidia-smi; dmesg")
     if not answers:
         return Check(name="host", state=WARNING, found=f"{found}; NVML does not answer", hint="try nvidia-smi; dmesg")
     return Check(name="host", state=OK, found=found)
+
+
+def _offers(host: Host) -> list[str]:
+    return [f"{name} answers and is not in use" for name in host.offered]
 
 
 def _provider(supervisor: Supervisor) -> Check:
@@ -129,7 +141,8 @@ def _disks(config: Config) -> list[Check]:
 
 
 def _failed_workers(supervisor: Supervisor) -> Check:
-    failed = sorted(w.id for w in supervisor.workers.values() if w.phase in ("failed", "quarantined", "stuck"))
+    given_up = [w.id for w in supervisor.workers.values() if w.phase in ("failed", "quarantined", "stuck")]
+    failed = sorted(given_up, key=natural)
     if failed:
         hint = f"l40sctl status {failed[0]}; l40sctl logs {failed[0]}; then l40sctl reset"
         return Check(name="workers", state=FAILED, found=f"not running: {', '.join(failed)}", hint=hint)

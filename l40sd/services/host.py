@@ -5,77 +5,101 @@ Owns NVML's helper process. A host file has no memory to read and nothing to pin
 
 import asyncio
 import platform
-from difflib import get_close_matches
-from importlib import resources
-from pathlib import Path
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
+from l40sd.adapters.hostfiles import bundled_hosts, read_host
 from l40sd.adapters.modelfiles import read_model_facts
 from l40sd.adapters.nvidiaproc import read_nvidia_proc
 from l40sd.adapters.nvml import GpuMemory as GpuMemory
 from l40sd.adapters.nvml import Nvml, NvmlSilentError
 from l40sd.adapters.sysfs import read_sysfs
 from l40sd.core.config import Config, HostConfig
-from l40sd.core.errors import L40sError
-from l40sd.core.hostfile import parse_host_file
 from l40sd.core.model import GpuId, Inventory, ModelFacts, ModelName
-from l40sd.core.topology import NvmlFacts, join
+from l40sd.core.presence import Heard, Known, Lost
+from l40sd.core.topology import NvmlFacts, NvmlGpu, join
 
 AUTO = "auto"
-HOST_FILE_LIMIT_BYTES = 4 << 20
 FACTS_TIMEOUT_S = 30.0
 """For all checkpoints together: a file system on the network may hang, and facts only make refusals better."""
 
 
-class Host:
-    """One machine: what it is made of, and on a live one how its GPUs' memory is used."""
+NOTHING = NvmlFacts(gpus=())
 
-    def __init__(self, inventory: Inventory, nvml: Nvml | None = None, *, note: str = "") -> None:
-        self.inventory = inventory
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A look at what the machine is made of.
+
+    Attributes:
+        facts: What NVML said.
+        known: The GPUs that it has had, those of ``inventory`` among them.
+        note: What could not be told; empty when nothing is missing.
+    """
+
+    inventory: Inventory
+    facts: NvmlFacts = NOTHING
+    known: Known = field(default_factory=Known)
+    note: str = ""
+
+
+class Host:
+    """One machine: what it is made of, and on a live one which GPUs answer and how their memory is used."""
+
+    def __init__(self, found: Found, nvml: Nvml | None = None) -> None:
+        self._found = found
         self._nvml = nvml
-        self._note = note
         self._silent = ""
 
     @classmethod
     async def open(cls, config: HostConfig) -> "Host":
         """Return the host that the config names: ``auto``, a host file, or one of the bundled hosts.
 
+        A machine without a GPU, or without a driver yet, is one with no GPUs: they may come.
+
         Raises:
-            L40sError: No such file or name, a bad file, or no GPU on this machine.
+            L40sError: No such file or name, or a bad file.
         """
         if config.inventory != AUTO:
-            return cls(await asyncio.to_thread(_recorded, config.inventory))
+            return cls(Found(inventory=await asyncio.to_thread(read_host, config.inventory)))
         nvml = Nvml(timeout_s=config.nvml_timeout_s)
         try:
-            return await cls._live(nvml)
+            return cls(await _look(nvml, Known()), nvml)
         except BaseException:
             await nvml.close()
             raise
 
-    @classmethod
-    async def _live(cls, nvml: Nvml) -> "Host":
-        note, why = "", "NVML finds none"
-        try:
-            facts = await nvml.inventory()
-        except NvmlSilentError as error:
-            facts = NvmlFacts(gpus=await asyncio.to_thread(read_nvidia_proc))
-            why = f"NVML: {error.what}"
-            note = "memory sizes and NVLinks are unknown: NVML did not answer at the start"
-        if not facts.gpus:
-            raise L40sError(
-                f"no NVIDIA GPU on this machine ({why})",
-                where="host.inventory",
-                hint=f"see `nvidia-smi`; without GPUs name a host file or a bundled host: {', '.join(bundled_hosts())}",
-                code="no_gpu",
-            )
-        sysfs = await asyncio.to_thread(read_sysfs, [gpu.pci for gpu in facts.gpus])
-        return cls(join(platform.node() or "localhost", facts, sysfs), nvml, note=note)
+    @property
+    def inventory(self) -> Inventory:
+        """What the host is made of, as it was found by the last look that was taken over."""
+        return self._found.inventory
+
+    @property
+    def known(self) -> tuple[NvmlGpu, ...]:
+        """Every GPU that this machine has had, to be kept over restarts; none of a host file."""
+        return tuple(self._found.known.gpus.values())
+
+    @property
+    def lost(self) -> tuple[Lost, ...]:
+        """The GPUs that did not answer when NVML last did."""
+        return self._found.known.lost(heard) if (heard := self._heard()) is not None else ()
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """The names of GPUs that answer and are not in the inventory."""
+        used = {gpu.id for gpu in self.inventory.gpus}
+        return self._found.known.offered(heard, used) if (heard := self._heard()) is not None else ()
+
+    def _heard(self) -> Heard | None:
+        return self._nvml.heard if self._nvml is not None else None
 
     @property
     def degraded(self) -> tuple[str, ...]:
-        """Sentences on what cannot be told at present."""
-        lost = self._nvml.lost if self._nvml else ()
+        """Sentences on what cannot be told at present, which GPUs are missing and which could be used again."""
         silent = f"GPU memory is unknown: NVML: {self._silent}" if self._silent else ""
-        return tuple(filter(None, (self._note, silent, *(f"lost: {gpu}" for gpu in lost))))
+        lost = (f"lost: {gpu.name}: {gpu.reason}" for gpu in self.lost)
+        offered = (f"{name} answers and is not in use: `l40sctl reload` takes it in" for name in self.offered)
+        return tuple(filter(None, (self._found.note, silent, *lost, *offered)))
 
     async def memory(self) -> dict[GpuId, GpuMemory] | None:
         """Return every GPU's memory, without the GPUs that are lost; None while NVML is silent.
@@ -91,6 +115,38 @@ class Host:
             return None
         self._silent = ""
         return memory
+
+    async def renew(self) -> None:
+        """Have NVML look for GPUs anew at the next question: those that came back meanwhile are found then."""
+        if self._nvml is not None:
+            await self._nvml.renew()
+
+    async def look(self, *, held: Collection[GpuId], forget: bool = False) -> Found:
+        """Return what the machine is made of now, for ``take``; nothing has changed yet.
+
+        A host file stays what it was, and so does a machine whose NVML does not answer.
+
+        Args:
+            held: GPUs that workers have: they stay, lost or not.
+            forget: GPUs that are missing were removed.
+        """
+        if self._nvml is None:
+            return self._found
+        await self._nvml.renew()
+        found = await _look(self._nvml, self._found.known, held=held, forget=forget)
+        return self._found if found.note and self.inventory.gpus else found
+
+    async def recall(self, known: Sequence[NvmlGpu], *, held: Collection[GpuId]) -> None:
+        """Take over what earlier daemons knew of this machine's GPUs; their workers hold some of them."""
+        if self._nvml is None:
+            return
+        before = Known(gpus={gpu.id: gpu for gpu in known})
+        self._found = await _joined(self._found.facts, before, note=self._found.note, held=held)
+
+    def take(self, found: Found) -> Found:
+        """Take a look over; return what was there before, so that it can be taken back."""
+        former, self._found = self._found, found
+        return former
 
     async def facts(self, config: Config) -> dict[ModelName, ModelFacts]:
         """Return what the checkpoints of all models say of themselves; unknown where they cannot be read in time."""
@@ -110,30 +166,30 @@ class Host:
             await self._nvml.close()
 
 
-def bundled_hosts() -> list[str]:
-    """Return the names of the hosts that come with l40sd."""
-    files = resources.files("l40sd.sim").joinpath("hosts").iterdir()
-    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
-
-
-def _recorded(name: str) -> Inventory:
-    """Return a bundled host, or the one in a file. A name without a slash or suffix is a bundled one first."""
-    if name in bundled_hosts():
-        file = resources.files("l40sd.sim").joinpath("hosts", f"{name}.toml")
-        return parse_host_file(file.read_text(encoding="utf-8"), source=f"{name} (bundled)")
-    path = Path(name).expanduser()
+async def _look(nvml: Nvml, known: Known, *, held: Collection[GpuId] = (), forget: bool = False) -> Found:
+    """Ask NVML, and where it does not answer the kernel's module, then the kernel."""
+    note, why = "", "NVML finds none"
     try:
-        if path.stat().st_size > HOST_FILE_LIMIT_BYTES:
-            raise L40sError("too large for a host file", where=name, hint="at most 4 MiB", code="bad_host_file")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        near = get_close_matches(name, bundled_hosts(), n=1)
-        known = f"bundled hosts: {', '.join(bundled_hosts())}"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not UTF-8 text"
-        raise L40sError(
-            f"cannot read host file {name!r}: {reason}",
-            where="host.inventory",
-            hint=f"did you mean {near[0]}? {known}" if near else f"{known}; or auto",
-            code="no_host_file",
-        ) from error
-    return parse_host_file(text, source=name)
+        facts = await nvml.inventory()
+    except NvmlSilentError as error:
+        facts = NvmlFacts(gpus=await asyncio.to_thread(read_nvidia_proc))
+        why = f"NVML: {error.what}"
+        note = "memory sizes and NVLinks are unknown: NVML did not answer at the start"
+    if not facts.gpus:
+        note = (
+            f"no NVIDIA GPU on this machine ({why}); it is looked for again and again: see `nvidia-smi`, or name a host"
+            f" file or a bundled host in [host] inventory, e.g. {bundled_hosts()[0]}"
+        )
+    return await _joined(facts, known, note=note, held=held, forget=forget)
+
+
+async def _joined(
+    facts: NvmlFacts, known: Known, *, note: str, held: Collection[GpuId] = (), forget: bool = False
+) -> Found:
+    """Return these GPUs, and the known ones that are held, as an inventory."""
+    known = known.with_found(facts.gpus, held=held, forget=forget)
+    there = {gpu.id for gpu in facts.gpus}.union(held)
+    gpus = tuple(gpu for gpu in known.gpus.values() if gpu.id in there)
+    sysfs = await asyncio.to_thread(read_sysfs, [gpu.pci for gpu in gpus])
+    inventory = join(platform.node() or "localhost", NvmlFacts(gpus=gpus, links=facts.links), sysfs)
+    return Found(inventory=inventory, facts=facts, known=known, note=note)

@@ -59,6 +59,7 @@ def spec_of(launch: Launch, wanted: Wanted, config: Config, tools: Tools) -> Ins
         worker=worker,
         argv=launch.argv,
         env=environment_of(launch, tools),
+        term_to=launch.term_to,
         term_timeout_s=launch.term_timeout_s,
         orphan_grace_s=config.daemon.orphan_grace_s,
         log_file_bytes=workers.log_file_bytes,

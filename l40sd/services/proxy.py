@@ -21,6 +21,7 @@ from l40sd.adapters import heap
 from l40sd.core.config import ProxyConfig
 from l40sd.core.errors import L40sError
 from l40sd.core.handed import Handed
+from l40sd.core.model import WorkerId
 from l40sd.services import listeners
 from l40sd.services.proxy_client import Client
 from l40sd.services.proxy_handover import gather, settle, take_over
@@ -96,6 +97,7 @@ class Proxy:
         heap.keep_freed_memory()
         loop = asyncio.get_running_loop()
         self._shared = Shared(config=self._config, routes=self._routes, loop=loop, now_s=loop.time())
+        self._routes.on_given_up = self._take_from
         self.set_api_keys(self._api_keys)
         self.configure(self._config)
         self.lent, kept, missing = listeners.take_over(self._config.listen, lent=lent, own=own)
@@ -151,6 +153,7 @@ class Proxy:
             return
         self._shared.config = config
         self._shared.tick_s = _tick_s(config)
+        self._shared.poison.configure(limit=config.poison_limit, kept_s=config.poison_refused_s)
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         affordable = max(1, (descriptors - DESCRIPTORS_KEPT) // 2)  # each client may need a connection to a worker
         self._shared.connection_limit = min(config.connection_limit, affordable)
@@ -245,6 +248,15 @@ class Proxy:
         assert self._shared is not None, "start comes first"
         return self._shared
 
+    def _take_from(self, worker: WorkerId, why: str, is_hung: bool) -> None:  # noqa: FBT001 - a callback's
+        """Take from a worker, whose process is about to be told to end, what it has; the oldest request first."""
+        exchanges = [client.exchange for client in self._running.clients if client.exchange is not None]
+        for exchange in sorted((e for e in exchanges if e.worker == worker), key=lambda e: e.age):
+            try:
+                exchange.given_up(why, is_hung=is_hung)
+            except Exception as error:  # noqa: BLE001 - the worker's task calls this, and the others wait for it
+                exchange.broke(error)
+
     # The sweep
 
     def _tick(self) -> None:
@@ -260,7 +272,11 @@ class Proxy:
             elif client.deadline_s <= now_s:
                 late.append(client)
         for client in late:
-            client.expired()
+            try:
+                client.expired()
+            except Exception as error:  # noqa: BLE001 - the deadlines of all others hang on this timer
+                client.broke(error)
+        shared.poison.sweep(now_s)
         for client in list(shared.unread):
             client.look_for_hangup()
         self._routes.expire(now_s)

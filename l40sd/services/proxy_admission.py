@@ -24,7 +24,7 @@ PASSED_ON = {
 } | {b"/v1/tokenize": b"/tokenize", b"/v1/detokenize": b"/detokenize"}  # engines have them without the version
 OPEN_PAGES = (b"/health", b"/ready", b"/metrics")
 
-_passed_on_below = re.compile(rb"/v1/(?:audio|images)/[A-Za-z0-9_/-]+").fullmatch
+_passed_on_below = re.compile(rb"/v1/(?:audio|images)/[A-Za-z0-9_/-]++").fullmatch
 
 
 class Admission(NamedTuple):

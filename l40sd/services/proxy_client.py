@@ -13,9 +13,12 @@ import struct
 from math import inf
 from typing import cast
 
+import structlog
+
 from l40sd.adapters.chunked import ChunkedBody
 from l40sd.adapters.http import HeadTemplate, RequestHead, parse_request, plain_request, template_of
 from l40sd.adapters.requestbody import ModelMemory
+from l40sd.core.dialects import dialect_of, error_body
 from l40sd.core.handed import HandedConnection, HandedExchange
 from l40sd.core.refused import Refused
 from l40sd.services import proxy_pages as pages
@@ -28,6 +31,8 @@ DISCARD_LIMIT_BYTES = 65536  # a refused request's body is read to its end up to
 LINGER_S = 2.0  # for a refused client to read why before its connection is reset
 PARTING_S = 0.25  # for a request that is on its way on an idle connection, when nothing new shall come
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+log = structlog.get_logger()
 
 bare_line_feed = re.compile(rb"(?<!\r)\n").search
 
@@ -168,6 +173,19 @@ class Client(asyncio.Protocol):
         else:
             self.close()
 
+    def broke(self, error: Exception) -> None:
+        """End what is under way, with an answer where one can be given: our own code failed on it."""
+        exchange = self.exchange
+        if exchange is not None:
+            exchange.broke(error)
+            return
+        log.error("proxy.internal_error", request="", exc_info=error)
+        if self.is_closing:
+            self.transport.abort()
+        else:
+            what = f"l40sd failed on this request: {type(error).__name__}; its log has the rest"
+            self._answer_and_close(Refused(500, "internal_error", what))
+
     def look_for_hangup(self) -> None:
         """Notice that a client has gone whose socket is not being read: no event tells of it."""
         raw = self.transport.get_extra_info("socket")
@@ -208,12 +226,12 @@ class Client(asyncio.Protocol):
             self._shared.unread.discard(self)
             self._shared.loop.call_soon(self._proceed)
 
-    def refuse(self, refused: Refused, *, request_id: bytes = b"") -> None:
-        """Answer the present request with an error and go on to the next."""
+    def refuse(self, refused: Refused, *, request_id: bytes = b"", target: bytes = b"") -> None:
+        """Answer the present request with an error and go on to the next; ``target`` where the head is not kept."""
         fields = pages.error_fields(refused)
         if request_id:
             fields += b"x-request-id: %b\r\n" % request_id
-        self._answer(refused.status, pages.error_body(refused), fields=fields)
+        self._answer(refused.status, self._error_body(refused, target), fields=fields)
 
     def close(self) -> None:
         """Close once everything is written."""
@@ -319,6 +337,8 @@ class Client(asyncio.Protocol):
                 self._dispatch()
         except Refused as refused:
             self._answer_and_close(refused)
+        except Exception as error:  # noqa: BLE001 - the loop would only log it and close without a word
+            self.broke(error)
         finally:
             self._is_reading = False
 
@@ -332,7 +352,7 @@ class Client(asyncio.Protocol):
         if end < 4 or end > limit:
             if len(held) > limit:
                 raise Refused(431, "head_too_large", f"the request's head is larger than {limit} bytes")
-            if bare_line_feed(held):
+            if bare_line_feed(held, self._scanned):
                 raise Refused(400, "bad_request", "lines end in CR LF")
             if not self._scanned and held:
                 self.expect(self._shared.config.client_header_timeout_s)
@@ -390,9 +410,11 @@ class Client(asyncio.Protocol):
         if self._chunks is not None:
             rest = self._chunks.feed(self._held) if self._held else None
             self._held = rest or b""
-            self._parts = self._chunks.parts
             if rest is None:
                 self.expect(self._shared.config.client_body_timeout_s)
+            else:
+                self._parts = [bytes(self._chunks.content)]
+                self._chunks = None
             return rest is not None
         if self._missing:
             part = self._held[: self._missing]
@@ -422,10 +444,13 @@ class Client(asyncio.Protocol):
         try:
             name = self._models.name(body, head.content_type, body_at)
         except Refused as refused:
-            self._count_and_refuse(refused)
+            self._count_and_refuse(refused, target)
             return
         exchange = self.exchange = Exchange(self._shared, self, head, target, body, body_at, name)
-        exchange.start()
+        try:
+            exchange.start()
+        except Exception as error:  # noqa: BLE001 - the loop would only log it, and the request never end
+            exchange.broke(error)
 
     def _show(self, head: RequestHead) -> None:
         path = head.target.partition(b"?")[0]
@@ -441,9 +466,9 @@ class Client(asyncio.Protocol):
     def _metrics_text(self) -> str:
         return self._shared.metrics.text(self._shared.routes, len(self._shared.clients))
 
-    def _count_and_refuse(self, refused: Refused) -> None:
+    def _count_and_refuse(self, refused: Refused, target: bytes = b"") -> None:
         self._shared.metrics.answered("", refused.status)
-        self.refuse(refused)
+        self.refuse(refused, target=target)
 
     def _answer(self, status: int, body: bytes, *, content_type: bytes = pages.JSON, fields: bytes = b"") -> None:
         head_only = self._head is not None and self._head.method == b"HEAD"
@@ -457,13 +482,19 @@ class Client(asyncio.Protocol):
         """Refuse a connection whose further bytes have no meaning; let the client read why before it closes."""
         self._shared.metrics.answered("", refused.status)
         fields = pages.error_fields(refused)
-        self.transport.write(pages.answer(refused.status, pages.error_body(refused), fields=fields, close=True))
+        self.transport.write(pages.answer(refused.status, self._error_body(refused), fields=fields, close=True))
         self.is_closing = True
         self._held = b""
         self._parts = []
         self.expect(LINGER_S)
         if self.transport.can_write_eof():
             self.transport.write_eof()  # closing now, with bytes unread, would reset the answer away
+
+    def _error_body(self, refused: Refused, target: bytes = b"") -> bytes:
+        """Return an error in the shape of the path that was asked for, as far as one can be read."""
+        if not target:
+            target = self._head.target if self._head is not None else self._held.partition(b" ")[2].partition(b" ")[0]
+        return error_body(dialect_of(target), refused)
 
     def _gone(self) -> None:
         self.is_closing = True

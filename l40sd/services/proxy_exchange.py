@@ -4,22 +4,14 @@
        \\______________________/    |            |
                 ^------ another worker ---------/          before the first byte of a reply only (invariant 7)
 
-What is tried again, and where:
+What is tried again, and where, is core/retrypolicy.py's to say. Once a reply has begun it is never repeated: a stream
+that breaks ends in an error event, wherever it broke, and its connection is closed without the last chunk, so that
+every client can tell (``proxy_breaks``); anything else is cut.
 
-| seen before the first byte           | the worker is blamed  | next                                               |
-|--------------------------------------|-----------------------|----------------------------------------------------|
-| kept connection closed at once       | no: it was only stale | the same worker, over a new connection, once       |
-| no connection                        | yes                   | another worker; none: wait in line for one         |
-| closed, or no HTTP                   | yes                   | another worker; none: the same one                 |
-| 502 or 503 from the worker           | yes                   | another worker; none: the reply is passed on       |
-| silence for first_byte_timeout_s     | yes                   | none: it may well be working on it; 504            |
-| no file descriptor left here         | no                    | none: 503                                          |
+vLLM ends what it aborts as if it were whole, with ``finish_reason: "abort"`` and ``[DONE]``. Before l40sd tells a
+worker to end it takes its requests from it (``given_up``), so none of that reaches a client. Where somebody else ended
+it, a whole reply that says so is asked for elsewhere, and a stream that says so in its last two reads is cut.
 
-A request that kills its worker is tried ``retries`` more times, which is why that number is small. Once a reply has
-begun it is never repeated: a stream that breaks ends in an error event where a whole chunk can still be written, and
-its connection is closed without the last chunk, so that every client can tell; anything else is cut.
-
-vLLM ends the streams it aborts with ``finish_reason: "abort"`` and ``[DONE]``: such a reply is passed on as whole.
 llama.cpp goes on decoding an unstreamed request whose client left while it streams to another: closing the
 connection is all that a proxy can do about it.
 """
@@ -42,26 +34,39 @@ from l40sd.adapters.http import (
     parse_request,
     plain_request,
 )
-from l40sd.adapters.requestbody import find_model, replace_model
+from l40sd.adapters.requestbody import replace_model
 from l40sd.core.handed import HandedExchange, HandedReply
 from l40sd.core.model import ModelName
 from l40sd.core.refused import Refused
+from l40sd.core.retrypolicy import DEATHS_LIMIT, TABLE, Next, Seen, decide
+from l40sd.services.proxy_breaks import end_of_stream, ended_whole
 from l40sd.services.proxy_metrics import CLIENT_GONE
-from l40sd.services.proxy_pages import error_event, no_worker, unknown_model
+from l40sd.services.proxy_pages import no_worker, refused_as_poison, unknown_model
 from l40sd.services.proxy_shared import Shared
-from l40sd.services.proxy_upstream import Countdown, Peer, Tail, Unchunk, Upstream
+from l40sd.services.proxy_upstream import ABORTED, Countdown, Peer, Tail, Unchunk, Upstream, says_aborted
 from l40sd.services.routes import FailureKind, Lease, Route, Waiter
 
 if TYPE_CHECKING:
     from l40sd.services.proxy_client import Client
 
 STALE_WITHIN_S = 1.0  # a kept connection that closes later than this was closed over the request itself
+LOGGED_LIMIT = 200  # characters of what a client chose
 JOIN_BELOW_BYTES = 16384  # a head and a smaller body are joined: one copy is cheaper than a second buffer
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = structlog.get_logger()
 
 CLOSING = "this host is being stopped"
+FAILURES = {
+    Seen.CONNECT: FailureKind.CONNECT,
+    Seen.CLOSED: FailureKind.CLOSED,
+    Seen.VANISHED: FailureKind.CONNECT,
+    Seen.GARBLED: FailureKind.CLOSED,
+    Seen.UNAVAILABLE: FailureKind.STATUS,
+    Seen.ENDING: FailureKind.STATUS,
+    Seen.SILENT: FailureKind.FIRST_BYTE,
+}
+"""What a worker is blamed for, where it is."""
 
 
 def duplicate(transport: asyncio.Transport) -> int:
@@ -90,6 +95,8 @@ class Exchange:
         "_client",
         "_countdown",
         "_dial",
+        "_died",
+        "_fingerprint",
         "_first_byte_at_s",
         "_head",
         "_lease",
@@ -106,6 +113,7 @@ class Exchange:
         "_tries_left",
         "_upstream",
         "_waiter",
+        "_was_stale",
         "latest",
         "swept",
     )
@@ -132,7 +140,10 @@ class Exchange:
         self._first_byte_at_s = 0.0
         self._tries_left = shared.config.retries
         self._tried: tuple[int, ...] = ()  # serials of routes that failed
-        self._barred: tuple[int, ...] = ()  # those of them that could not be connected to
+        self._barred: tuple[int, ...] = ()  # those of them that it cannot be tried on again
+        self._died: tuple[str, ...] = ()  # workers that ended with it and had not answered a byte of it
+        self._fingerprint = b""  # once one has
+        self._was_stale = False  # the present worker closed a kept connection over it
         self._model = ModelName("")
         self._lease: Lease | None = None
         self._waiter: Waiter | None = None
@@ -154,6 +165,8 @@ class Exchange:
             self._refuse(unknown_model(routes, self._name))
             return
         self._model = model
+        if self._shared.poison and self._is_refused_as_poison():
+            return
         lease = routes.take(model)
         if lease is not None:
             self._use(lease)
@@ -179,7 +192,28 @@ class Exchange:
         if self._waiter is None:
             self._refuse(no_worker(routes, self._model, "its waiting line is full"))
 
+    def _is_refused_as_poison(self) -> bool:
+        """Refuse a request that workers died of; one that may be innocent goes on, and is known to have been aboard."""
+        poison, body = self._shared.poison, memoryview(self._body)[self._body_at :]
+        if not poison.may_know(len(body)):
+            return False
+        fingerprint = poison.fingerprint(self._target, body)
+        entry = poison.known(fingerprint)
+        if entry is None:
+            return False
+        self._fingerprint, self._died = fingerprint, entry.workers
+        if entry.is_poison:
+            self._refuse(refused_as_poison(self._died, entry.until_s - self._shared.now_s))
+            return True
+        return False
+
     def _on_turn(self, lease: Lease | None) -> None:
+        try:
+            self._turn(lease)
+        except Exception as error:  # noqa: BLE001 - whoever gives turns is another request or a worker: not theirs
+            self.broke(error)
+
+    def _turn(self, lease: Lease | None) -> None:
         self._waiter = None
         if lease is not None:
             self._use(lease)
@@ -191,9 +225,11 @@ class Exchange:
 
     def _use(self, lease: Lease) -> None:
         self._lease = lease
+        self._was_stale = False
         shared = self._shared
         peer = shared.peer(lease.route)
-        upstream = peer.take_idle(shared.now_s, shared.config.upstream_idle_timeout_s)
+        # A further try takes a new connection: one that may be stale would cost it a try that it may not have.
+        upstream = None if self._tried else peer.take_idle(shared.now_s, shared.config.upstream_idle_timeout_s)
         if upstream is not None:
             self._ask(upstream)
         else:
@@ -208,15 +244,21 @@ class Exchange:
         task.add_done_callback(self._shared.dials.discard)
 
     async def _dialling(self, peer: Peer) -> None:
+        try:
+            await self._dial_and_ask(peer)
+        except Exception as error:  # noqa: BLE001 - a task that ends without a word would hold lease and client
+            self.broke(error)
+
+    async def _dial_and_ask(self, peer: Peer) -> None:
         backend = peer.route.backend
         try:
             _, upstream = await self._shared.loop.create_connection(lambda: Upstream(peer), backend.host, backend.port)
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
             self._dial = None
             if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
-                self._refuse(Refused(503, "overloaded", "no file descriptor is left for a connection to a worker"))
+                self._leave(Seen.OVERLOADED, "no file descriptor is left for a connection to a worker")
             else:
-                self._try_failed(FailureKind.CONNECT, f"no connection: {error}")
+                self._leave_unconnected(f"no connection: {error}")
             return
         self._dial = None
         self._ask(upstream)
@@ -229,8 +271,11 @@ class Exchange:
         peer = upstream.peer
         body: bytes | memoryview
         if peer.served_name != self._name:
-            field = find_model(self._body, self._head.content_type, self._body_at)
-            body = replace_model(self._body, field, peer.served_name, self._body_at)
+            try:
+                body = replace_model(self._body, self._head.content_type, peer.served_name, self._body_at)
+            except Refused as refused:
+                self._refuse(refused)
+                return
         elif len(self._body) < JOIN_BELOW_BYTES:
             body = self._body[self._body_at :]
         else:
@@ -241,22 +286,72 @@ class Exchange:
             head = format_request(self._head, self._target, self._request_id, len(body), peer.fields)
             upstream.ask(self, head, body)
 
-    def _try_failed(self, kind: FailureKind, why: str) -> None:
-        """Go on elsewhere after a failure before the first byte, or give up."""
+    def _leave_unconnected(self, why: str) -> None:
+        self._leave(Seen.VANISHED if self._was_stale else Seen.CONNECT, why)
+
+    def _leave(self, seen: Seen, why: str) -> bool:
+        """Go on after a failed try as the policy says; return False where the worker's own reply is to be passed on."""
         assert self._lease is not None
-        route = self._lease.route
-        self._lease.failed(kind)
-        self._tried = (*self._tried, route.serial)
-        if kind is FailureKind.CONNECT:
-            self._barred = (*self._barred, route.serial)
+        route, rule = self._lease.route, TABLE[seen]
+        if rule.is_blamed:
+            self._lease.failed(FAILURES[seen])
+        if rule.is_death:
+            self._note_death(route)
+        following = decide(seen, tries_left=self._tries_left, deaths=len(self._died))
+        match following:
+            case Next.SAME:
+                self._was_stale = True
+                self._tries_left = max(0, self._tries_left - 1)  # it may have been read: it counts where it can
+                self._connect(self._shared.peer(route))
+                return True
+            case Next.REPLY:
+                return False
+            case Next.OTHER_OR_REPLY:
+                return self._take_another(route)
+            case Next.OTHER_OR_WAIT | Next.OTHER_OR_SAME:
+                self._tried = (*self._tried, route.serial)
+                if following is Next.OTHER_OR_WAIT:
+                    self._barred = (*self._barred, route.serial)
+                self._let_go()
+                self._count_retry(route)
+                self._look_further()
+            case Next.END:
+                self._tried = (*self._tried, route.serial)
+                self._refuse(self._last_words(seen, route, why))
+        return True
+
+    def _take_another(self, route: Route) -> bool:
+        """Take the request to a worker that has not had it, if one is free now; return whether there was one."""
+        tried = (*self._tried, route.serial)
+        another = self._shared.routes.take(self._model, tried)
+        if another is None:
+            return False
+        self._tried = tried
         self._let_go()
-        if not self._tries_left:
-            self._refuse(
-                Refused(502, "worker_failed", f"{len(self._tried)} tries failed; {route.backend.worker}: {why}")
-            )
-            return
         self._count_retry(route)
-        self._look_further()
+        self._use(another)
+        return True
+
+    def _last_words(self, seen: Seen, route: Route, why: str) -> Refused:
+        """Return the answer to a request that is not tried any more."""
+        worker = route.backend.worker
+        if seen is Seen.OVERLOADED:
+            return Refused(503, "overloaded", why)
+        if seen is Seen.SILENT:
+            return Refused(504, "worker_timeout", f"{worker} {why}; request {self._request_id.decode()}")
+        if TABLE[seen].is_death and len(self._died) >= DEATHS_LIMIT:
+            who = ", then ".join(self._died)
+            what = f"{who} ended with this request and without a byte of an answer; it is not tried again"
+            return Refused(502, "worker_failed", f"{what} ({worker}: {why})", should_retry=False)
+        return Refused(502, "worker_failed", f"{len(self._tried)} tries failed; {worker}: {why}")
+
+    def _note_death(self, route: Route) -> None:
+        """Count an end of a worker that had not answered a byte: the request may be its cause."""
+        poison, body = self._shared.poison, memoryview(self._body)[self._body_at :]
+        if not self._fingerprint:
+            self._fingerprint = poison.fingerprint(self._target, body)
+        poison.note(self._fingerprint, len(body), route, self._shared.now_s)
+        self._died = (*self._died, route.backend.worker)
 
     def _count_retry(self, route: Route) -> None:
         self._tries_left -= 1
@@ -269,12 +364,16 @@ class Exchange:
         """Pass on a reply's head, or use another worker instead; return where its body goes."""
         assert self._lease is not None
         assert self._upstream is not None
-        if head.status >= 500:
-            if head.status in (502, 503) and self._use_another():
+        if head.status in (502, 503):
+            if self._leave(Seen.UNAVAILABLE, f"status {head.status}"):
                 return None
+        elif head.status >= 500:
             self._lease.failed(FailureKind.STATUS)
+        elif self._upstream.is_done and says_aborted(rest):
+            self._leave(Seen.ABORTED, ABORTED)
+            return None
         else:
-            self._lease.answered()
+            self._answered(self._lease)
         client = self._client
         self._phase = Phase.REPLYING
         self._reply = head
@@ -287,13 +386,13 @@ class Exchange:
         lines = head.without_framing() if unchunk else head.lines
         if not head.is_framed:
             client.keep_alive = False
-        status_line, _, fields = lines.partition(b"\r\n")
-        write_head = b"%b\r\nx-request-id: %b%b%b\r\n%b\r\n\r\n" % (
-            status_line,
+        line_end = lines.find(b"\r\n")
+        write_head = b"%b\r\nx-request-id: %b%b%b%b\r\n\r\n" % (
+            lines[:line_end] if line_end >= 0 else lines,
             self._request_id,
             self._upstream.peer.reply_field,
             b"" if client.will_keep_alive() else b"\r\nconnection: close",
-            fields,
+            lines[line_end:] if line_end >= 0 else b"",
         )
         if unchunk:
             write(write_head)
@@ -303,9 +402,10 @@ class Exchange:
             write(write_head + rest)  # in one: the client wakes once
         if client.is_paused:
             self._upstream.pause(is_paused=True)
-        if self._upstream.is_done or head.is_chunked or not head.is_framed:
+        length = head.content_length
+        if self._upstream.is_done or length < 0:
             return write
-        write = self._countdown = Countdown(write, head.content_length - len(rest))
+        write = self._countdown = Countdown(write, length - len(rest))
         return write
 
     def on_whole(self, known: KnownReply, data: bytes) -> None:
@@ -313,7 +413,10 @@ class Exchange:
         lease, upstream, client, shared = self._lease, self._upstream, self._client, self._shared
         assert lease is not None
         assert upstream is not None
-        lease.answered()
+        if says_aborted(data):
+            self._leave(Seen.ABORTED, ABORTED)
+            return
+        self._answered(lease)
         client.transport.write(
             b"%b\r\nx-request-id: %b%b%b%b"
             % (
@@ -335,22 +438,10 @@ class Exchange:
         self._lease = None
         client.finished()
 
-    def _use_another(self) -> bool:
-        """Take the request to a worker that has not had it, if one is free now; return whether there was one."""
-        assert self._lease is not None
-        if not self._tries_left:
-            return False
-        route = self._lease.route
-        tried = (*self._tried, route.serial)
-        another = self._shared.routes.take(self._model, tried)
-        if another is None:
-            return False
-        self._lease.failed(FailureKind.STATUS)
-        self._tried = tried
-        self._let_go()
-        self._count_retry(route)
-        self._use(another)
-        return True
+    def _answered(self, lease: Lease) -> None:
+        lease.answered()
+        if self._died:
+            self._shared.poison.forget(self._fingerprint)
 
     def on_complete(self) -> None:
         """The whole reply is written."""
@@ -365,14 +456,20 @@ class Exchange:
         assert upstream is not None
         if self._phase is Phase.REPLYING:
             assert self._reply is not None
-            if is_clean and not self._reply.is_framed:
+            if not is_clean or self._reply.is_framed:
+                self._cut(FailureKind.CUT, why, upstream)
+            elif says_aborted(self.latest):
+                self._cut(FailureKind.CUT, ABORTED, upstream)
+            elif ended_whole(self._reply, self._target, self.latest, upstream):
                 self._whole()  # its end was to be the connection's
             else:
-                self._cut(FailureKind.CUT, why, upstream)
+                self._cut(FailureKind.CUT, "the stream ended early", upstream)
+        elif upstream.begun:
+            self._leave(Seen.GARBLED, why)
         elif upstream.reused and self._shared.now_s - self._asked_at_s < STALE_WITHIN_S:
-            self._connect(upstream.peer)
+            self._leave(Seen.STALE, why)
         else:
-            self._try_failed(FailureKind.CLOSED, why)
+            self._leave(Seen.CLOSED, why)
 
     def _cut(self, kind: FailureKind, why: str, upstream: Upstream) -> None:
         """End a reply that has begun and will not be whole, so that the client can tell."""
@@ -382,30 +479,42 @@ class Exchange:
         self._lease.failed(kind)
         self._shared.metrics.cut += 1
         refused = Refused(502, "worker_failed", f"l40sd: the reply of {worker} broke off: {why}")
-        can_continue = not self._reply.is_framed or (self._reply.is_chunked and upstream.is_between_chunks())
-        is_told = self._reply.is_event_stream and can_continue
-        if is_told:
-            event = error_event(refused)
-            is_chunked = self._reply.is_chunked and not self._head.is_http10
-            self._client.transport.write(b"%x\r\n%b\r\n" % (len(event), event) if is_chunked else event)
+        seen = self._tail.data if self._tail else self.latest
+        takes_chunks = not self._head.is_http10
+        words = end_of_stream(self._reply, self._target, seen, refused, upstream, takes_chunks=takes_chunks)
+        if words is not None:
+            self._client.transport.write(words)
         self._end(f"cut: {why}")
-        if is_told:
+        if words is not None:
             self._client.close()  # without the last chunk
         else:
             self._client.reset()
 
     # The end
 
+    def given_up(self, why: str, *, is_hung: bool) -> None:
+        """Leave the worker, whose process is about to be told to end; what has begun is cut."""
+        match self._phase:
+            case Phase.CONNECTING:
+                self._leave(Seen.STOPPED, why)
+            case Phase.ASKED:
+                self._leave(Seen.HUNG if is_hung else Seen.STOPPED, why)
+            case Phase.REPLYING:
+                assert self._upstream is not None
+                upstream, self._upstream = self._upstream, None
+                upstream.abort()
+                self._cut(FailureKind.CUT, why, upstream)
+            case Phase.WAITING | Phase.ENDED:
+                pass
+
     def expired(self) -> None:
         """The deadline of the present phase has passed."""
         assert self._lease is not None, "who waits in line has the line's deadline"
         config = self._shared.config
         if self._phase is Phase.CONNECTING:
-            self._try_failed(FailureKind.CONNECT, f"no connection within {config.connect_timeout_s:g} s")
+            self._leave_unconnected(f"no connection within {config.connect_timeout_s:g} s")
         elif self._phase is Phase.ASKED:
-            self._lease.failed(FailureKind.FIRST_BYTE)
-            why = f"{self._lease.route.backend.worker} did not begin to answer within {config.first_byte_timeout_s:g} s"
-            self._refuse(Refused(504, "worker_timeout", f"{why}; request {self._request_id.decode()}"))
+            self._leave(Seen.SILENT, f"did not begin to answer within {config.first_byte_timeout_s:g} s")
         elif self._client.is_paused:  # the client does not read: nobody's failure
             self._end("client does not read")
             self._client.reset()
@@ -414,6 +523,21 @@ class Exchange:
             upstream, self._upstream = self._upstream, None
             upstream.abort()
             self._cut(FailureKind.IDLE, f"silent for {config.idle_timeout_s:g} s", upstream)
+
+    def broke(self, error: Exception) -> None:
+        """End a request that our own code fails on: with an answer while none has begun, and holding nothing."""
+        if self._phase is Phase.ENDED:
+            return
+        if isinstance(error, Refused):
+            self._refuse(error)
+            return
+        log.error("proxy.internal_error", request=self._request_id.decode(), exc_info=error)
+        what = f"l40sd failed on this request: {type(error).__name__}"
+        if self._phase is Phase.REPLYING:
+            self._end(what)
+            self._client.reset()
+        else:
+            self._refuse(Refused(500, "internal_error", f"{what}; its log has the rest"))
 
     def client_gone(self) -> None:
         """Stop at once; the worker sees its connection close."""
@@ -440,7 +564,7 @@ class Exchange:
     def _refuse(self, refused: Refused) -> None:
         self._shared.metrics.answered(self._model, refused.status)
         self._end(refused.message, refused.status)
-        self._client.refuse(refused, request_id=self._request_id)
+        self._client.refuse(refused, request_id=self._request_id, target=self._target)
 
     def _end(self, problem: str, status: int = 0) -> None:
         if self._shared.config.access_log:
@@ -471,6 +595,11 @@ class Exchange:
         return self._started_at_s
 
     @property
+    def worker(self) -> str:
+        """The worker that it is on, or is being connected to; empty: none."""
+        return self._lease.route.backend.worker if self._lease is not None else ""
+
+    @property
     def has_worker(self) -> bool:
         """Whether a worker has it, or some of it."""
         return self._upstream is not None
@@ -478,8 +607,7 @@ class Exchange:
     @property
     def facts(self) -> dict[str, str]:
         """Return what names it in a log."""
-        worker = self._lease.route.backend.worker if self._lease else ""
-        return {"request": self._request_id.decode(), "worker": worker}
+        return {"request": self._request_id.decode(), "worker": self.worker}
 
     def is_settled(self) -> bool:
         """Whether it is at a point where another daemon could go on with it, as far as our side is concerned."""
@@ -538,6 +666,7 @@ class Exchange:
             request_id=self._request_id,
             keep_alive=keep_alive,
             tries_left=self._tries_left,
+            died=self._died,
             started_at_s=self._started_at_s,
             asked_at_s=self._asked_at_s,
             begun=b"" if reply else upstream.begun,
@@ -557,6 +686,7 @@ class Exchange:
         exchange._started_at_s = handed.started_at_s
         exchange._asked_at_s = handed.asked_at_s
         exchange._tries_left = handed.tries_left
+        exchange._died = handed.died
         exchange._model = handed.model
         exchange._lease = shared.routes.hold(handed.backend)
         exchange._phase = Phase.ASKED
@@ -573,6 +703,7 @@ class Exchange:
         client = self._client
         head = self._reply = ResponseHead(handed.status, handed.lines)
         self._phase = Phase.REPLYING
+        self.latest = b"" if head.is_chunked else b"\n"  # what stood before is not known, but that it was a whole part
         self._first_byte_at_s = handed.first_byte_at_s
         client.expect(self._shared.config.idle_timeout_s)
         write: Callable[[bytes], object] = client.transport.write
@@ -609,9 +740,9 @@ class Exchange:
         log.info(
             "proxy.request",
             request=self._request_id.decode(),
-            model=self._model or self._name,
-            path=self._target.decode(),
-            worker=self._lease.route.backend.worker if self._lease else "",
+            model=self._model or self._name[:LOGGED_LIMIT],
+            path=self._target[:LOGGED_LIMIT].decode(),
+            worker=self.worker,
             status=status,
             tries=len(self._tried) + 1,
             first_byte_s=round(self._first_byte_at_s - self._started_at_s, 4) if self._first_byte_at_s else None,

@@ -1,9 +1,9 @@
-"""Answers that the proxy gives itself: errors in OpenAI's shape, and what it shows of its state.
+"""Answers that the proxy gives itself: errors (their shapes are in core/dialects.py), and what it shows of its state.
 
 All of them carry ``x-l40s-source: l40sd``, so that a client can tell them from a worker's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -41,20 +41,15 @@ def answer(
     return head if head_only else head + body
 
 
-def error_body(refused: Refused) -> bytes:
-    """Return ``{"error": {"message", "type", "param", "code"}}``."""
-    kind = "server_error" if refused.status >= 500 else "invalid_request_error"
-    error = {"message": refused.message, "type": kind, "param": refused.param, "code": refused.code}
-    return encode({"error": error})
-
-
-def error_event(refused: Refused) -> bytes:
-    """Return the last event of a stream that broke off."""
-    return b"data: %b\n\n" % error_body(refused)
-
-
 def error_fields(refused: Refused) -> bytes:
-    """Return what an error's status asks for besides: when to come again, what is allowed, how to authenticate."""
+    """Return what an error asks for besides: whether and when to come again, what is allowed, how to authenticate.
+
+    ``x-should-retry`` is what the libraries of OpenAI and Anthropic obey before any rule of their own.
+    """
+    return _fields_of(refused) + (b"" if refused.should_retry else b"x-should-retry: false\r\n")
+
+
+def _fields_of(refused: Refused) -> bytes:
     match refused.status:
         case 503:
             return b"retry-after: %d\r\n" % RETRY_AFTER_S
@@ -77,6 +72,18 @@ def no_worker(routes: Routes, model: ModelName, why: str) -> Refused:
     note = routes.note(model)
     return Refused(
         503, "no_worker", f"no worker of {model!r} could take the request: {why}{'; ' + note if note else ''}"
+    )
+
+
+def refused_as_poison(workers: Sequence[str], for_s: float) -> Refused:
+    """Return the refusal of a request that workers died of."""
+    who = ", ".join(dict.fromkeys(workers))
+    return Refused(
+        502,
+        "poison_request",
+        f"workers ended with this very request and without a byte of an answer ({who}); it is refused for another"
+        f" {max(1.0, for_s):.0f} s",
+        should_retry=False,
     )
 
 

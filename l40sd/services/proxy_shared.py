@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from l40sd.core.config import ProxyConfig
 from l40sd.services.proxy_metrics import Metrics
+from l40sd.services.proxy_poison import Poison
 from l40sd.services.proxy_upstream import Peer
 from l40sd.services.routes import Route, Routes
 
@@ -30,6 +31,7 @@ class Shared:
         is_stopping: Nothing new is accepted; what is open ends.
         is_closing: No worker will come any more: nobody needs to wait for one.
         dials: Connections to workers being made; the one place that holds tasks.
+        poison: Requests that workers died of.
     """
 
     config: ProxyConfig
@@ -46,6 +48,7 @@ class Shared:
     unread: "set[Client]" = field(default_factory=set)
     peers: dict[Route, Peer] = field(default_factory=dict)
     dials: set[asyncio.Task[None]] = field(default_factory=set)
+    poison: Poison = field(default_factory=lambda: Poison(limit=0, kept_s=0.0))
 
     _secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     _id_prefix: bytes = field(default_factory=lambda: secrets.token_hex(6).encode())

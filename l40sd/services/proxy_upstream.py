@@ -1,27 +1,44 @@
 """The proxy's connections to workers: kept idle for the next request, closed before the engine would close them.
 
 The bytes of a reply go to the client's transport as they come. llhttp follows along to know where the reply ends and
-that its framing is sound; it calls back at the beginning and the end of a reply, never in between.
+that its framing is sound; it calls back at the beginning and the end of a reply and for its fields, never for its body.
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Protocol, cast
 
 import httptools
 
-from l40sd.adapters.chunked import ends_between_chunks
-from l40sd.adapters.http import KnownReply, ResponseHead, known_reply, parse_response
+from l40sd.adapters.chunked import FAR_BYTES, ends_between_chunks
+from l40sd.adapters.http import (
+    KnownReply,
+    ResponseHead,
+    is_reserved_in_trailer,
+    known_reply,
+    parse_response,
+)
 from l40sd.services.routes import Route
 
 RESPONSE_HEAD_LIMIT_BYTES = 65536
 KINDS_LIMIT = 4
 TAIL_LIMIT_BYTES = 1 << 20
 BROKEN = (httptools.HttpParserError, httptools.HttpParserUpgrade)  # nobody asked for another protocol
+ABORTED = "the engine says that it aborted this request"
+_aborted = re.compile(rb'"finish_reason":\s*"abort"').search
+
+
+def says_aborted(data: bytes) -> bool:
+    """Return whether the end of a reply says that the engine aborted it (vLLM and SGLang, when they are stopped).
+
+    In a text that a model wrote the quotes would be escaped. 0.1 us for a KiB that does not.
+    """
+    return b'"abort"' in data and _aborted(data) is not None
 
 
 class Asker(Protocol):
-    """Who asked, and is told what became of it. Exactly one of ``on_whole``, ``on_complete`` and ``on_lost`` ends it.
+    """Who asked, and is told what became of it: ``on_whole``, ``on_complete``, ``on_lost`` or ``broke`` ends it.
 
     Attributes:
         latest: Set to every part of a reply as it comes: whoever watches for silence sees whether it is another one,
@@ -42,6 +59,9 @@ class Asker(Protocol):
     def on_lost(self, why: str, *, is_clean: bool) -> None:
         """The connection closed (then it ``is_clean``), or it or the reply's framing broke."""
 
+    def broke(self, error: Exception) -> None:
+        """End it: our own code failed on the reply."""
+
 
 class Peer:
     """One route's connections.
@@ -53,9 +73,10 @@ class Peer:
         known: Kinds of replies that need no parsing, the latest first. A worker answers with the same fields every
             time, but for a date and a length (seen with uvicorn and llama.cpp): comparing takes 0.3 us, parsing 2.
         served_name: The model's name that its engine answers to.
+        ends_streams: Its streams end with the last event that their API has, as far as is known.
     """
 
-    __slots__ = ("fields", "idle", "known", "reply_field", "route", "served_name")
+    __slots__ = ("ends_streams", "fields", "idle", "known", "reply_field", "route", "served_name")
 
     def __init__(self, route: Route) -> None:
         backend = route.backend
@@ -67,6 +88,7 @@ class Peer:
         self.idle: list[Upstream] = []
         self.known: list[KnownReply] = []
         self.served_name = backend.served_name or backend.model
+        self.ends_streams = backend.ends_streams
 
     def take_idle(self, now_s: float, idle_timeout_s: float) -> "Upstream | None":
         """Return the connection that was used last, if it is young enough to trust."""
@@ -99,13 +121,16 @@ class Upstream(asyncio.Protocol):
         "_begun",
         "_buffer",
         "_feed",
+        "_has_bad_trailer",
         "_has_large_body",
+        "_is_in_body",
         "_is_paused",
         "_keep",
         "_parser",
         "_write",
         "asker",
         "idle_since_s",
+        "is_broken",
         "is_done",
         "peer",
         "reused",
@@ -122,6 +147,7 @@ class Upstream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note the transport; ``ask`` comes right after."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop has no common base class
+        self.is_broken = False
         self._parser = httptools.HttpResponseParser(self)
         self._feed = self._parser.feed_data
 
@@ -134,11 +160,7 @@ class Upstream(asyncio.Protocol):
             body: A larger one: not worth a copy.
         """
         self.asker = asker
-        self._write: Callable[[bytes], object] | None = None
-        self._buffer = b""
-        self._begun = 0
-        self._keep = False
-        self.is_done = False
+        self._expect_reply()
         self._has_large_body = bool(body)
         if body:
             self.transport.writelines((head, body))
@@ -149,12 +171,18 @@ class Upstream(asyncio.Protocol):
         """Wait for the reply to a request that an earlier daemon sent; ``begun`` is what has come of its head."""
         self.asker = asker
         self.reused = is_reused
-        self._write = None
+        self._expect_reply()
         self._buffer = begun
+        self._has_large_body = False
+
+    def _expect_reply(self) -> None:
+        self._write: Callable[[bytes], object] | None = None
+        self._buffer = b""
         self._begun = 0
+        self._is_in_body = False
+        self._has_bad_trailer = False
         self._keep = False
         self.is_done = False
-        self._has_large_body = False
 
     def take_up_reply(self, write: Callable[[bytes], object], framing: bytes) -> None:
         """Go on, after ``take_up``, with a reply whose head was passed on; the connection's last.
@@ -195,6 +223,7 @@ class Upstream(asyncio.Protocol):
     def release(self, now_s: float) -> None:
         """Let go after a whole reply: keep the connection for the next request where that is safe."""
         self.asker = None
+        self._write = None  # what it says unasked is nobody's
         # It may have answered without reading the whole request. A small one is with the kernel as a rule; what is not
         # goes out before the next request does. A connection that closed meanwhile is found out by ``take_idle``.
         is_sent = not self._has_large_body or not self.transport.get_write_buffer_size()
@@ -220,27 +249,68 @@ class Upstream(asyncio.Protocol):
             return False
         return self.is_done
 
+    def left_in_chunk(self, latest: bytes) -> int | None:
+        """Return how many bytes end the chunk at hand of a reply in chunks, its line end included. Ends the parsing.
+
+        llhttp does not say where in a chunk it is, so it is asked: whatever it takes goes into the chunk, but a CR LF
+        is a chunk's end only where the chunk ends, and no CR may follow it.
+
+        Args:
+            latest: What it had last, from which it is known whether the next could be the LF of a CR.
+
+        Returns:
+            0 between two chunks, at most ``FAR_BYTES``, None where the parser cannot go on.
+        """
+        was_cr = latest.endswith(b"\r")
+        if self.is_broken or self.is_done:
+            return None
+        count = 0
+        try:
+            while count < FAR_BYTES:
+                self._feed(b"\n" if was_cr ^ (count & 1) else b"\r")
+                if self.is_done:
+                    return None  # the last chunk had begun
+                count += 1
+        except BROKEN:
+            if not count and not was_cr and latest and not latest.endswith(b"\n"):
+                return None
+            return count if count & 1 == was_cr else count + 2
+        return FAR_BYTES
+
     def data_received(self, data: bytes) -> None:
         """Pass on a reply's next bytes."""
-        write = self._write
-        if write is None:
-            if self._buffer or not self._take_whole(data):
-                self._head(data)
-            return
         try:
-            self._feed(data)
-        except BROKEN as error:
-            self._lost(f"broken framing: {error}")
-            return
-        if self.is_done:
-            self._complete(data, write)
-            return
-        write(data)
-        self.asker.latest = data  # type: ignore[union-attr]  # a head was taken, so somebody asked
+            write = self._write
+            if write is None:
+                if self._buffer or not self._take_whole(data):
+                    self._head(data)
+                return
+            try:
+                self._feed(data)
+            except BROKEN as error:
+                self.is_broken = True
+                self._lost(f"broken framing: {error}")
+                return
+            if self.is_done:
+                self._complete(data, write)
+                return
+            write(data)
+            self.asker.latest = data  # type: ignore[union-attr]  # a head was taken, so somebody asked
+        except Exception as error:  # noqa: BLE001 - the loop would only log it
+            self._broke(error)
 
     def on_message_begin(self) -> None:
         """Count replies: a second one was not asked for."""
         self._begun += 1
+
+    def on_headers_complete(self) -> None:
+        """Note that fields, if any follow, are a trailer's."""
+        self._is_in_body = True
+
+    def on_header(self, name: bytes, _value: bytes) -> None:
+        """Look at a trailer's fields; those of the head are read elsewhere."""
+        if self._is_in_body and is_reserved_in_trailer(name):
+            self._has_bad_trailer = True
 
     def on_message_complete(self) -> None:
         """Note the end; llhttp answers ``should_keep_alive`` only now."""
@@ -255,7 +325,16 @@ class Upstream(asyncio.Protocol):
             if self in self.peer.idle:
                 self.peer.idle.remove(self)
             return
-        self._lost(f"connection lost: {exc}" if exc else "connection closed", is_clean=exc is None)
+        try:
+            self._lost(f"connection lost: {exc}" if exc else "connection closed", is_clean=exc is None)
+        except Exception as error:  # noqa: BLE001 - the loop would only log it, and the request never end
+            asker.broke(error)
+
+    def _broke(self, error: Exception) -> None:
+        asker, self.asker = self.asker, None
+        self.transport.abort()
+        if asker is not None:
+            asker.broke(error)
 
     def _take_whole(self, data: bytes) -> bool:
         """Hand over a reply that is whole and of a known kind; return whether it was: most that are no streams are."""
@@ -288,22 +367,42 @@ class Upstream(asyncio.Protocol):
         except (*BROKEN, ValueError) as error:
             self._lost(f"broken head: {error}")
             return
-        if self._begun > 1:
-            self._lost("more than was asked for")
+        if problem := self._problem():
+            self._lost(problem)
             return
         self.peer.learn(data[:end], head)
-        self._write = asker.on_head(head, data[end:])
+        self._write = asker.on_head(head, self._body_of(head, data[end:]))
         self._buffer = b""
         if self.is_done and self.asker is asker:
             asker.on_complete()
 
     def _complete(self, data: bytes, write: Callable[[bytes], object]) -> None:
         assert self.asker is not None
-        if self._begun > 1:  # the end and more in one read: where one stops is not known, so none of it is passed on
-            self._lost("more than was asked for")
+        if problem := self._problem():  # none of this read is passed on: where the reply stops in it is not known
+            self._lost(problem)
             return
-        write(data)
+        if says_aborted(data) or says_aborted(self.asker.latest):
+            self._lost(ABORTED)
+            return
+        write(self._ended(data))
         self.asker.on_complete()
+
+    def _problem(self) -> str:
+        if self._begun > 1:
+            return "more than was asked for"
+        return "a trailer with a reserved name" if self._has_bad_trailer else ""
+
+    def _body_of(self, head: ResponseHead, rest: bytes) -> bytes:
+        """Return what of the bytes behind a head is its body's."""
+        if not head.has_body:
+            return b""
+        return rest[: head.content_length] if head.content_length >= 0 else self._ended(rest)
+
+    def _ended(self, data: bytes) -> bytes:
+        """Return the last part of a reply without the empty lines that llhttp allows behind one."""
+        while self.is_done and data.endswith(b"\r\n\r\n\r\n"):
+            data = data[:-2]
+        return data
 
     def _lost(self, why: str, *, is_clean: bool = False) -> None:
         asker = self.asker
@@ -348,8 +447,9 @@ class Countdown:
 
     def __call__(self, data: bytes) -> None:
         """Take the next bytes of the body."""
-        self.left_bytes -= len(data)
-        self._write(data)
+        part = data[: self.left_bytes]  # llhttp allows an empty line behind the reply
+        self.left_bytes -= len(part)
+        self._write(part)
 
 
 class Unchunk:
@@ -357,6 +457,7 @@ class Unchunk:
 
     def __init__(self, write: Callable[[bytes], object]) -> None:
         self.on_body = write
+        self.is_broken = False
         self._parser = httptools.HttpResponseParser(self)
         self._parser.feed_data(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
 

@@ -1,6 +1,7 @@
 """Take up what an earlier daemon left: what it wanted, the change it was at, its workers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -8,11 +9,14 @@ import msgspec
 
 from l40sd.adapters.process import Adoption, ExitRecord, Instance, InstanceSpec
 from l40sd.core.config import Config, ModelConfig
-from l40sd.core.errors import L40sError
+from l40sd.core.errors import DoesNotFit, L40sError
 from l40sd.core.messages import restore
-from l40sd.core.model import Layout, Placement, WorkerId
+from l40sd.core.model import GpuId, Layout, Placement, WorkerId
+from l40sd.core.placement import part_of
 from l40sd.core.plan import Wanted
+from l40sd.core.topology import NvmlGpu
 from l40sd.services.change import Change, Want
+from l40sd.services.ends import end_of
 from l40sd.services.past import Past, read
 from l40sd.services.tools import Tools
 from l40sd.services.worker import Worker
@@ -52,6 +56,7 @@ async def recall(
 ) -> Recalled:
     """Return what to begin with.
 
+    0. The host knows again which GPUs it had.
     1. Running and stuck instances become workers as they were recorded, wanted or not: the planner sorts them out.
     2. What is wanted is placed again, which keeps it where it is unless host or config changed.
     3. A change in the middle is carried on.
@@ -60,8 +65,9 @@ async def recall(
     6. Whom the operator drained rests.
 
     Raises:
-        L40sError: The pattern is not possible, and nothing of it is running.
+        L40sError: The pattern is not possible, for no reason that lies in what the host has lost.
     """
+    await _recall_gpus(adoption, state.get("gpus"), tools)  # 0
     pasts, note = read(state.get("pasts"))
     if note:
         tools.log.warning("state.unreadable", reason=note)
@@ -78,7 +84,7 @@ async def recall(
         recalled.change = Change.resumed(journal, previous)
         tools.log.warning("pattern.apply.resumed", pattern=recalled.want.pattern, operation=recalled.change.id)
     for spec, record in adoption.ended:  # 4
-        _note_ended(spec, record, recalled, pasts, config, tools)
+        await _note_ended(spec, record, recalled, pasts, config, tools)
     _remember(recalled, pasts, config, tools)  # 5
     recalled.drained = _drained(state.get("drained"), recalled, tools)  # 6
     for worker_id in recalled.drained & workers.keys():
@@ -105,6 +111,21 @@ async def _adopt(
         return
     workers[worker.id] = worker
     tools.log.info("worker.adopted", worker=worker.id, pid=instance.engine_pid, instance=instance.spec.instance)
+
+
+async def _recall_gpus(adoption: Adoption, stored: Any, tools: Tools) -> None:
+    """Have the host know the GPUs that it had before, and keep those that running workers hold, lost or not."""
+    try:
+        known = restore(list[NvmlGpu], stored or [])
+    except msgspec.ValidationError as error:
+        tools.log.warning("state.unreadable", reason=f"which GPUs there were is not known: {error}")
+        known = []
+    specs = [instance.spec for instance in (*adoption.running, *adoption.stuck)]
+    held: set[GpuId] = set()
+    for spec in specs:
+        with suppress(KeyError, TypeError, msgspec.ValidationError):  # said when it is adopted
+            held.update(restore(Placement, spec.meta["placement"]).gpus)
+    await tools.host.recall(known, held=held)
 
 
 def _past_of(wanted: Wanted, pasts: Mapping[WorkerId, Past]) -> Past | None:
@@ -137,12 +158,31 @@ def _recall_want(
     try:
         return Recalled(want=design(pattern, config, force=bool(state.get("force")), current=stored or None))
     except L40sError as error:
-        kept = tuple(p for p in stored if _is_possible(p, config, tools))
-        if not kept:
-            raise
-        tools.log.warning("pattern.degraded", pattern=pattern, reason=str(error), workers=len(kept))
-        trouble = f"pattern {pattern} does not fit any more, what is left of it runs: {error.what}"
-        return Recalled(want=want_of(Layout(pattern=pattern, placements=kept), config), trouble=trouble)
+        is_shrunk = isinstance(error, DoesNotFit) and ("pattern" in state or not tools.host.inventory.gpus)
+        if not is_shrunk and not any(_is_possible(p, config, tools) for p in stored):
+            raise  # the configuration is wrong, and not the host smaller than it was
+        want, trouble = left_of(pattern, stored, config, tools, want_of, error)
+        return Recalled(want=want, trouble=trouble)
+
+
+def left_of(
+    pattern: str,
+    former: Sequence[Placement],
+    config: Config,
+    tools: Tools,
+    want_of: Callable[[Layout, Config], Want],
+    why: L40sError,
+) -> tuple[Want, str]:
+    """Return what can still be wanted of a pattern that does not fit any more, and a sentence on it for the operator.
+
+    Raises:
+        L40sError: A launch that cannot be built.
+    """
+    want = want_of(part_of(pattern, former, config, tools.host.inventory), config)
+    count = len(want.wanted)
+    tools.log.error("pattern.degraded", pattern=pattern, reason=str(why), workers=count)
+    rest = "what is left of it runs" if count else "nothing of it can run"
+    return want, f"pattern {pattern} does not fit this host as it is, {rest}: {why.what}"
 
 
 def _placements(stored: Any, tools: Tools) -> list[Placement]:
@@ -158,7 +198,7 @@ def _is_possible(p: Placement, config: Config, tools: Tools) -> bool:
     return p.model in config.models and gpus.issuperset(p.gpus)
 
 
-def _note_ended(
+async def _note_ended(
     spec: InstanceSpec,
     record: ExitRecord,
     recalled: Recalled,
@@ -178,7 +218,7 @@ def _note_ended(
     if record.cause in ("stopped", "killed", "orphaned") and not was_failing:  # as somebody wished
         return
     worker = Worker(wanted, config, tools, past)
-    worker.died_meanwhile(record)
+    worker.died_meanwhile(record, await end_of(tools.processes, spec, record, is_wish=False))
     recalled.workers[worker.id] = worker
 
 

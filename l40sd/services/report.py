@@ -19,6 +19,7 @@ from l40sd.core.messages import (
     WorkerStatus,
 )
 from l40sd.core.model import GpuId, Layout, Link, Placement
+from l40sd.core.naming import natural
 from l40sd.core.pattern import patterns_of
 from l40sd.core.plan import Do, Limits, capacity, preview
 from l40sd.services.change import Want
@@ -218,9 +219,13 @@ def _in_order(supervisor: Supervisor) -> list[Worker]:
     """Return the workers in the order of their first GPU; one on its way out before what takes its place."""
     rank = {gpu.id: n for n, gpu in enumerate(supervisor.tools.host.inventory.gpus)}
 
-    def key(worker: Worker) -> tuple[int, bool, str]:
+    def key(worker: Worker) -> tuple[object, ...]:
         gpus = worker.wanted.placement.gpus
-        return (min((rank.get(g, 0) for g in gpus), default=len(rank)), worker.goal is not Goal.GONE, worker.id)
+        return (
+            min((rank.get(g, 0) for g in gpus), default=len(rank)),
+            worker.goal is not Goal.GONE,
+            natural(worker.id),
+        )
 
     return sorted(supervisor.workers.values(), key=key)
 
@@ -233,9 +238,9 @@ def _gpus(supervisor: Supervisor, memory: Mapping[GpuId, GpuMemory] | None) -> t
         if w.phase not in (Phase.STOPPED, Phase.WAITING)
         for g in w.wanted.placement.gpus
     }
-    stuck = supervisor.unusable()
+    out_of_use = supervisor.out_of_use()
     silent = "unknown" if inventory.is_live else "recorded"
-    states = {g.id: "stuck" if g.id in stuck else "ok" for g in inventory.gpus}
+    answers = inventory.is_live and memory is not None
     return tuple(
         GpuStatus(
             index=g.index,
@@ -246,7 +251,7 @@ def _gpus(supervisor: Supervisor, memory: Mapping[GpuId, GpuMemory] | None) -> t
             memory_bytes=g.memory_bytes,
             used_bytes=memory[g.id].used_bytes if inventory.is_live and memory and g.id in memory else None,
             worker=owner.get(g.id, ""),
-            state=states[g.id] if states[g.id] == "stuck" or (inventory.is_live and memory) else silent,
+            state=out_of_use.get(g.id, "ok" if answers else silent),
         )
         for g in inventory.gpus
     )

@@ -184,10 +184,12 @@ class Routes:
 
     Attributes:
         on_failure: Called with the worker and what a request saw go wrong on it; never for a worker already removed.
+        on_given_up: Takes a worker's requests from it: called with the worker, why, and whether it hangs.
     """
 
     def __init__(self, *, queue_limit: int = 1000, in_flight_limit: int = 0) -> None:
         self.on_failure: Callable[[WorkerId, FailureKind], None] | None = None
+        self.on_given_up: Callable[[WorkerId, str, bool], None] | None = None
         self._queue_limit = queue_limit
         self._in_flight_limit = in_flight_limit
         self._lines: dict[ModelName, Line] = {}
@@ -276,6 +278,15 @@ class Routes:
         """Let a worker receive no further request; those on it go on. Unknown workers are ignored."""
         self._close(worker)
         self._forget_unknown()
+
+    def give_up(self, worker: WorkerId, why: str, *, is_hung: bool = False) -> None:
+        """Let a worker receive no further request, and take from it those that it has.
+
+        Call it before its process is told to end: an engine may answer what it aborts as if it were whole.
+        """
+        self.remove(worker)
+        if self.on_given_up is not None and self.in_flight(worker):
+            self.on_given_up(worker, why, is_hung)
 
     # What they may ask
 

@@ -18,10 +18,11 @@ from l40sd.adapters.clock import now_s
 from l40sd.adapters.process import Adoption
 from l40sd.adapters.store import Store
 from l40sd.core.config import Config
-from l40sd.core.errors import L40sError
+from l40sd.core.errors import DoesNotFit, L40sError
 from l40sd.core.lifecycle import Event, Goal, Phase
-from l40sd.core.messages import OperationStatus
+from l40sd.core.messages import OperationStatus, plain
 from l40sd.core.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
+from l40sd.core.naming import natural
 from l40sd.core.outliers import Peer
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
@@ -29,7 +30,7 @@ from l40sd.core.plan import Do, Limits, Order, Wanted, capacity, is_settled, pla
 from l40sd.services.change import Change, Want, state_of
 from l40sd.services.making import launch_of
 from l40sd.services.past import Past, written
-from l40sd.services.recall import recall
+from l40sd.services.recall import left_of, recall
 from l40sd.services.routes import CatalogEntry
 from l40sd.services.tools import Tools
 from l40sd.services.worker import Worker
@@ -101,8 +102,21 @@ class Supervisor:
         return [w.wanted.placement for w in self.workers.values() if w.goal is not Goal.GONE]
 
     def unusable(self) -> frozenset[GpuId]:
-        """Return the GPUs that a worker holds which cannot be killed."""
-        return frozenset(g for w in self.workers.values() if w.phase is Phase.STUCK for g in w.wanted.placement.gpus)
+        """Return the GPUs that a worker holds which cannot be killed, and the lost ones.
+
+        A GPU that NVML calls lost while its worker serves is left to that worker.
+        """
+        serving = {g for w in self.workers.values() if w.phase in SERVED for g in w.wanted.placement.gpus}
+        return frozenset(g for g, state in self.out_of_use().items() if state == "stuck" or g not in serving)
+
+    def held_gpus(self) -> set[GpuId]:
+        """Return the GPUs that workers have or are wanted on: they are this host's, whatever NVML says."""
+        return {g for w in self.workers.values() for g in w.wanted.placement.gpus}
+
+    def out_of_use(self) -> dict[GpuId, str]:
+        """Return the GPUs that are ``stuck`` (held by a worker that cannot be killed) or ``lost``."""
+        stuck = (g for w in self.workers.values() if w.phase is Phase.STUCK for g in w.wanted.placement.gpus)
+        return {gpu.id: "lost" for gpu in self.tools.host.lost} | dict.fromkeys(stuck, "stuck")
 
     def apply(self, want: Want) -> OperationStatus:
         """Make ``want`` wanted; the turns that follow bring it about. A change under way is replaced.
@@ -169,7 +183,7 @@ class Supervisor:
         """
         former, self.tools.facts = self.tools.facts, facts
         try:
-            want = self.design(self.want.pattern, config, force=self.want.force)
+            want, trouble = self._design_or_keep(config)
         except L40sError:
             self.tools.facts = former
             raise
@@ -178,6 +192,19 @@ class Supervisor:
             self._set_want(want)
         else:
             self.apply(want)
+        self._trouble = trouble
+        self._save()
+
+    def _design_or_keep(self, config: Config) -> tuple[Want, str]:
+        """Return the pattern in force placed anew; where the host has lost GPUs since, what is left of it, and why."""
+        pattern = self.want.pattern
+        try:
+            return self.design(pattern, config, force=self.want.force), ""
+        except DoesNotFit as error:
+            host = self.tools.host
+            if not (self._trouble or host.lost or not host.inventory.gpus):
+                raise
+            return left_of(pattern, self._current(), config, self.tools, self._want, error)
 
     @property
     def degraded(self) -> tuple[str, ...]:
@@ -358,7 +385,7 @@ class Supervisor:
         if worker is None:
             raise L40sError(
                 f"there is no worker {worker_id!r}",
-                hint=f"workers: {', '.join(sorted(self.workers)) or 'none'}",
+                hint=f"workers: {', '.join(sorted(self.workers, key=natural)) or 'none'}",
                 code="unknown_worker",
             )
         return worker
@@ -471,7 +498,11 @@ class Supervisor:
         while self._is_unsaved:
             self._is_unsaved = False
             self._pasts = self._pasts_now()
-            state = {**state_of(self.want, self.change, self._drained), "pasts": written(self._pasts)}
+            state = {
+                **state_of(self.want, self.change, self._drained),
+                "pasts": written(self._pasts),
+                "gpus": plain(self.tools.host.known),
+            }
             await self.store.save(state)
         await self.store.retry()
 

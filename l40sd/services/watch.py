@@ -23,6 +23,9 @@ from l40sd.core.outliers import Counts, Peer
 LOOKS_PER_INTERVAL = 4
 """Looks at a worker on which requests go on failing, in one ``probe_interval_s``."""
 
+HUNG = "hung"
+"""What the failure of a worker is filed under that makes no tokens."""
+
 
 class Post(Protocol):
     """How a verdict reaches the worker."""
@@ -172,7 +175,7 @@ class Watch:
     async def _draw(self, post: Post, heed: Callable[[], None]) -> None:
         """Draw the consequences: one that is hung is restarted, unless it is somebody else's to restart."""
         if self.fitness.stalled and self._instance is not None and await self._is_to_blame():
-            post(Event.STALLED, self.fitness.stalled, kind="hung")
+            post(Event.STALLED, self.fitness.stalled, kind=HUNG)
         else:
             heed()
 

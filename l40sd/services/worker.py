@@ -36,12 +36,13 @@ from l40sd.core.lifecycle import (
 from l40sd.core.model import WorkerId
 from l40sd.core.outliers import Peer, Standing
 from l40sd.core.plan import Observed, Wanted
+from l40sd.services.ends import End, end_of
 from l40sd.services.gpus import wait_until_free
 from l40sd.services.making import launch_of, refuse_misconfigured, spec_of
 from l40sd.services.past import TOLD, Past
 from l40sd.services.routes import Backend
 from l40sd.services.tools import Tools
-from l40sd.services.watch import Watch
+from l40sd.services.watch import HUNG, Watch
 
 JOBS_IN: Mapping[Phase, frozenset[str]] = {
     Phase.SPAWNING: frozenset({"spawn"}),
@@ -56,7 +57,6 @@ JOBS_IN: Mapping[Phase, frozenset[str]] = {
 }
 
 UNKILLABLE = "SIGKILL has not ended it: its GPUs stay out of use until it is gone"
-LAST_LINES = 12
 MAILBOX = 256
 PAST_LOADS = 20
 
@@ -69,6 +69,7 @@ class Happening:
     reason: str = ""
     kind: str = ""
     exit: ExitRecord | None = None
+    log_says: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -148,9 +149,9 @@ class Worker:
             goal=self.goal,
         )
 
-    def post(self, event: Event, reason: str = "", *, kind: str = "", exit_record: ExitRecord | None = None) -> None:
+    def post(self, event: Event, reason: str = "", *, kind: str = "") -> None:
         """Tell the worker what happened; it is handled after what was posted before it."""
-        self._mailbox.put_nowait(Happening(event, reason, kind, exit_record))
+        self._mailbox.put_nowait(Happening(event, reason, kind))
 
     def adopt(self, instance: Instance) -> None:
         """Take over a process that an earlier daemon started. Call before ``run``.
@@ -187,7 +188,7 @@ class Worker:
         if self.goal is Goal.SERVE:
             self.goal = Goal.REST
 
-    def died_meanwhile(self, record: ExitRecord) -> None:
+    def died_meanwhile(self, record: ExitRecord, end: End) -> None:
         """Count a run that ended while no daemon watched as the failure it was. Call before ``run``."""
         self.phase = Phase.STARTING
         self._ready_for_s = record.ran_s
@@ -196,8 +197,7 @@ class Worker:
             self._ready_for_s = past.ready_for_s(record.ran_s)
             if past.phase in (Phase.STOPPING, Phase.STUCK):
                 self._resume(past)
-        kind, detail = describe_exit(record)
-        self.post(Event.EXITED, f"{detail}, while no daemon watched", kind=kind, exit_record=record)
+        self._ended(record, end, ", while no daemon watched")
 
     def past(self) -> Past:
         """Return what the next daemon has to know of this worker."""
@@ -234,6 +234,7 @@ class Worker:
         if instance is not None and self.phase in (Phase.STOPPING, Phase.STUCK):
             self._start_job("exit", self._await_exit(instance))
         if instance is not None and self.phase is Phase.STOPPING:
+            self._take_requests_from_it(is_hung=self._failure is not None and self._failure.kind == HUNG)
             instance.terminate()
             self._start_job("terminate", self._terminate())
         if self.phase is Phase.BACKOFF and self.next_start_at_s is not None:
@@ -328,7 +329,7 @@ class Worker:
         if after is None:
             self._log.debug("worker.late_event", phase=self.phase, happened=happening.event)
             return
-        before = self.phase
+        before, was_told_to_restart = self.phase, self.goal is Goal.RESTART
         if happening.kind and self._failure is None:  # 1
             self._failure = happening
         assert isinstance(after.phase, Phase)
@@ -337,7 +338,7 @@ class Worker:
         self._enter(after.phase, happening.reason)
         for action in after.actions:
             self._act(action, happening)
-        self._report(before, happening)
+        self._report(before, happening, is_wish=was_told_to_restart and before is Phase.STOPPING)
         self._tools.changed()
 
     def _enter(self, phase: Phase, reason: str) -> None:
@@ -352,7 +353,7 @@ class Worker:
         for name in [name for name in self._jobs if name not in remaining]:
             self._jobs.pop(name).cancel()
 
-    def _report(self, before: Phase, happening: Happening) -> None:
+    def _report(self, before: Phase, happening: Happening, *, is_wish: bool) -> None:
         """Tell the operator's story of the day, one line a change."""
         if self.phase is before:
             return
@@ -378,6 +379,8 @@ class Worker:
                 self._log.error(f"worker.{self.phase}", last_lines=list(self.last_lines), **keys)
             case Phase.STUCK:
                 self._log.error("worker.stuck", **keys)
+            case Phase.WAITING if is_wish:
+                self._log.info("worker.exited", **keys)
             case Phase.WAITING if before in OCCUPIES_GPUS:
                 self._log.warning("worker.exited", **keys)
             case _:
@@ -414,6 +417,7 @@ class Worker:
             case Action.DRAIN:
                 self._start_job("drain", self._drain())
             case Action.TERMINATE:
+                self._take_requests_from_it(is_hung=happening.event is Event.STALLED)
                 if self.process is not None and self.process.instance is not None:
                     # Here and not in the job: a stop that is told of has reached the shim, which completes it even if
                     # this daemon dies in the next moment.
@@ -428,6 +432,11 @@ class Worker:
             case Action.FORGIVE:
                 self.record, self.failed_starts, self.restarts = Record(), 0, 0
                 self._failure, self.last_lines = None, ()
+
+    def _take_requests_from_it(self, *, is_hung: bool) -> None:
+        """Before the signal: what an engine aborts then it may answer as if it were whole."""
+        why = f"{self.id} is being stopped" + (f": {self.reason}" if self.reason else "")
+        self._tools.routes.give_up(self.id, why, is_hung=is_hung)
 
     def _start_job(self, name: str, job: Coroutine[Any, Any, None]) -> None:
         assert self._group is not None
@@ -485,9 +494,12 @@ class Worker:
 
     async def _await_exit(self, instance: Instance) -> None:
         record = await instance.exited()
-        kind, detail = describe_exit(record)
-        self.last_lines = tuple(await self._tools.processes.tail(self.id, LAST_LINES))
-        self.post(Event.EXITED, detail, kind=kind, exit_record=record)
+        is_wish = self.phase is Phase.STOPPING and self._failure is None
+        self._ended(record, await end_of(self._tools.processes, instance.spec, record, is_wish=is_wish))
+
+    def _ended(self, record: ExitRecord, end: End, when: str = "") -> None:
+        self.last_lines = end.last_lines
+        self._mailbox.put_nowait(Happening(Event.EXITED, end.reason + when, end.kind, record, end.log_says))
 
     def _note_up(self) -> None:
         """It has come up: for the first time, or again under the eyes of this daemon."""
@@ -515,6 +527,7 @@ class Worker:
                 weight=self.wanted.placement.weight,
                 api_key=launch.api_key,
                 served_name=launch.served_name,
+                ends_streams=launch.ends_streams,
             )
         )
 
@@ -582,6 +595,8 @@ class Worker:
         )
         self.record = verdict.record
         self.reason = failure.reason or failure.kind
+        if failure is not happening and happening.log_says:  # it hung, say: what it said when it was stopped
+            self.reason += f"; its log: {happening.log_says}"
         if verdict.delay_s is None:
             self.phase = Phase.QUARANTINED
             self.reason = f"{verdict.why}: {self.reason}"
@@ -622,21 +637,3 @@ def restart_limits(workers: WorkersConfig) -> RestartLimits:
         quarantine_per_hour=workers.quarantine_per_hour,
         healthy_after_s=workers.healthy_after_s,
     )
-
-
-def describe_exit(record: ExitRecord) -> tuple[str, str]:
-    """Return what an exit is filed under, and a sentence for the operator."""
-    if record.oom:
-        return "oom", "out of memory: the kernel killed a process of it"
-    match record.cause:
-        case "shim-lost":
-            return "shim-lost", "its shim was killed; what was left of it has been ended"
-        case "exec-failed":
-            return "exec_failed", record.detail
-        case "orphaned":
-            return "orphaned", "stopped itself: no daemon for longer than orphan_grace_s"
-        case _:
-            pass
-    if record.signal is not None:
-        return f"signal {record.signal}", f"ended by signal {record.signal}"
-    return f"exit {record.code}", f"exited with status {record.code}"

@@ -9,6 +9,11 @@ library, keeps no connection to the daemon, and everything that the two tell eac
     signals     SIGTERM: the stop ladder; SIGQUIT: kill everything now
     lease       the daemon's lock file: free for longer than orphan_grace_s, and the engine is stopped
 
+The stop ladder: SIGTERM to the engine, or, where ``term_to`` in the spec is ``group``, to its whole process group;
+once the leader is gone, SIGTERM to whoever is left; ``term_timeout_s`` after the first, everything is killed. Whoever
+is still putting things in order has all of that time. The engine is the leader, or behind a wrapper that does not
+``exec`` the process that it runs: see ``tree.who_obeys``.
+
 ``watcher`` is the process; ``engine`` starts what it watches, ``output`` keeps the log files. ``tree`` and ``groups``
 find and kill processes; the daemon uses them too, for what a dead shim left behind.
 """
@@ -18,5 +23,7 @@ RUNTIME_VARIABLE = "L40SD_RUNTIME_DIR"
 """In the environment of the shim and of its engine: whose they are, for when no other record is left."""
 OWN_GROUP = "own"
 """In a spec: the cgroup that the shim is started in is the instance's, as in a unit with Delegate=yes."""
+TERM_GROUP = "group"
+"""In a spec's ``term_to``: SIGTERM goes to the whole process group; anything else, or nothing: to the engine."""
 PROTOCOL = 1
 """Version of the three files; a daemon adopts shims of its own and of older versions."""

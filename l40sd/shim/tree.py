@@ -9,7 +9,7 @@ go only through a pidfd that was opened first and compared afterwards (invariant
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 FREEZE_ROUNDS = 20
@@ -75,6 +75,42 @@ def descendants(pid: int, *, session: int = 0) -> list[Process]:
         found += fresh
         seen.update(child.pid for child in fresh)
     return [process for process in {one.pid: one for one in found}.values() if process.is_alive]
+
+
+def engine_of(leader: Process) -> list[Process]:
+    """Return whom to tell when the engine that was started as ``leader`` shall end; see ``who_obeys``.
+
+    Reads all of /proc once.
+    """
+    children: dict[int, list[Process]] = {}
+    for process in all_processes():
+        if process.is_alive:
+            children.setdefault(process.parent, []).append(process)
+    return who_obeys(leader, children, lambda process: catches(process, signal.SIGTERM)) or [leader]
+
+
+def who_obeys(
+    process: Process, children: Mapping[int, list[Process]], has_handler: Callable[[Process], bool]
+) -> list[Process]:
+    """Return who of a process and those below it is to get SIGTERM so that all of them end in good order.
+
+    An engine of several processes has one that knows how to end the others: the first with a handler. Above it
+    there may be a wrapper that runs it and waits (``bash -c '"$@"'``): it has no handler, SIGTERM would only kill
+    it and cut the engine off. So names do not matter; the kernel says who has a handler. Where nobody has one
+    there is nothing to be put in order, and the answer is empty.
+    """
+    if has_handler(process):
+        return [process]
+    return [one for child in children.get(process.pid, ()) for one in who_obeys(child, children, has_handler)]
+
+
+def catches(process: Process, number: int) -> bool:
+    """Whether a process has a handler for a signal; False also when it is gone."""
+    with contextlib.suppress(OSError), open(f"/proc/{process.pid}/status", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
 
 
 def send_signal(process: Process, number: int) -> bool:

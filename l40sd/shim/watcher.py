@@ -5,10 +5,14 @@
     start ----exec fails----------------------------------------> exit.json (exec-failed)
       | run.json
     running --leader ends------------> kill stragglers ---------> exit.json (exited)
-      |  SIGTERM: SIGTERM + SIGCONT to the engine's process group
-      |  or lease lost                 |  leader ends, or term_timeout_s has passed
-      v                                v
-    stopping ----------------------> kill everything until nobody is left -> exit.json (stopped, orphaned)
+      |  SIGTERM: SIGTERM + SIGCONT to the engine
+      |  or lease lost
+      v
+    stopping --leader ends, others live: SIGTERM + SIGCONT to them------+
+      |                                                                 |
+      |  term_timeout_s after the first signal: kill everything until   |  nobody is left
+      v                                                                 v
+      +-----------------------------------------------------------> exit.json (stopped, orphaned)
       |  SIGQUIT, from anywhere: the same at once ---------------> exit.json (killed)
 
 One thread, one poll; nothing here waits for the daemon or for the disk's free space. An engine that cannot be
@@ -26,7 +30,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from l40sd.shim import INSTANCE_VARIABLE, PROTOCOL, RUNTIME_VARIABLE, engine, groups, tree
+from l40sd.shim import INSTANCE_VARIABLE, PROTOCOL, RUNTIME_VARIABLE, TERM_GROUP, engine, groups, tree
 from l40sd.shim.output import RotatingLog
 
 READ_BYTES = 256 << 10
@@ -74,6 +78,7 @@ class Watcher:
         self.cause = ""
         self.detail = ""
         self.is_killing = False
+        self.rest_is_told = False
         self.term_deadline_s: float | None = None
         self.retry_s = FIRST_RETRY_S
         self.retry_at_s = 0.0
@@ -204,21 +209,31 @@ class Watcher:
     # Ending
 
     def stop(self, cause: str, detail: str = "") -> None:
-        """First rung of the ladder; a second call changes nothing.
-
-        The leader is our child and not reaped yet, so its pid, which is its process group's id, is its own.
-        SIGCONT after SIGTERM: a stopped process would otherwise not see it.
-        """
+        """First rung of the ladder; a second call changes nothing."""
         if self.cause or self.status is not None:
             return
         self.cause, self.detail = cause, detail
         self.term_deadline_s = time.monotonic() + self.spec["term_timeout_s"]
         self.log.note(f"stopping: {detail or 'asked to'}")
-        for number in (signal.SIGTERM, signal.SIGCONT):
+        # The leader is our child and not reaped yet, so its pid, which is its process group's id, is its own.
+        leader = tree.read_process(self.engine)
+        assert leader is not None
+        if self.spec.get("term_to") == TERM_GROUP:
             try:
-                os.killpg(self.engine, number)
+                os.killpg(self.engine, signal.SIGTERM)
             except ProcessLookupError:  # it has not come to its setsid yet
-                os.kill(self.engine, number)
+                os.kill(self.engine, signal.SIGTERM)
+            tell_all([leader], signal.SIGCONT)
+        else:
+            tell_all(tree.engine_of(leader), signal.SIGTERM, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # a stopped process would not see it, nor end with the others
+            os.killpg(self.engine, signal.SIGCONT)
+
+    def tell_the_rest(self) -> None:
+        """Second rung, once: the leader is gone, and those that it left may put things in order as well."""
+        if not self.rest_is_told:
+            self.rest_is_told = True
+            tell_all(tree.descendants(os.getpid()), signal.SIGTERM, signal.SIGCONT)
 
     def end(self, cause: str, detail: str) -> None:
         """Skip the ladder: it never got to run properly."""
@@ -226,21 +241,29 @@ class Watcher:
         self.is_killing = True
 
     def is_over(self) -> bool:
-        """Once the leader is gone, or shall be: kill whoever is left. True when nobody is."""
+        """Whether nobody is left; once somebody should not be any more, tell or kill them."""
         if self.status is None and not self.is_killing:
             return False
         if not self.has_children and not (self.group and groups.is_populated(f"{self.group}/engine")):
             return True
+        if self.term_deadline_s is not None and not self.is_killing:
+            self.tell_the_rest()
+            return False
         self.is_killing = True
-        now_s = time.monotonic()
-        if now_s >= self.retry_at_s:
-            self.retry_at_s = now_s + self.retry_s
-            self.retry_s = min(LAST_RETRY_S, 2 * self.retry_s)
-            if self.group:
-                groups.kill(f"{self.group}/engine")
-            if self.has_children:
-                tree.kill_all(lambda: tree.descendants(os.getpid()))
+        self.kill_all()
         return False
+
+    def kill_all(self) -> None:
+        """Last rung, again and again until nobody is left."""
+        now_s = time.monotonic()
+        if now_s < self.retry_at_s:
+            return
+        self.retry_at_s = now_s + self.retry_s
+        self.retry_s = min(LAST_RETRY_S, 2 * self.retry_s)
+        if self.group:
+            groups.kill(f"{self.group}/engine")
+        if self.has_children:
+            tree.kill_all(lambda: tree.descendants(os.getpid()))
 
     def write_exit(self) -> int:
         """Say how it ended; the disk gets a few tries, a directory that is gone needs no record."""
@@ -290,6 +313,13 @@ def lock_is_free(path: str) -> bool:
     finally:
         os.close(descriptor)
     return bool(struct.unpack_from("h", answer)[0] == fcntl.F_UNLCK)
+
+
+def tell_all(processes: list[tree.Process], *numbers: int) -> None:
+    """Send each of these signals to each of these processes."""
+    for number in numbers:
+        for process in processes:
+            tree.send_signal(process, number)
 
 
 def identity(pid: int) -> dict[str, int]:

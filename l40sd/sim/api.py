@@ -12,6 +12,9 @@ from l40sd.sim.faults import Faults
 from l40sd.sim.wire import Reply, Request, read_request
 
 DEFAULT_TOKENS = 16
+BREAKS = ("half-response", "bad-chunk", "reset")
+"""Faults that break a reply. A request may bring one along, ``"simulate": NAME``: it strikes this request whichever
+worker has it and however often it is tried, and no other."""
 
 
 class Api:
@@ -144,7 +147,7 @@ class Api:
         if self._faults.strikes("error"):
             await reply.error(500, "failed, as told", "internal_error")
             return
-        broken = next((name for name in ("half-response", "bad-chunk", "reset") if self._faults.strikes(name)), "")
+        broken = next((name for name in BREAKS if asked.get("simulate") == name or self._faults.strikes(name)), "")
         shape = _Chat(model) if request.path.endswith("/chat/completions") else _Text(model)
         words = len(str(asked.get("messages") or asked.get("prompt") or "").split())
         try:

@@ -2,7 +2,8 @@
 
 What it answers is read afresh from the JSON file in ``$FAKE_NVML``, so that a test can change it at any time:
 
-    gpus: [{uuid, busId, name, total, used, processes: [[pid, bytes]], lost: bool, nvlinks: ["switch" | PCI address]}]
+    gpus: [{uuid, busId, name, total, used, processes: [[pid, bytes]], lost: bool, nvlinks: ["switch" | PCI address],
+            errors: {"nvmlDeviceGetMemoryInfo": "Not Supported", "*": "GPU is lost", ...}}]
     levels: {"0-1": 30}          nvmlGpuTopologyLevel_t; a pair that is not there is not supported
     fail: "..."                  nvmlInit raises this
     hang: true                   every call for a GPU sleeps for ever
@@ -28,15 +29,16 @@ def _facts() -> dict[str, Any]:
     return facts
 
 
-def _gpu(handle: int) -> dict[str, Any]:
+def _gpu(handle: int, call: str = "") -> dict[str, Any]:
     facts = _facts()
     if facts.get("hang"):
         signal.pause()
     if facts.get("crash"):
         os._exit(3)
     gpu: dict[str, Any] = facts["gpus"][handle]
-    if gpu.get("lost"):
-        raise NVMLError("GPU is lost")
+    errors = {"*": "GPU is lost"} if gpu.get("lost") else gpu.get("errors", {})
+    if reason := errors.get(call) or errors.get("*"):
+        raise NVMLError(reason)
     return gpu
 
 
@@ -53,28 +55,34 @@ def nvmlDeviceGetCount() -> int:  # noqa: N802
 
 
 def nvmlDeviceGetHandleByIndex(index: int) -> int:  # noqa: N802
+    _gpu(index, "nvmlDeviceGetHandleByIndex")
     return index
 
 
 def nvmlDeviceGetUUID(handle: int) -> str:  # noqa: N802
-    return str(_gpu(handle)["uuid"])
+    return str(_gpu(handle, "nvmlDeviceGetUUID")["uuid"])
 
 
 def nvmlDeviceGetName(handle: int) -> bytes:  # noqa: N802
-    return str(_gpu(handle).get("name", "NVIDIA L40S")).encode()  # older versions of the library return bytes
+    return str(
+        _gpu(handle, "nvmlDeviceGetName").get("name", "NVIDIA L40S")
+    ).encode()  # older versions of the library return bytes
 
 
 def nvmlDeviceGetPciInfo(handle: int) -> SimpleNamespace:  # noqa: N802
-    return SimpleNamespace(busId=_gpu(handle)["busId"])
+    return SimpleNamespace(busId=_gpu(handle, "nvmlDeviceGetPciInfo")["busId"])
 
 
 def nvmlDeviceGetMemoryInfo(handle: int) -> SimpleNamespace:  # noqa: N802
-    gpu = _gpu(handle)
+    gpu = _gpu(handle, "nvmlDeviceGetMemoryInfo")
     return SimpleNamespace(total=gpu.get("total", 0), used=gpu.get("used", 0))
 
 
 def nvmlDeviceGetComputeRunningProcesses(handle: int) -> list[SimpleNamespace]:  # noqa: N802
-    return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in _gpu(handle).get("processes", [])]
+    return [
+        SimpleNamespace(pid=pid, usedGpuMemory=size)
+        for pid, size in _gpu(handle, "nvmlDeviceGetComputeRunningProcesses").get("processes", [])
+    ]
 
 
 def nvmlDeviceGetTopologyCommonAncestor(one: int, other: int) -> int:  # noqa: N802

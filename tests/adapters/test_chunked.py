@@ -1,8 +1,12 @@
 """Chunked bodies that another reader goes on with, and where a reply in chunks stands."""
 
+import re
+
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from l40sd.adapters import chunked
 from l40sd.adapters.chunked import ChunkedBody, ends_between_chunks
 from l40sd.adapters.http import parse_request, plain_request
 
@@ -22,16 +26,38 @@ def test_another_reader_goes_on_at_any_byte(parts: list[bytes], at: int, has_tra
     second = ChunkedBody(1000)
     assert second.feed(first.so_far()) is None
     assert second.feed(whole[at:] + b"next") == b"next"
-    assert b"".join(second.parts) == b"".join(parts)
+    assert bytes(second.content) == b"".join(parts)
 
 
 @given(chunks, st.integers(0, 400))
 @example([b"\r\n"], 9)
+@example([b"\0", b"\0", b"\0" * 4, b"\0" * 7, b"\0" * 7], 96)  # between the two bytes of a line end
 def test_a_place_between_two_chunks_is_found_wherever_the_latest_bytes_begin(parts: list[bytes], start: int) -> None:
     last = b"data: {}\n\n"
     data = wire([*parts, b"event", last])
     start = min(start, len(data) - len(wire([last])))
     assert ends_between_chunks(data[start:])
+
+
+@pytest.mark.parametrize("tail", [b"5\r\nab\r\n", b"ff\r\n\r\n"])
+def test_many_small_chunks_are_followed_once_each(tail: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte of chunks of one byte, and no place between two at its end: each line began a walk over all others."""
+    steps = 0
+
+    class Counted:
+        def __getattr__(self, name: str) -> object:
+            return getattr(plain, name)
+
+        def match(self, data: bytes, at: int) -> re.Match[bytes] | None:
+            nonlocal steps
+            steps += 1
+            return plain.match(data, at)
+
+    plain = chunked._chunk_line
+    monkeypatch.setattr(chunked, "_chunk_line", Counted())
+    count = 5000
+    assert not ends_between_chunks(b"1\r\nx\r\n" * count + tail)
+    assert steps <= count + 2
 
 
 @given(st.lists(st.text("abcdef{}:, ", min_size=1, max_size=40).map(str.encode), min_size=1, max_size=6), st.data())
@@ -68,3 +94,76 @@ def test_the_plainest_form_of_a_head_says_the_same(
     for name in (*names, "content_type"):
         assert getattr(again, name) == getattr(head, name), name
     assert parse_request(plain_request(head)).is_chunked if not head.is_http10 else True
+
+
+def read_so_far(data: bytes) -> bytes:
+    """Return what a client has of a body in chunks that did not end; a ValueError where the framing is broken."""
+    body = b""
+    while data:
+        line, _, data = data.partition(b"\r\n")
+        size = int(line.partition(b";")[0], 16)
+        assert size, "the last chunk"
+        body += data[:size]
+        if len(data) >= size + 2 and data[size : size + 2] != b"\r\n":
+            raise ValueError("no line end after a chunk")
+        data = data[size + 2 :]
+    return body
+
+
+def left_in_chunk(data: bytes) -> int:
+    """Return how many bytes end the chunk at hand of a body in chunks, seen from its beginning."""
+    while data:
+        line, found, rest = data.partition(b"\r\n")
+        size = int(line.rstrip(b"\r").partition(b";")[0], 16)
+        if not found:
+            return (1 if line.endswith(b"\r") else 2) + size + 2
+        if len(rest) < size + 2:
+            return size + 2 - len(rest)
+        data = rest[size + 2 :]
+    return 0
+
+
+@given(chunks, st.integers(0, 400), st.integers(0, 400))
+@example([b"data: 1\n\n", b"5\r\nabcde\r\n"], 400, 0)  # a payload that looks like chunks
+@example([b"\r\n", b"\r\n"], 400, 399)
+def test_a_body_cut_anywhere_goes_on_whatever_of_it_is_seen(parts: list[bytes], cut: int, start: int) -> None:
+    whole = wire([*parts, b"last"])
+    sent = whole[: 1 + cut % (len(whole) - 1)]
+    if sent.rpartition(b"\r\n")[2].rstrip(b"\r").endswith((b";", b"=")):
+        return  # within a field of a chunk's size: the parser will not go on there
+    seen = sent[start % len(sent) :]
+    left = left_in_chunk(sent)
+    place = chunked.place_of(seen, left)
+    assert place is not None
+    more = b"\r\n\r\n" + b"error" * 3 if seen[-1:] != b"\r" else b"\n\r\n" + b"error" * 3
+    gone_on = chunked.go_on(place, more)
+    assert read_so_far(sent + gone_on).endswith(b"error" * 3)
+
+
+def test_where_a_body_stands_is_seen_with_what_of_it_was_there() -> None:
+    whole = b"9\r\ndata: 1\n\n\r\nA;x=y\r\n0123456789\r\n"
+    places = {cut: chunked.place_of(whole[:cut], None) for cut in (14, 15, 16, 20, 21, 23, 30, 31, 32, 33)}
+    assert places == {
+        14: (0, b"", b"data: 1\n\n"),
+        15: (14, b"\r\n", b"data: 1\n\n"),
+        16: (14, b"\r\n", b"data: 1\n\n"),
+        20: (13, b"\n", b"data: 1\n\n"),
+        21: (12, b"", b"data: 1\n\n"),
+        23: (10, b"", b"data: 1\n\n01"),
+        30: (3, b"", b"data: 1\n\n012345678"),
+        31: (2, b"", b"data: 1\n\n0123456789"),
+        32: (1, b"", b"data: 1\n\n0123456789"),
+        33: (0, b"", b"data: 1\n\n0123456789"),
+    }
+
+
+@pytest.mark.parametrize("data", [b"0\r\n", b"0", b"3\r\nxyz\r\n0\r\nx: y", b"zz", b"5\r\nabcdexx"])
+def test_where_no_chunk_can_follow_there_is_no_place(data: bytes) -> None:
+    assert chunked.place_of(data, None) is None
+
+
+def test_a_chunk_without_an_end_takes_what_comes_as_its_own() -> None:
+    data = b"ffffffff\r\ndata: {"
+    place = chunked.place_of(data, chunked.FAR_BYTES)
+    assert place == (chunked.FAR_BYTES, b"", b"data: {")
+    assert chunked.go_on(place, b"}\n\n") == b"}\n\n"

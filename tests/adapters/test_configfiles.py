@@ -44,3 +44,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
 def test_a_directory_in_the_files_place_is_named(tmp_path: Path) -> None:
     with pytest.raises(L40sError, match="cannot be read: Is a directory"):
         configfiles.read(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
+    """An editor on Windows writes one: "not TOML: Invalid statement (at line 1, column 1)"."""
+    file = tmp_path / "l40sd.toml"
+    file.write_bytes(b"\xef\xbb\xbf[proxy]\r\nretries = 1\r\n")
+    assert configfiles.read(file) == [(str(file), "[proxy]\r\nretries = 1\r\n")]

@@ -12,7 +12,8 @@ import pytest
 
 from l40sd.adapters import nvml
 from l40sd.adapters.nvml import GpuMemory, Nvml, NvmlSilentError
-from l40sd.core.model import Link
+from l40sd.core.model import GpuId, Link
+from l40sd.core.presence import Failing
 
 FAKE = str(Path(__file__).with_name("fake_nvml.py"))
 RECORDED = json.loads((Path(__file__).parents[1] / "fixtures/nvml_h200/nvml.json").read_text())
@@ -103,11 +104,46 @@ async def test_memory_names_who_holds_it(library: Nvml, answers: Answers) -> Non
 
 async def test_a_lost_gpu_does_not_hide_the_others(library: Nvml, answers: Answers) -> None:
     await library.memory()
-    assert library.lost == ()
+    assert library.heard is not None
+    assert library.heard.failing == ()
     a, b = TWO["gpus"]
     answers({**TWO, "gpus": [{**a, "lost": True}, b]})  # type: ignore[dict-item]
     assert list(await library.memory()) == ["GPU-b"]
-    assert library.lost == ("GPU0: GPU is lost",)
+    assert library.heard.failing == (Failing(number=0, id=GpuId("GPU-a"), reason="GPU is lost"),)
+    await library.renew()
+    await library.memory()
+    assert library.heard.failing == (Failing(number=0, reason="GPU is lost"),), "this helper never knew its UUID"
+
+
+@pytest.mark.parametrize("call", ["HandleByIndex", "UUID", "PciInfo", "Name", "MemoryInfo", "ComputeRunningProcesses"])
+@pytest.mark.parametrize("reason", ["GPU is lost", "Insufficient Permissions", "Not Supported", "Unknown Error"])
+async def test_one_gpus_failing_call_hides_that_gpu_only(
+    library: Nvml, answers: Answers, call: str, reason: str
+) -> None:
+    """Seen: the memory of one partitioned GPU may not be read, and the host had no GPU at all."""
+    a, b = TWO["gpus"]
+    answers({**TWO, "gpus": [a, {**b, "errors": {f"nvmlDeviceGet{call}": reason}}]})  # type: ignore[dict-item]
+    is_known = (call == "MemoryInfo" and reason == "Not Supported") or (
+        call == "ComputeRunningProcesses" and reason in ("Not Supported", "Insufficient Permissions")
+    )
+    await library.memory()
+    assert library.heard is not None
+    there = [gpu.id for gpu in library.heard.answering]
+    assert there == (["GPU-a", "GPU-b"] if is_known else ["GPU-a"])
+    assert [each.reason for each in library.heard.failing] == ([] if is_known else [reason])
+    is_listed = is_known or call == "ComputeRunningProcesses"
+    assert [gpu.id for gpu in (await library.inventory()).gpus] == (["GPU-a", "GPU-b"] if is_listed else ["GPU-a"])
+
+
+async def test_a_gpu_whose_memory_cannot_be_told_is_not_lost(library: Nvml, answers: Answers) -> None:
+    """Seen: "Not Supported" for a GPU that shares the host's memory, and the GPU was called lost."""
+    a, b = TWO["gpus"]
+    answers({**TWO, "gpus": [{**a, "errors": {"nvmlDeviceGetMemoryInfo": "Not Supported"}}, b]})  # type: ignore[dict-item]
+    assert list(await library.memory()) == ["GPU-b"]
+    assert [(gpu.id, gpu.memory_bytes) for gpu in (await library.inventory()).gpus] == [
+        ("GPU-a", 0),
+        ("GPU-b", 48 << 30),
+    ]
 
 
 async def test_what_the_driver_prints_is_not_taken_for_an_answer(library: Nvml, answers: Answers) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from l40sd.core.config import Config, EngineConfig, HostConfig, ModelConfig
+from l40sd.core.config import Config, EngineConfig, HostConfig, ModelConfig, WorkersConfig
 from l40sd.core.model import Gpu, GpuId, Inventory, Link, ModelName, NumaNode, PciAddress, Placement, WorkerId
 
 MODEL = ModelName("llama")
@@ -65,11 +65,13 @@ def config(
     *,
     engines: Mapping[str, EngineConfig] | None = None,
     host_config: HostConfig | None = None,
+    workers: WorkersConfig | None = None,
     **model: object,
 ) -> Config:
     values = {"source": "/models/llama", "aliases": ("gpt-4o-mini",), "args": ("--seed", "7"), **model}
     return Config(
         host=host_config or HostConfig(),
+        workers=workers or WorkersConfig(),
         engines=engines or {},
         models={MODEL: ModelConfig(name=MODEL, engine=engine, **values)},  # type: ignore[arg-type]
     )

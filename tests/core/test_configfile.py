@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core import configshow
+from l40sd.core import configshow, overrides
 from l40sd.core.config import (
     BUILT_IN_ENGINES,
     Config,
@@ -103,6 +103,10 @@ def test_overlays_are_merged_key_by_key_and_arrays_are_replaced() -> None:
         ("[models.x]\nengine = 'external'\nendpoints = ['http://a:1/v1']\n", '"http://a:1/v1" is not http://host:'),
         ("[models.M]\nsource = '/m'\n", 'models.M: its workers would be named "m-..." like those of m'),
         ("[models.'!']\nsource = '/m'\n", 'models."!": cannot be a model\'s name | '),
+        ("[models.--help]\nsource = '/m'\n", "models.--help: cannot be a model's name | "),
+        ("[models.m]\naliases = ['--help']\n", "models.m.aliases: '--help' cannot be an alias | engines are told it"),
+        ('[models.m]\naliases = ["a\\u001b[2J"]\n', "models.m.aliases: 'a\\x1b[2J' cannot be an alias | "),
+        ('[models.m]\naliases = ["a\\nb"]\n', "models.m.aliases: 'a\\nb' cannot be an alias | "),
         ("[models.n]\nsource = '/n'\naliases = ['m']\n", 'models.n.aliases: "m" is another model\'s name'),
         (
             "[models.n]\nsource = '/n'\naliases = ['x']\n[models.o]\nsource = '/o'\naliases = ['x']\n",
@@ -110,8 +114,55 @@ def test_overlays_are_merged_key_by_key_and_arrays_are_replaced() -> None:
         ),
         ("[engines.mine]\n", "engines.mine: has neither a base nor a command | "),
         ("[engines.mine]\nbase = 'vlm'\n", 'engines.mine.base: no built-in engine "vlm" | did you mean "vllm"?'),
-        ("[engines.vllm]\ncommand = ['{modle}']\n", "engines.vllm.command: {modle} stands for nothing | did you "),
+        (
+            "[engines.vllm]\ncommand = ['{modle}', '{port}']\n",
+            "engines.vllm.command: {modle} stands for nothing | did you ",
+        ),
         ("[engines.vllm]\nhealth_path = 'x'\n", "engines.vllm.health_path: must begin with /"),
+        # What fought what l40sd sets was taken: the worker sat on other GPUs, or listened where nobody asked.
+        (
+            "[models.m]\nargs = ['--port', '9']\n",
+            "models.m.args: --port is not to be set here: l40sd sets it | each wo",
+        ),
+        (
+            "[models.m]\nargs = ['--tensor_parallel_size=4']\n",
+            "models.m.args: --tensor_parallel_size is not to be set ",
+        ),
+        (
+            "[models.m]\nargs = ['-tp', '4']\n",
+            "models.m.args: -tp is not to be set here: l40sd sets it | say tp and pp in",
+        ),
+        (
+            "[models.m]\nargs = ['--api-key=x']\n",
+            "models.m.args: --api-key is not to be set here: l40sd sets it | l40sd",
+        ),
+        (
+            "[models.m]\nargs = ['--numa-bind']\n",
+            "models.m.args: --numa-bind is not to be set here: l40sd sets it | l40s",
+        ),
+        (
+            "[models.m]\nenv = { CUDA_VISIBLE_DEVICES = '0' }\n",
+            "models.m.env.CUDA_VISIBLE_DEVICES: is not to be set he",
+        ),
+        ("[models.m]\nenv = { VLLM_API_KEY = 'x' }\n", "models.m.env.VLLM_API_KEY: is not to be set here: l40sd sets"),
+        ("[workers]\nenv = { CUDA_DEVICE_ORDER = 'x' }\n", "workers.env.CUDA_DEVICE_ORDER: is not to be set here: l40"),
+        ("[workers]\nenv = { 'a=b' = '1' }\n", 'workers.env."a=b": cannot be a variable\'s name'),
+        (
+            "[engines.vllm]\nenv = { CUDA_VISIBLE_DEVICES = '' }\n",
+            "engines.vllm.env.CUDA_VISIBLE_DEVICES: is not to be s",
+        ),
+        (
+            "[engines.vllm]\ncommand = ['serve', '--port', '9']\n",
+            "engines.vllm.command: does not say {port}: the worker",
+        ),
+        (
+            "[engines.vllm]\ncommand = ['/usr/bin/numactl', '-N0', 'serve', '{port}']\n",
+            "engines.vllm.command: numactl wo",
+        ),
+        (
+            "[engines.x]\nbase = 'llama-cpp'\n[models.l]\nengine = 'x'\nsource = '/l'\nargs = ['-dev', 'CUDA3']\n",
+            "models.l.args: -dev is not to be set here: l40sd sets it | which GPUs a worker has follows from",
+        ),
         ("[patterns.day]\n", "patterns.day: has no replicas | add a [[patterns.day.replicas]]"),
         ("[patterns.day]\nreplicas = 2\n", "patterns.day.replicas: must be tables, not 2 | write [[patterns.day."),
         ("[[patterns.day.replicas]]\n", "patterns.day.replicas[0].model: is missing | known: m"),
@@ -137,6 +188,23 @@ def test_all_problems_of_all_files_are_told_at_once() -> None:
         ["1.toml", "workers.x"],
         ["1.toml", "daemon.pattern"],
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[models.m]\nargs = ['--max-model-len', '4096', '--gpu-memory-utilization=0.8', '-cc', '{}', '--ports', '9']\n",
+        "[models.m]\nargs = ['port', '9', '--host-cache', 'x']\n",
+        "[models.m]\nenv = { NCCL_P2P_LEVEL = 'SYS', VLLM_API_KEY = '' }\n[workers]\nenv = { NCCL_DEBUG = 'INFO' }\n",
+        "[engines.w]\ncommand = ['/opt/serve.sh']\nenv = { PORT = '{port}', CUDA_VISIBLE_DEVICES = '{gpus}' }\n",
+        "[engines.w]\ncommand = ['/bin/sh', '-c', 'exec serve --port {port} --api-key {api_key} --tp 2']\n",
+        "[engines.w]\ncommand = ['numactl', '-N0', 'serve', '{port}']\n[host]\nnuma_pinning = false\n",
+        "[models.x]\nengine = 'mine'\nsource = 'x'\nargs = ['--port-range', '9']\n"
+        "[engines.mine]\ncommand = ['serve', '{port}']\n",
+    ],
+)
+def test_what_the_operator_may_say_is_taken(text: str) -> None:
+    assert problems(MODEL, text) == []
 
 
 def test_text_that_is_no_toml_is_told_for_every_such_file() -> None:
@@ -207,7 +275,7 @@ def test_the_names_of_engines_and_placeholders_are_those_of_the_engine_table() -
 
 SECRETS = MODEL + (
     "env = { HF_TOKEN = 'hf_abc', OTHER = 'seen' }\n"
-    "args = ['--api-key', 'abc', '--hf-token=abc', '--seed', '7']\n"
+    "args = ['--my-token', 'abc', '--hf-token=abc', '--seed', '7']\n"
     "[models.x]\nengine = 'external'\nendpoints = ['http://a:1']\nendpoint_key = 'sk-abc'\n"
 )
 
@@ -219,7 +287,7 @@ def test_show_names_each_values_file_and_hides_secrets() -> None:
     assert re.search(r"(?m)^queue_limit = 1000 +# default$", text)
     assert "abc" not in text
     assert 'OTHER = "seen"' in text
-    assert 'args = ["--api-key", "***", "--hf-token=***", "--seed", "7"]' in text
+    assert 'args = ["--my-token", "***", "--hf-token=***", "--seed", "7"]' in text
     parse([("shown", text)])  # hidden secrets are still TOML
 
 
@@ -296,7 +364,7 @@ def test_a_delete_character_is_escaped_as_toml_wants_it() -> None:
 
 @given(
     source=WORDS,
-    args=st.lists(WORDS, max_size=3),
+    args=st.lists(WORDS.filter(lambda word: not list(overrides.arguments("vllm", [word]))), max_size=3),
     env=st.dictionaries(st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True), WORDS, max_size=3),
     queue_timeout_s=st.floats(min_value=0, max_value=86400),
     count=st.one_of(st.none(), st.integers(1, 1024)),

@@ -190,6 +190,12 @@ def test_a_matrix_without_affinity_columns_has_links_only() -> None:
     assert all(gpu.numa_node is None and not gpu.cpus for gpu in host.gpus)
 
 
+def test_an_empty_column_of_cpus_leaves_the_numa_nodes_what_they_are() -> None:
+    """Seen: NUMA node 1 was taken for CPU 1, and the GPU bound to it."""
+    host = pasted("no_cpu_affinity_2gpu")
+    assert [(gpu.numa_node, gpu.cpus) for gpu in host.gpus] == [(0, frozenset()), (1, frozenset())]
+
+
 def test_an_odd_host_keeps_its_lonely_gpu() -> None:
     host = pasted("issue_5gpu_phb_node_sys")
     assert matrix(host) == ["X SYS SYS SYS SYS", "SYS X PHB NODE NODE", "SYS PHB X NODE NODE",

@@ -198,6 +198,19 @@ def test_a_command_of_ones_own_is_the_whole_line_and_every_placeholder_is_filled
     assert "VLLM_NO_USAGE_STATS" not in launch.env
 
 
+def test_what_all_workers_get_goes_before_the_built_in_and_behind_the_more_particular() -> None:
+    """NCCL_* and the like had to be repeated for every model; workers inherit nothing from the daemon."""
+    everywhere = {"VLLM_NO_USAGE_STATS": "0", "A": "all", "B": "all", "C": "all", "NCCL_DEBUG": "INFO"}
+    launch = launch_of(
+        "vllm",
+        workers=WorkersConfig(env=everywhere),
+        engines={"vllm": EngineConfig(env={"B": "engine", "C": ""})},
+        env={"A": "model"},
+    )
+    expected = {"VLLM_NO_USAGE_STATS": "0", "A": "model", "B": "engine", "NCCL_DEBUG": "INFO"}
+    assert {name: launch.env.get(name) for name in (*expected, "C")} == {**expected, "C": None}
+
+
 def test_an_engine_of_ones_own_takes_a_built_in_ones_probes() -> None:
     own = {"nightly": EngineConfig(base="vllm", command=("nightly", "{port}"), metrics_path="/m", term_timeout_s=3)}
     launch = launch_of("nightly", engines=own)

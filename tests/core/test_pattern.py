@@ -3,10 +3,12 @@
 import pytest
 from hosts import tree_host
 
-from l40sd.core.config import Config, ModelConfig
+from l40sd.core.config import Config, EngineConfig, ModelConfig, is_external
+from l40sd.core.engines import resolve
 from l40sd.core.errors import ConfigError, L40sError
 from l40sd.core.model import ModelFacts, ModelName, Pattern, ReplicaSpec
-from l40sd.core.pattern import check_pattern, find_pattern, patterns_of, warnings_of
+from l40sd.core.pattern import check_pattern, external_models, find_pattern, own_models, patterns_of, warnings_of
+from l40sd.core.placement import place
 
 M, N, E = ModelName("llama"), ModelName("qwen"), ModelName("remote")
 EXTERNAL = ModelConfig(name=E, engine="external", endpoints=("http://127.0.0.1:1",))
@@ -31,6 +33,31 @@ def test_d_has_as_many_stages_as_the_host_allows_up_to_four(gpu_count: int, stag
 def test_external_models_alone_are_one_pattern_with_nothing_to_place() -> None:
     assert shapes(Config(models={E: EXTERNAL})) == {"A": []}
     assert shapes(Config()) == {}
+
+
+@pytest.mark.parametrize(
+    ("engine", "entry", "is_elsewhere"),
+    [
+        ("external", None, True),
+        ("external", EngineConfig(health_path="/up"), True),
+        ("mine", EngineConfig(base="external"), True),
+        ("mine", EngineConfig(base="external", command=("serve", "{port}")), False),
+        ("mine", EngineConfig(base="simulated"), False),
+        ("simulated", None, False),
+    ],
+)
+def test_who_runs_a_models_workers_has_one_answer_everywhere(
+    engine: str, entry: EngineConfig | None, *, is_elsewhere: bool
+) -> None:
+    """An engine with base = "external" passed the check, was placed on GPUs and failed there."""
+    model = ModelConfig(name=M, engine=engine, endpoints=("http://127.0.0.1:1",), attention_heads=8)
+    config = Config(models={M: model}, engines={} if entry is None else {engine: entry})
+    assert is_external(model, config.engines) is is_elsewhere
+    assert resolve(engine, config.engines).is_external is is_elsewhere
+    assert (external_models(config), own_models(config)) == (([model], []) if is_elsewhere else ([], [model]))
+    host = tree_host([[[["g"] * 4]]])
+    placed = place(patterns_of(config, host)["A"], config, host, facts={}).placements
+    assert [bool(p.endpoint) for p in placed] == ([True] if is_elsewhere else [False] * 4)
 
 
 def test_a_configured_pattern_may_take_a_built_in_name() -> None:

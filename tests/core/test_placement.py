@@ -6,6 +6,7 @@ from itertools import combinations, pairwise, permutations, product
 from pathlib import Path
 
 import pytest
+from examples import examples
 from hosts import gpus_of, tree_host, tree_hosts
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -315,7 +316,7 @@ def check_against_brute_force(
     assert kept_gpus(chosen, running) == max(kept_gpus(layout, running) for its, layout in allowed if its == best)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.data())
 def test_no_layout_is_better_than_the_one_chosen(data: st.DataObject) -> None:
     host = data.draw(tree_hosts(7))
@@ -325,7 +326,7 @@ def test_no_layout_is_better_than_the_one_chosen(data: st.DataObject) -> None:
     check_against_brute_force(host, asked, running, force=data.draw(st.booleans()))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(st.data())
 def test_no_layout_is_better_for_pipelines_of_tp_groups(data: st.DataObject) -> None:
     """Two pipelines of two pairs take eight GPUs, beyond what every kind at once leaves time for."""
@@ -343,7 +344,7 @@ def test_a_shorter_pipeline_does_not_pay_for_slower_tp() -> None:
     assert groups(layout, host) == [[0, 1, 4, 5]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(tree_hosts(7), kinds, st.booleans())
 def test_fill_is_the_most_that_any_layout_holds(host: Inventory, kind: Kind, force: bool) -> None:
     model, tp, pp = kind
@@ -380,7 +381,7 @@ def any_hosts(draw: st.DrawFn) -> Inventory:
     return Inventory(host="any", source="", gpus=gpus, numa_nodes=(), links=links)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.one_of(any_hosts(), tree_hosts(14)), st.lists(kinds, min_size=1, max_size=3), st.data())
 def test_whatever_is_placed_is_sound(host: Inventory, asked: list[Kind], data: st.DataObject) -> None:
     """No GPU twice, nobody across sockets unasked, everything named once; asking again changes nothing."""

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -146,7 +147,7 @@ def one_owner_each(world: dict[WorkerId, Observed]) -> bool:
     return len(held) == len(set(held))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(worlds(), layouts, st.randoms(use_true_random=False), st.sampled_from([0.0, 0.5, 1.0]), st.integers(1, 4))
 def test_from_any_state_in_any_order_of_events_the_wanted_layout_is_reached_and_no_gpu_ever_has_two_owners(
     start: list[Observed], widths: list[tuple[str, int]], random: object, min_ready: float, parallel: int

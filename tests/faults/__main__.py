@@ -4,11 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from faults import clients, daemons, output, starts, state, system, workers
+from faults import clients, daemons, gpus, output, starts, state, system, workers
 from faults.suite import FAULTS, Result, now_s, recall, remember, run_all, summary, table
 
 RESULTS = Path(__file__).resolve().parents[2] / ".cache" / "faults" / "results.json"
-MODULES = (workers, daemons, starts, output, state, clients, system)
+MODULES = (workers, daemons, starts, output, state, clients, system, gpus)
 QUICK_SLACK = 3.0
 SECOND_TRIES = 3
 
@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         help="what fits into five minutes; what needs the container or the virtual machine is left out",
     )
     parser.add_argument("--only", metavar="N,N-N", help="these faults")
+    parser.add_argument("--rounds", type=int, default=1, help="inject each so often in a row (default: 1)")
     parser.add_argument("--slack", type=float, help="multiply the bounds by this (default: 1, with --quick 3)")
     parser.add_argument("--keep", type=Path, help="keep the folders of faults that were not survived in this one")
     parser.add_argument("--table", action="store_true", help="print the documentation's page from the latest results")
@@ -38,7 +39,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     began_s = now_s()
     slack = given.slack or (QUICK_SLACK if given.quick else 1.0)
-    results = run_all(numbers, say, is_quick=given.quick, slack=slack, keep=given.keep)
+    results = run_all(
+        [number for number in numbers for _ in range(given.rounds)],
+        say,
+        is_quick=given.quick,
+        slack=slack,
+        keep=given.keep,
+    )
     if given.quick:
         results = again(results, slack=slack, keep=given.keep)
     remember(RESULTS, results)

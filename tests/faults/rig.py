@@ -321,9 +321,12 @@ async def engine_state(worker: WorkerStatus) -> dict[str, Any]:
         return found
 
 
-async def ask(site: Site, *, tokens: int = 2, stream: bool = False, timeout_s: float = 30.0) -> tuple[int, str]:
-    """Ask for a completion through the proxy; return status and body."""
+async def ask(
+    site: Site, *, tokens: int = 2, stream: bool = False, timeout_s: float = 30.0, **fields: str
+) -> tuple[int, str]:
+    """Ask for a completion through the proxy, with further fields of the request; return status and body."""
     body = {"model": "toy", "messages": [{"role": "user", "content": "hi"}], "max_tokens": tokens, "stream": stream}
+    body.update(fields)
     async with (
         aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session,
         session.post(f"{await site.url()}/v1/chat/completions", json=body) as reply,

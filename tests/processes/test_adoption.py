@@ -91,6 +91,27 @@ async def test_fault_10_a_daemon_killed_while_it_spawns_leaves_nobody_unknown(si
         await processes.close()
 
 
+async def test_a_shim_that_is_just_starting_leaves_no_directory_behind(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its daemon was killed between the fork and the exec; its log appears while the next one removes the directory."""
+    directory = site.runtime_dir / "instances" / "w1-1"
+    directory.mkdir(parents=True)
+    remove_folder, logs = os.rmdir, ["shim.log"]
+
+    def remove_folder_late(path: str, **options: int) -> None:
+        while logs:
+            (directory / logs.pop()).touch()
+        remove_folder(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", remove_folder_late)
+    processes = await site.open()
+    adoption = await processes.adopt()
+    assert adoption.killed == ["w1-1"]
+    assert not logs
+    assert not directory.exists()
+
+
 async def test_fault_11_a_stop_goes_on_without_its_daemon(site: Site) -> None:
     script = "trap 'sleep 0.3; exit 0' TERM; while :; do sleep 0.05; done"
     first = await daemon(site, 2, script, "stop")

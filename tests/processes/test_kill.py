@@ -167,13 +167,84 @@ async def test_many_may_wait_and_one_may_give_up(site: Site) -> None:
     processes.forget(instance.spec.instance)
 
 
-async def test_sigterm_goes_to_the_whole_process_group(site: Site) -> None:
+SLOW_ENGINE = """\
+trap 'echo told >> told; sleep 0.5; echo clean > clean; exit 0' TERM
+echo $$ > up
+while :; do sleep 0.05; done
+"""
+"""Puts things in order for half a second after SIGTERM."""
+WRAPPERS = {
+    "a shell that waits": "sh engine.sh; exit $?",
+    "two of them": "sh -c 'sh engine.sh; exit $?'; exit $?",
+    "a pipe": "sh engine.sh | cat",
+    "a shell that ends at once": "trap 'exit 0' TERM; sh engine.sh & wait",
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+async def test_an_engine_behind_a_wrapper_that_does_not_exec_has_the_whole_grace(site: Site, wrapper: str) -> None:
+    """SIGTERM went to the process group: the wrapper died of it, and with the leader gone the engine was killed."""
+    processes = await site.open()
+    (site.root / "engine.sh").write_text(SLOW_ENGINE)
+    instance = await processes.spawn(site.spec(WRAPPERS[wrapper]), 10)
+    await site.pid_in("up")
+    instance.terminate()
+    record = await ended(instance)
+    assert (record.cause, record.code, record.detail) == ("stopped", 0, "exit code 0")
+    assert (site.root / "clean").exists(), "it was killed before it was done"
+    assert (site.root / "told").read_text().split() == ["told"], "once is enough: a second SIGTERM means at once"
+    processes.forget(instance.spec.instance)
+
+
+async def test_sigterm_goes_to_the_leader_who_then_ends_its_ranks(site: Site) -> None:
+    """vLLM's tensor-parallel ranks ended at once when SIGTERM reached them too: every open stream was cut."""
+    processes = await site.open()
+    (site.root / "rank.sh").write_text("trap 'echo told > rank_told; exit' TERM; echo $$ > up; sleep 1000 & wait")
+    script = "trap 'sleep 0.3; echo drained > drained; kill -9 $rank; exit 0' TERM; sh rank.sh & rank=$!; wait"
+    instance = await processes.spawn(site.spec(script), 10)
+    await site.pid_in("up")
+    instance.terminate()
+    record = await ended(instance)
+    assert (record.cause, record.code) == ("stopped", 0)
+    assert (site.root / "drained").exists()
+    assert not (site.root / "rank_told").exists()
+    processes.forget(instance.spec.instance)
+
+
+async def test_who_is_left_by_the_leader_is_told_and_has_the_rest_of_the_time(site: Site) -> None:
+    """What a leader left behind at a stop was killed in the same moment, in the middle of its own cleaning up."""
+    processes = await site.open()
+    (site.root / "core.sh").write_text(SLOW_ENGINE)
+    script = "trap 'exit 0' TERM; setsid sh core.sh & while :; do sleep 0.05; done"
+    instance = await processes.spawn(site.spec(script), 10)
+    await site.pid_in("up")
+    instance.terminate()
+    assert (await ended(instance)).cause == "stopped"
+    assert (site.root / "clean").exists()
+    processes.forget(instance.spec.instance)
+
+
+async def test_who_is_left_by_the_leader_and_ignores_sigterm_is_killed_at_the_end_of_the_time(site: Site) -> None:
+    processes = await site.open()
+    (site.root / "core.sh").write_text("trap '' TERM; echo $$ > up; while :; do sleep 0.05; done")
+    script = "trap 'exit 0' TERM; sh core.sh & while :; do sleep 0.05; done"
+    instance = await processes.spawn(site.spec(script, term_timeout_s=0.5), 10)
+    core = await site.pid_in("up")
+    instance.terminate()
+    record = await ended(instance)
+    assert (record.cause, record.code) == ("stopped", 0)
+    assert "0.5 s" in record.detail
+    assert not is_alive(core)
+    processes.forget(instance.spec.instance)
+
+
+async def test_an_engine_whose_table_says_so_is_told_as_a_whole_group(site: Site) -> None:
     processes = await site.open()
     (site.root / "child.sh").write_text(
         "trap 'echo $$ > child_saw_term; exit' TERM; echo $$ > up; while :; do sleep 0.05; done"
     )
     script = "trap 'wait $child; exit 0' TERM; sh child.sh & child=$!; wait $child"
-    instance = await processes.spawn(site.spec(script), 10)
+    instance = await processes.spawn(site.spec(script, term_to="group"), 10)
     await site.pid_in("up")
     instance.terminate()
     assert (await ended(instance)).cause == "stopped"

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processkit import PATIENCE_S, Site, end, until
@@ -29,7 +30,7 @@ def sizes(path: Path) -> list[int]:
     return list(found.values())
 
 
-@settings(deadline=None, max_examples=50)  # a file system under load is no fault
+@settings(deadline=None, max_examples=examples(50))  # a file system under load is no fault
 @given(
     chunks=st.lists(st.binary(max_size=300) | st.just(b"line\n" * 20), max_size=30),
     cap=st.integers(min_value=10, max_value=500),
@@ -219,3 +220,25 @@ async def test_follow_waits_for_a_log_that_is_not_there_yet(tmp_path: Path) -> N
         path.write_bytes(b"here\n")
     assert waiting.result() == b"here\n"
     await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def in_parts(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+@given(parts=st.lists(st.binary(max_size=12) | st.sampled_from([b"\r", b"\n", b"\x1b[2J", b"x" * 9000]), max_size=12))
+async def test_what_is_followed_does_nothing_to_a_terminal(parts: list[bytes]) -> None:
+    """Seen: an engine's title, bell and clear-screen sequences reached the operator through `logs -f`."""
+    shown = b"".join([line async for line in logs.printable_lines(in_parts(*parts))]).decode()
+    assert all(c.isprintable() or c in "\t\n" for c in shown)
+    whole = b"".join([line async for line in logs.printable_lines(in_parts(b"".join(parts)))]).decode()
+    assert [line[:100] for line in shown.split("\n")] == [line[:100] for line in whole.split("\n")]
+
+
+async def test_followed_lines_are_whole_and_long_ones_are_cut() -> None:
+    parts = in_parts(
+        b"one\ntw", b"o\r", b"\n10%\r20%\r30%", b"\r\n\x1b]0;title\x07\n", b"y" * 9000, b"y" * 9000, b"\nlast\n"
+    )
+    shown = b"".join([line async for line in logs.printable_lines(parts)]).decode().splitlines()
+    assert shown == ["one", "two", "10%", "20%", "30%", "\\x1b]0;title\\x07", "y" * 2000 + "...", "last"]

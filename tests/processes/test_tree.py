@@ -101,3 +101,36 @@ def test_the_shim_loads_little() -> None:
     )
     loaded = set(done.stdout.split())
     assert not loaded & {"asyncio", "subprocess", "pathlib", "logging", "threading", "socket", "typing_extensions"}
+
+
+def at(pid: int) -> tree.Process:
+    return tree.Process(pid, "S", 0, 0, 0)
+
+
+def who_obeys(children: dict[int, list[int]], handlers: set[int]) -> list[int]:
+    below = {parent: [at(pid) for pid in pids] for parent, pids in children.items()}
+    return [one.pid for one in tree.who_obeys(at(1), below, lambda one: one.pid in handlers)]
+
+
+def test_sigterm_is_for_the_first_process_that_has_a_handler() -> None:
+    """As seen: vLLM with its ranks; the same behind bash; behind `numactl`-like exec chains; with a `tee` beside it."""
+    assert who_obeys({1: [2, 3], 3: [4, 5]}, {1, 3, 4, 5}) == [1]
+    assert who_obeys({1: [2], 2: [3, 4], 4: [5]}, {2, 4, 5}) == [2]
+    assert who_obeys({1: [2], 2: [3], 3: [4]}, {3}) == [3]
+    assert who_obeys({1: [2, 3]}, {2}) == [2]
+    assert who_obeys({1: [2, 3]}, {2, 3}) == [2, 3], "a wrapper of two engines"
+    assert who_obeys({1: [2, 3]}, set()) == [], "nobody has anything to put in order"
+
+
+def test_who_has_a_handler_is_the_kernels_word(child: tree.Process) -> None:
+    assert not tree.catches(child, signal.SIGTERM)
+    assert not tree.catches(child._replace(pid=1 << 30), signal.SIGTERM)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        own = tree.read_process(os.getpid())
+        assert own is not None
+        assert tree.catches(own, signal.SIGUSR1)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        assert not tree.catches(own, signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from l40sd.core.messages import Check, PatternView, Topology
+from l40sd.services.control import CONNECTION_LIMIT
 from l40sd.sim.site import Site
 
 SiteOf = Callable[[str], Site]
@@ -62,6 +63,17 @@ async def refused(site: Site, method: str, target: str, body: bytes | None = Non
     return status, str(error["code"])
 
 
+def has_ended(connection: OverUnix) -> bool:
+    """Whether the daemon has closed a connection; what it said is read and dropped."""
+    connection.sock.setblocking(False)
+    try:
+        while connection.sock.recv(65536):
+            pass
+    except BlockingIOError:
+        return False
+    return True
+
+
 @pytest.fixture
 async def site(site_of: SiteOf) -> Site:
     site = site_of(TOY)
@@ -78,7 +90,13 @@ async def test_what_is_not_understood_is_refused_with_a_reason(site: Site) -> No
     assert await refused(site, "GET", "/v1/operations/none") == (404, "unknown_operation")
     assert await refused(site, "GET", "/v1/workers/none") == (404, "unknown_worker")
     assert await refused(site, "GET", "/v1/events?since=soon") == (400, "bad_request")
+    for number in ("%C2%B2", "%D9%A3", "9" * 5000, "-1", "+1", ""):
+        assert await refused(site, "GET", f"/v1/events?since={number}") == (400, "bad_request"), number
+    assert await refused(site, "POST", "/v1/pattern", b"[" * 30_000) == (400, "bad_request")
+    assert await refused(site, "POST", "/v1/pattern", b'{"name": "\xff"}') == (400, "bad_request")
+    assert await refused(site, "POST", "/v1/reload", b" " * 70_000) == (413, "bad_request")
     status = await site.until_ready("C", 30)
+    assert await refused(site, "GET", f"/v1/workers/{status.workers[0].id}/logs?tail=%C2%B2") == (400, "bad_request")
     assert await refused(site, "POST", f"/v1/workers/{status.workers[0].id}/dance") == (400, "bad_verb")
 
 
@@ -149,6 +167,50 @@ async def test_a_follower_that_never_reads_does_not_hold_the_daemon_up(site: Sit
         connection.sock.sendall(b"GET /v1/events?follow=1 HTTP/1.1\r\nhost: x\r\n\r\n")
     assert (await site.until_ready("C", 30)).pattern == "C"
     for connection in idle:
+        connection.close()
+
+
+async def test_connections_that_say_nothing_end_and_a_follower_stays(site: Site) -> None:
+    """Seen: a thousand silent connections stayed for ever, until the endpoint had no descriptor left."""
+    said = [
+        b"",
+        b"GET /v1/status HTTP/1.1\r\nhost: x",
+        b"POST /v1/pattern HTTP/1.1\r\nhost: x\r\ncontent-length: 20\r\n\r\n{",
+        b"GET /v1/version HTTP/1.1\r\nhost: x\r\n\r\n",
+    ]
+    follower, *silent = [OverUnix(site.socket) for _ in range(1 + len(said))]
+    for connection, words in zip(
+        (follower, *silent), (b"GET /v1/events?follow=1 HTTP/1.1\r\nhost: x\r\n\r\n", *said), strict=True
+    ):
+        connection.connect()
+        connection.sock.sendall(words)
+        connection.sock.settimeout(40)
+
+    def read_to_the_end(connection: OverUnix) -> bytes:
+        return b"".join(iter(lambda: connection.sock.recv(65536), b""))
+
+    ended = await asyncio.gather(*(asyncio.to_thread(read_to_the_end, each) for each in silent))
+    assert ended[:2] == [b"", b""]
+    assert ended[2].startswith(b"HTTP/1.1 400")
+    assert b"did not come within" in ended[2]
+    assert ended[3].startswith(b"HTTP/1.1 200")
+    assert not has_ended(follower)
+    for connection in (follower, *silent):
+        connection.close()
+
+
+async def test_so_many_connections_and_no_more(site: Site) -> None:
+    many = [OverUnix(site.socket) for _ in range(CONNECTION_LIMIT + 20)]
+    for connection in many:
+        connection.connect()
+
+    async with asyncio.timeout(20):
+        while sum(map(has_ended, many)) < 20:  # noqa: ASYNC110  another process: there is no event to wait for
+            await asyncio.sleep(0.01)
+    assert sum(map(has_ended, many)) <= 21, "one place may have been the site's own"
+    many[0].close()
+    await site.until(lambda _: True, "there is a place again", 30)
+    for connection in many:
         connection.close()
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from l40sd.adapters import nvml
+from l40sd.adapters.hostfiles import bundled_hosts
 from l40sd.core.config import Config, HostConfig, ModelConfig
 from l40sd.core.errors import L40sError
-from l40sd.core.model import ModelFacts, ModelName
+from l40sd.core.model import GpuId, ModelFacts, ModelName
 from l40sd.services import host as host_module
-from l40sd.services.host import GpuMemory, Host, bundled_hosts
+from l40sd.services.host import GpuMemory, Host
 
 FAKE = str(Path(__file__).parents[1] / "adapters/fake_nvml.py")
 ONE: dict[str, Any] = {"gpus": [{"uuid": "GPU-a", "busId": "00000000:18:00.0", "total": 48 << 30, "used": 3}]}
@@ -90,16 +91,72 @@ async def test_a_lost_gpu_is_missing_from_the_memory_and_named(answers: Path) ->
     host = await Host.open(HostConfig())
     answers.write_text(json.dumps({"gpus": [{**ONE["gpus"][0], "lost": True}]}))
     assert await host.memory() == {}
-    assert host.degraded == ("lost: GPU0: GPU is lost",)
+    assert host.degraded == ("lost: GPU0 (0000:18:00.0): GPU is lost",)
+    assert [lost.id for lost in host.lost] == ["GPU-a"]
     await host.close()
 
 
-async def test_without_a_gpu_the_operator_is_told_of_host_files(answers: Path) -> None:
+async def test_without_a_gpu_the_host_is_empty_and_says_so(answers: Path) -> None:
+    """Seen: a driver that loads a moment later than the daemon, which had ended and was not started again."""
     answers.write_text(json.dumps({"gpus": []}))
-    with pytest.raises(L40sError, match="no NVIDIA GPU on this machine") as caught:
-        await Host.open(HostConfig())
-    assert caught.value.code == "no_gpu"
-    assert "l40s-12-4+2" in caught.value.hint
+    host = await Host.open(HostConfig())
+    assert host.inventory.gpus == ()
+    assert host.inventory.is_live
+    assert "no NVIDIA GPU on this machine (NVML finds none)" in host.degraded[0]
+    assert bundled_hosts()[0] in host.degraded[0]
+    answers.write_text(json.dumps(ONE))
+    await host.memory()
+    assert host.offered == ("GPU0 (0000:18:00.0)",)
+    host.take(await host.look(held=()))
+    assert [gpu.id for gpu in host.inventory.gpus] == ["GPU-a"]
+    assert host.degraded == ()
+    await host.close()
+
+
+FOUR: list[dict[str, Any]] = [
+    {"uuid": f"GPU-{n}", "busId": f"00000000:1{n}:00.0", "total": 48 << 30, "used": 0} for n in range(4)
+]
+
+
+async def test_a_gpu_missing_at_the_start_is_named_and_the_others_keep_their_numbers(answers: Path) -> None:
+    answers.write_text(json.dumps({"gpus": FOUR}))
+    before = await Host.open(HostConfig())
+    await before.close()
+    answers.write_text(json.dumps({"gpus": [FOUR[0], *FOUR[2:]]}))
+    host = await Host.open(HostConfig())
+    await host.recall(before.known, held=())
+    assert [(gpu.id, gpu.index) for gpu in host.inventory.gpus] == [("GPU-0", 0), ("GPU-2", 2), ("GPU-3", 3)]
+    assert host.degraded == ("lost: GPU1 (0000:11:00.0): NVML does not list it",)
+    answers.write_text(json.dumps({"gpus": FOUR}))
+    await host.memory()
+    assert host.lost == ()
+    assert "GPU1 (0000:11:00.0) answers and is not in use: `l40sctl reload`" in host.degraded[0]
+    former = host.take(await host.look(held=()))
+    assert [gpu.index for gpu in host.inventory.gpus] == [0, 1, 2, 3]
+    assert host.degraded == ()
+    host.take(former)
+    assert len(host.inventory.gpus) == 3, "a look that is not to be is taken back"
+    await host.close()
+
+
+async def test_a_lost_gpu_that_a_worker_holds_stays_and_one_that_was_removed_can_be_forgotten(answers: Path) -> None:
+    answers.write_text(json.dumps({"gpus": FOUR}))
+    host = await Host.open(HostConfig())
+    answers.write_text(json.dumps({"gpus": FOUR[:2]}))
+    found = await host.look(held={GpuId("GPU-2")})
+    assert [gpu.index for gpu in found.inventory.gpus] == [0, 1, 2]
+    host.take(found)
+    assert [lost.name for lost in host.lost] == ["GPU2 (0000:12:00.0)", "GPU3 (0000:13:00.0)"]
+    host.take(await host.look(held={GpuId("GPU-2")}, forget=True))
+    assert [lost.name for lost in host.lost] == ["GPU2 (0000:12:00.0)"]
+    await host.close()
+
+
+async def test_a_look_while_nvml_is_silent_changes_nothing(answers: Path) -> None:
+    host = await Host.open(HostConfig())
+    answers.write_text(json.dumps({**ONE, "crash": True}))
+    assert (await host.look(held=())).inventory is host.inventory
+    await host.close()
 
 
 async def test_without_nvml_the_kernel_module_still_names_the_gpus(

@@ -1,6 +1,7 @@
 import asyncio
 
 import pytest
+from examples import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -313,5 +314,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert all(self.routes.in_flight(WorkerId(name)) == 0 for name in "abc")
 
 
-AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)
 TestAnyOrder = AnyOrder.TestCase

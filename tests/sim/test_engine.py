@@ -340,6 +340,16 @@ async def test_it_breaks_so_many_replies_and_no_more(fault: str, last: bytes | N
         assert await running.status(stream=is_stream) == 200
 
 
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_a_request_brings_its_own_break_along(is_stream: bool) -> None:
+    """A fault that is counted in requests may strike the daemon's own question, or not the second try of a request."""
+    async with engine() as running:
+        for _ in range(2):
+            with pytest.raises(aiohttp.ClientError):
+                await running.status(stream=is_stream, simulate="half-response")
+            assert await running.status(stream=is_stream) == 200
+
+
 async def test_it_answers_so_many_requests_with_500() -> None:
     async with engine("--fault", "error=2") as running:
         assert [await running.status() for _ in range(3)] == [500, 500, 200]

@@ -11,7 +11,10 @@ TAIL_BYTES = 1 << 20
 LINE_LIMIT = 2000
 """Characters of one line that are shown."""
 CHUNK_BYTES = 64 << 10
+NOTE = "--- l40sd: "
+"""How the shim's own lines begin."""
 POLL_S = 0.2
+_LINE_ENDS = re.compile(rb"\r*\n|\r+(?![\r\n]|\Z)")
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -30,6 +33,20 @@ def tail(path: Path, lines: int) -> list[str]:
     if found and not found[-1]:
         found.pop()
     return [printable(line) for line in found[-lines:]] if lines > 0 else []
+
+
+def last_run(path: Path, instance: str, limit_bytes: int) -> list[str]:
+    """Return what one instance said, at most its last ``limit_bytes``, in lines as ``tail`` makes them.
+
+    The file is the worker's: what an earlier instance said is left out. Blocks on the disk.
+    """
+    data = b""
+    for file in generations(path):
+        data = read_end(file, limit_bytes - len(data)) + data
+        if len(data) >= limit_bytes:
+            break
+    start = data.rfind(f"{NOTE}{instance} starts".encode())
+    return [printable(line) for line in data[max(start, 0) :].split(b"\n") if line]
 
 
 async def follow(path: Path, *, poll_s: float = POLL_S) -> AsyncIterator[bytes]:
@@ -60,6 +77,25 @@ async def follow(path: Path, *, poll_s: float = POLL_S) -> AsyncIterator[bytes]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+async def printable_lines(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield output as it comes, line by line and made printable like ``tail``'s: it goes to a terminal as well.
+
+    A progress bar that goes back to the start of its line is shown as one line after the other. A line is shown once
+    it has ended; of one that grows past what is shown, the beginning at once and the rest never.
+    """
+    rest, is_cut = b"", False
+    async for part in parts:
+        *lines, rest = _LINE_ENDS.split(rest + part)
+        shown = [printable(line) for line in (lines[1:] if is_cut else lines)]
+        is_cut = is_cut and not lines
+        if len(rest) > 4 * LINE_LIMIT:
+            if not is_cut:
+                shown.append(printable(rest))
+            rest, is_cut = b"", True
+        if shown:
+            yield "".join(f"{line}\n" for line in shown).encode()
 
 
 def generations(path: Path) -> list[Path]:

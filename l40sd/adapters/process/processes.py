@@ -30,6 +30,7 @@ FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.05
 """Between two looks for run.json: a shim takes about 60 ms, and a poll needs no descriptor and cannot be missed."""
 CLEAR_TIMEOUT_S = 5.0
 CORRUPT_KEPT = 10
+REMOVE_TRIES = 10
 LOCK_NAME = "l40sd.lock"
 
 
@@ -164,9 +165,13 @@ class Processes:
         """Return the last lines of a worker's output, made printable; see ``logs.tail``."""
         return await asyncio.to_thread(logs.tail, self.log_path(worker), lines)
 
+    async def last_run(self, spec: InstanceSpec, limit_bytes: int) -> list[str]:
+        """Return the end of what one instance said; see ``logs.last_run``."""
+        return await asyncio.to_thread(logs.last_run, self.log_path(spec.worker), spec.instance, limit_bytes)
+
     def follow(self, worker: str) -> AsyncIterator[bytes]:
-        """Yield a worker's output from now on; see ``logs.follow``."""
-        return logs.follow(self.log_path(worker))
+        """Yield a worker's output from now on, made printable; see ``logs.follow`` and ``logs.printable_lines``."""
+        return logs.printable_lines(logs.follow(self.log_path(worker)))
 
     async def close(self) -> None:
         """Let go of everything and leave the workers alone."""
@@ -232,7 +237,10 @@ class Processes:
         return is_clear
 
     def _remove(self, directory: Path) -> None:
-        shutil.rmtree(directory, ignore_errors=True)
+        for _ in range(REMOVE_TRIES):  # a shim that starts only now makes its log in it
+            shutil.rmtree(directory, ignore_errors=True)
+            if not directory.exists():
+                break
         if self._base:
             remove_group(f"{self._base}/{directory.name}")
 

@@ -1,8 +1,10 @@
 """Fake workers that misbehave on order, a client that speaks bytes, and a proxy between them."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +89,7 @@ class FakeWorker:
     open: int = 0
     server: asyncio.Server | None = None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    talks: list[Conversation] = field(default_factory=list)
 
     async def start(self) -> None:
         self.server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
@@ -99,6 +102,7 @@ class FakeWorker:
         self.connections += 1
         self.open += 1
         talk = Conversation(reader, writer)
+        self.talks.append(talk)
         try:
             while True:
                 request = await talk.request()
@@ -109,7 +113,15 @@ class FakeWorker:
         finally:
             self.open -= 1
             self.tasks.discard(task)
+            self.talks.remove(talk)
             writer.close()
+
+    def die(self) -> None:
+        """End as a process does: nobody listens any more, and every connection breaks."""
+        assert self.server is not None
+        self.server.close()
+        for talk in self.talks:
+            talk.reset()
 
     async def stop(self) -> None:
         if self.server is not None:
@@ -117,6 +129,21 @@ class FakeWorker:
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def unaccepting() -> Iterator[int]:
+    """Yield a port whose backlog is full: further SYNs are dropped, a connection is neither made nor refused."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        port = full.getsockname()[1]
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        yield port
 
 
 class Reply:

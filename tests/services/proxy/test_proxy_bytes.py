@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import uvloop
+from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from proxykit import STREAM_HEAD, Conversation, Request, Stand, chunk, plain, post
@@ -26,7 +27,7 @@ async def closed(stand: Stand, converse: Callable[[Stand], Awaitable[None]]) -> 
 
 
 @example([([b"0"], True, []), ([b"0"], True, []), ([b"0"], False, [])], [126, 127, 128, 129, 953, 954, 15847], False)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(st.tuples(events, st.booleans(), cuts), min_size=1, max_size=3), cuts, st.booleans())
 def test_requests_and_replies_survive_any_cutting(
     exchanges: list[tuple[list[bytes], bool, list[int]]], request_cuts: list[int], is_chunked: bool
@@ -64,7 +65,7 @@ def test_requests_and_replies_survive_any_cutting(
     uvloop.run(closed(Stand(), converse))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(events, cuts, st.integers(0, 100_000), st.booleans())
 def test_a_reply_cut_anywhere_is_never_taken_for_whole(
     parts: list[bytes], reply_cuts: list[int], end: int, is_stream: bool

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import uvloop
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proxykit import (
@@ -85,7 +86,7 @@ events = st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=8)
 KINDS = ("chunked", "length", "until close")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     exchanges=st.lists(st.tuples(events, st.sampled_from(KINDS), cuts), min_size=1, max_size=3),
     request_cuts=cuts,
