@@ -41,7 +41,7 @@ class ProbeResult:
     @property
     def is_well(self) -> bool:
         """Whether a question for a token was answered by a worker that is well: with it, or with a polite refusal."""
-        return self.ok or (self.status is not None and 400 <= self.status < 500)
+        return self.ok or (self.status is not None and (400 <= self.status < 500 or self.status == 501))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -194,4 +194,6 @@ class Watch:
         return await self._prober.health(*self._target, self._config.probe_timeout_s)
 
     async def _one_token(self, timeout_s: float) -> ProbeResult:
+        if not self._launch.probes.token_path:  # a script of one's own: what can be asked is how it is
+            return await self._health()
         return await self._prober.one_token(*self._target, self._launch.served_name, timeout_s)

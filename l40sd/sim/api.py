@@ -144,7 +144,7 @@ class Api:
         if crash_after is not None and self._requests >= crash_after:
             self._die(f"crashes after {self._requests} requests, as told")
         self._requests += 1
-        if self._faults.strikes("error"):
+        if self._faults.strikes("error") or (tokens > 1 and self._faults.strikes("error-but-one")):
             await reply.error(500, "failed, as told", "internal_error")
             return
         broken = next((name for name in BREAKS if asked.get("simulate") == name or self._faults.strikes(name)), "")

@@ -309,7 +309,7 @@ def test_one_canary_refused_with_an_error_is_asked_again_and_two_are_a_hang() ->
     assert progress.feed_canary(BROKEN) is Pace.STALLED
 
 
-@pytest.mark.parametrize("status", [400, 404, 429])
+@pytest.mark.parametrize("status", [400, 404, 429, 501])
 def test_an_engine_with_no_token_to_give_is_not_hung(status: int) -> None:
     progress = watching()
     for _ in range(5):
