@@ -385,6 +385,12 @@ class Progress:
         self.is_stalled = self.is_stalled or result.error == TIMEOUT or self._failures >= 2
         return Pace.STALLED if self.is_stalled else Pace.FINE
 
+    def excuse(self) -> None:
+        """Forget the silence so far: it was somebody else's fault."""
+        self._still_s = self._canary_still_s = 0.0
+        self._failures = 0
+        self.is_stalled = False
+
     def _cannot_be_judged(self) -> bool:
         return self._tokens is None and self._leases > 0
 
@@ -399,10 +405,8 @@ class Progress:
         return moved
 
     def _moved(self) -> None:
-        self._still_s = self._canary_still_s = 0.0
-        self._failures = 0
+        self.excuse()
         self._canary_moved = True
-        self.is_stalled = False
 
     def _note_load(self, counters: Counters | None) -> None:
         if counters is None or (counters.running is None and counters.waiting is None):

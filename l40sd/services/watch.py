@@ -169,15 +169,21 @@ class Watch:
         return is_canary_due
 
     async def _canary(self, post: Post, heed: Callable[[], None]) -> None:
+        is_reached = self._instance is None or await self._is_to_blame()
         self.fitness.feed_canary(await self._one_token(self._config.canary_timeout_s), now_s())
+        if not is_reached:  # when it was asked; by now it may be, and the silence before that is still no evidence
+            self.fitness.progress.excuse()
         await self._draw(post, heed)
 
     async def _draw(self, post: Post, heed: Callable[[], None]) -> None:
         """Draw the consequences: one that is hung is restarted, unless it is somebody else's to restart."""
-        if self.fitness.stalled and self._instance is not None and await self._is_to_blame():
-            post(Event.STALLED, self.fitness.stalled, kind=HUNG)
-        else:
-            heed()
+        stalled = self.fitness.stalled
+        if stalled and self._instance is not None:
+            if await self._is_to_blame():
+                post(Event.STALLED, stalled, kind=HUNG)
+                return
+            self.fitness.progress.excuse()
+        heed()
 
     def judge_requests(self) -> None:
         """Judge the worker by what requests have seen of it so far."""
