@@ -9,7 +9,7 @@ from l40sd.core.lifecycle import Phase
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EVENT = re.compile(r"""\.(?:debug|info|warning|error|method)\(\s*f?"([a-z_]+\.[a-z_.{}]+)"|method\("([a-z_.]+)\"""")
-STATES = ("replaced", "rolled_back", "failed")
+STATES = ("replaced", "rolled_back", "incomplete")
 
 
 def events_in_code() -> set[str]:

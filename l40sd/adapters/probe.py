@@ -15,9 +15,11 @@ import aiohttp
 
 from l40sd.core.engines import Probes
 from l40sd.core.health import REFUSED, TIMEOUT, Counters, ProbeResult
+from l40sd.core.model import ListedModel
 
 __all__ = ["ANSWER_LIMIT_BYTES", "Counters", "ProbeResult", "Prober", "sum_metrics"]
 
+OWNER_LIMIT = 100  # characters
 ANSWER_LIMIT_BYTES = 1 << 20
 """An answer longer than this is an error; vLLM's metrics, the longest known, are about a tenth of it."""
 
@@ -43,13 +45,15 @@ class Prober:
         )
         return result
 
-    async def models(self, host: str, port: int, probes: Probes, api_key: str, timeout_s: float) -> tuple[str, ...]:
-        """Return the names that the worker serves, aliases too where it lists them; none when it gives no list."""
+    async def models(
+        self, host: str, port: int, probes: Probes, api_key: str, timeout_s: float
+    ) -> tuple[ListedModel, ...]:
+        """Return the models that the worker serves, aliases too where it lists them; none when it gives no list."""
         result, body = await self._ask("GET", host, port, probes.models_path, api_key, timeout_s)
         listed = _json(body).get("data") if result.ok else None
         if not isinstance(listed, list):
             return ()
-        return tuple(str(model["id"]) for model in listed if isinstance(model, dict) and "id" in model)
+        return tuple(_listed(model) for model in listed if isinstance(model, dict) and "id" in model)
 
     async def one_token(
         self, host: str, port: int, probes: Probes, api_key: str, model: str, timeout_s: float
@@ -160,6 +164,22 @@ def _json(body: bytes) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return answer if isinstance(answer, dict) else {}
+
+
+def _listed(model: Mapping[str, Any]) -> ListedModel:
+    owner = model.get("owned_by")
+    return ListedModel(
+        id=str(model["id"]),
+        created=_count(model.get("created")),
+        owned_by=owner[:OWNER_LIMIT] if isinstance(owner, str) else "",
+        max_model_len=_count(model.get("max_model_len")),
+    )
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return 0
+    return value if 0 < value < 1 << 53 else 0  # a whole number to JavaScript, too
 
 
 _SAMPLE = re.compile(r'([A-Za-z_:][\w:]*)(?:\{(?:[^"}]|"(?:\\.|[^"\\])*")*\})?\s+(\S+)')

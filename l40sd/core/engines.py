@@ -106,7 +106,9 @@ class Engine:
 # - iteration_tokens_total counts engine steps: it moves during a long chunked prefill, when both token counters rest.
 # - Custom all-reduce on a pair without working peer access hangs at the start; above two GPUs it wants NVLink.
 # - mp is said aloud because vLLM picks Ray by itself on a machine that is part of a Ray cluster [docs].
-# - CUDA_VISIBLE_DEVICES by UUID: versions up to at least 0.20 ended with ValueError there (vllm issues 13815, 41848).
+# - CUDA_VISIBLE_DEVICES by UUID: 0.26 reads it, seen on GPUs at TP1, TP2 and PP2; up to at least 0.20 it ended with
+#   ValueError (vllm issues 13815, 41848).
+# - It leaves some ten sockets in TMPDIR at each end, and after a crash its vllm_dist_* in /dev/shm: the shim clears up.
 _VLLM = Engine(
     name="vllm",
     command=(
@@ -244,6 +246,16 @@ _EXTERNAL = Engine(name="external", command=(), probes=Probes(metrics_path=""))
 ENGINES: Mapping[str, Engine] = {
     engine.name: engine for engine in (_VLLM, _SGLANG, _TENSORRT_LLM, _LLAMA_CPP, _TORCHRUN, _SIMULATED, _EXTERNAL)
 }
+
+
+OWNERS = {"vllm": _VLLM, "sglang": _SGLANG, "tensorrt_llm": _TENSORRT_LLM, "llamacpp": _LLAMA_CPP}
+"""By what they call themselves as the owner of a model in ``/v1/models``."""
+
+
+def ends_streams(owned_by: str) -> bool:
+    """Return whether the engine that calls itself so ends every whole stream with its API's last event."""
+    owner = OWNERS.get(owned_by)
+    return owner is not None and owner.ends_streams
 
 
 def resolve(name: str, configured: Mapping[str, EngineConfig]) -> Engine:

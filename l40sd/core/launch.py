@@ -130,7 +130,7 @@ def build(
         api_key=api_key if takes_key else "",
         served_name=model.name,
         probes=engine.probes,
-        term_timeout_s=_term_timeout_s(config, engine),
+        term_timeout_s=term_timeout_s(config, engine),
         fingerprint=_fingerprint(*unfilled, engine.probes),
         pinning=" ".join(pinning),
         term_to=engine.term_to,
@@ -188,8 +188,14 @@ def _external(placement: Placement, model: ModelConfig, engine: Engine) -> Launc
         served_name=model.source or model.name,
         probes=engine.probes,
         term_timeout_s=0.0,
-        fingerprint=_fingerprint((host, str(port), model.source or model.name), {}, engine.probes),
+        fingerprint=_fingerprint((host, str(port), model.source or model.name), _key_env(model), engine.probes),
     )
+
+
+def _key_env(model: ModelConfig) -> dict[str, str]:
+    """Return what of an external worker's key goes into its fingerprint: another key is another way to ask it."""
+    key = model.endpoint_key
+    return {"endpoint_key": hashlib.sha256(key.encode()).hexdigest()} if key else {}
 
 
 def _template(engine: Engine, conditions: Iterable[When]) -> tuple[str, ...]:
@@ -319,7 +325,7 @@ def _fill(template: str, values: Mapping[str, str | tuple[str, ...]], where: str
     return _PLACEHOLDER.sub(value_of, template)
 
 
-def _term_timeout_s(config: Config, engine: Engine) -> float:
+def term_timeout_s(config: Config, engine: Engine) -> float:
     """Return the time from SIGTERM to the kill: the operator's word for this engine, else long enough for it."""
     entry = config.engines.get(engine.name)
     if entry is not None and entry.term_timeout_s > 0:

@@ -10,6 +10,24 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LastEnd:
+    """How a worker's latest run ended that has ended.
+
+    Attributes:
+        why: What it was stopped for, or ended for; empty when nothing says more than ``how``.
+        how: As the kernel saw it, e.g. ``exited with status 1``.
+        at: Wall clock, ISO 8601 with offset.
+        ran_s: 0 when nobody saw it.
+    """
+
+    how: str
+    why: str = ""
+    at: str = ""
+    ran_s: float = 0.0
+    instance: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
     """One worker as `l40sctl status` shows it.
 
@@ -24,6 +42,7 @@ class WorkerStatus:
         restarts: Restarts since the failures were last cleared, or the host was started.
         ready_s: Seconds since its process came up; None when it has not.
         next_start_s: Seconds until the next start; None when none is due.
+        last_end: How its latest run ended that did; None when none has.
     """
 
     id: str
@@ -50,6 +69,7 @@ class WorkerStatus:
     ready_s: float | None = None
     progress: float | None = None
     next_start_s: float | None = None
+    last_end: LastEnd | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +111,13 @@ class OperationStatus:
     """A pattern change under way or ended.
 
     Attributes:
-        state: ``running``, ``done``, ``rolling_back``, ``rolled_back``, ``replaced`` or ``failed``.
-        done: Workers of the new pattern that are ready; ``total``: of how many.
-        lowest_ready: The smallest share of ready capacity seen so far, 0 to 1.
+        state: ``running``, ``done``, ``incomplete`` (in place but for some workers, which are tried again as ever),
+            ``rolling_back``, ``rolled_back``, ``replaced`` or ``failed``.
+        done: Workers of the pattern that it is at that are ready; ``total``: of how many.
+        lowest_ready: The smallest share of ready capacity so far, 0 to 1, of models that are there before and after.
         why: For anything but ``running`` and ``done``.
+        ends_within_s: It has ended after so many seconds from now, whatever happens.
+        leaving: Models that it takes out of service.
     """
 
     id: str
@@ -107,6 +130,8 @@ class OperationStatus:
     lowest_ready: float = 1.0
     why: str = ""
     duration_s: float = 0.0
+    ends_within_s: float = 0.0
+    leaving: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +249,12 @@ class ChangePreview:
     Attributes:
         gpus: GPU number, worker now, worker then; empty names where there is none.
         kept: Workers that are not touched.
-        lowest_ready: The smallest share of ready capacity on the way, 0 to 1, per model.
+        lowest_ready: The smallest share of ready capacity on the way, 0 to 1, per model that is there before and after.
+        leaving: Models that are out of service then.
+        expected_s: How long it takes by this host's past loads, besides the drains; None: a model was never loaded.
+        waits_s: Longest time without a ready worker by the same measure, for each model that has such a time.
+        ends_within_s: Done, or back, or in place but for some workers, whatever happens; ``drain_timeout_s`` is part.
+        replaces: The change under way that it would replace, in words; empty: there is none.
     """
 
     pattern: str
@@ -236,11 +266,16 @@ class ChangePreview:
     lowest_ready: Mapping[str, float] = field(default_factory=dict)
     leftover: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
+    expected_s: float | None = None
+    waits_s: Mapping[str, float] = field(default_factory=dict)
+    ends_within_s: float = 0.0
+    replaces: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One thing that happened; ``seq`` grows by one and starts anew with the daemon's state.
+    """One thing that happened; ``seq`` grows by one, from one daemon to the next.
 
     Attributes:
         time: Wall clock, ISO 8601 with offset.
@@ -253,6 +288,14 @@ class Event:
     level: str
     event: str
     data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogPart:
+    """Some whole lines of a worker's output; following goes on at ``position``, at this daemon or at the next."""
+
+    text: str
+    position: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

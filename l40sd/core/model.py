@@ -196,6 +196,22 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ListedModel:
+    """A model as an engine's ``/v1/models`` has it; 0 and empty: it does not say.
+
+    Attributes:
+        created: Seconds since 1970.
+        owned_by: As a rule the engine's name: ``vllm``, ``sglang``, ``llamacpp``.
+        max_model_len: Tokens of a prompt and its answer together.
+    """
+
+    id: str
+    created: int = 0
+    owned_by: str = ""
+    max_model_len: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """A ready worker as the proxy sees it.
 
@@ -204,6 +220,7 @@ class Backend:
         api_key: Sent to the worker in place of the client's; empty: the worker asks for none.
         served_name: The model name that the worker's engine answers to; empty: the model's own.
         ends_streams: Its engine ends a stream with the last event of its API (``[DONE]``) always.
+        listed: What its engine says of the model, if it says anything.
     """
 
     worker: WorkerId
@@ -214,3 +231,4 @@ class Backend:
     api_key: str = ""
     served_name: str = ""
     ends_streams: bool = field(default=False, compare=False)
+    listed: ListedModel | None = field(default=None, compare=False)

@@ -13,7 +13,7 @@ A change goes GPU group by GPU group. What has to go is retired only when
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from l40sd.core.lifecycle import COMING_UP, Goal, Phase
@@ -41,7 +41,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """A worker as it is."""
+    """A worker as it is; ``failed_starts``: starts that failed since its failures were last cleared."""
 
     worker: WorkerId
     model: ModelName
@@ -51,6 +51,7 @@ class Observed:
     fingerprint: str
     phase: Phase
     goal: Goal
+    failed_starts: int = 0
 
     @property
     def is_serving(self) -> bool:
@@ -120,9 +121,11 @@ def is_settled(wanted: Sequence[Wanted], observed: Sequence[Observed]) -> bool:
     )
 
 
-def ready_share(model: ModelName, wanted: Sequence[Wanted], observed: Iterable[Observed], limits: Limits) -> float:
+def ready_share(
+    model: ModelName, wanted: Sequence[Wanted], observed: Iterable[Observed], baseline: Mapping[ModelName, int]
+) -> float:
     """Return the model's ready capacity over what its floor is measured against; 1.0 for a model without one."""
-    base = _base(model, wanted, limits)
+    base = base_capacity(model, wanted, baseline)
     return 1.0 if base == 0 else min(1.0, _ready(model, observed) / base)
 
 
@@ -140,9 +143,9 @@ def _starts(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limi
     room = limits.start_parallel - len(coming)
     on_trial = {o.shape for o in coming} & limits.unproven
     by_id = {w.placement.worker: w for w in wanted}
-    waiting = [o for o in observed if o.phase is Phase.WAITING and _is_kept(o, by_id.get(o.worker))]
+    waiting = [o for o in observed if o.phase is Phase.WAITING and is_kept(o, by_id.get(o.worker))]
     order = {w.placement.worker: n for n, w in enumerate(wanted)}
-    waiting.sort(key=lambda o: (ready_share(o.model, wanted, observed, limits), order[o.worker]))
+    waiting.sort(key=lambda o: (ready_share(o.model, wanted, observed, limits.baseline), order[o.worker]))
     for o in waiting:
         if room <= 0:
             return
@@ -176,7 +179,7 @@ class _Scene:
 def _scene(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> _Scene:
     alive = tuple(o for o in observed if o.phase is not Phase.STOPPED)
     by_id = {w.placement.worker: w for w in wanted}
-    kept = tuple(o for o in alive if _is_kept(o, by_id.get(o.worker)))
+    kept = tuple(o for o in alive if is_kept(o, by_id.get(o.worker)))
     outgoing = tuple(o for o in alive if o not in kept)
     present = {o.worker for o in kept}
     missing = tuple(w for w in wanted if w.placement.worker not in present)
@@ -240,7 +243,8 @@ def _surplus(
             yield Order(do=Do.RETIRE, worker=o.worker, why="not in the pattern any more")
 
 
-def _is_kept(o: Observed, w: Wanted | None) -> bool:
+def is_kept(o: Observed, w: Wanted | None) -> bool:
+    """Return whether this worker is what ``w`` wants, and stays."""
     return w is not None and w.fingerprint == o.fingerprint and o.goal is not Goal.GONE
 
 
@@ -254,8 +258,9 @@ def _cost(w: Wanted, way: Sequence[Observed]) -> float:
     return sum(o.weight for o in way if o.is_serving) / w.placement.weight
 
 
-def _base(model: ModelName, wanted: Sequence[Wanted], limits: Limits) -> int:
-    return min(limits.baseline.get(model, 0), sum(w.placement.weight for w in wanted if w.placement.model == model))
+def base_capacity(model: ModelName, wanted: Sequence[Wanted], baseline: Mapping[ModelName, int]) -> int:
+    """Return the capacity in GPUs that the model's floor is a share of: what was, or what shall be if that is less."""
+    return min(baseline.get(model, 0), sum(w.placement.weight for w in wanted if w.placement.model == model))
 
 
 def _ready(model: ModelName, observed: Iterable[Observed]) -> int:
@@ -273,54 +278,9 @@ def _keeps_floor(
     without = {o.worker for o in way} | set(gone)
     rest = [o for o in alive if o.worker not in without]
     return all(
-        _ready(model, rest) >= limits.min_ready * _base(model, wanted, limits)
+        _ready(model, rest) >= limits.min_ready * base_capacity(model, wanted, limits.baseline)
         for model in {o.model for o in way if o.is_serving}
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preview:
-    """One order of a change as it would go, and each model's ready share afterwards."""
-
-    order: Order
-    ready: Mapping[ModelName, float]
-
-
-def preview(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> tuple[Preview, ...]:
-    """Return every order of a change from first to last, if each succeeds.
-
-    Plays ``plan`` against a host where a retired worker is gone and a started one ready before the next order is given,
-    so that what ``--dry-run`` shows is what the same code then does.
-    """
-    world = {o.worker: o for o in observed}
-    by_id = {w.placement.worker: w for w in wanted}
-    models = {o.model for o in observed} & {w.placement.model for w in wanted}
-    unproven = limits.unproven
-    shown: list[Preview] = []
-    for _ in range(4 * (len(wanted) + len(observed)) + 4):  # each worker is created, started, retired, forgotten once
-        orders = plan(wanted, list(world.values()), replace(limits, unproven=unproven))
-        if not orders:
-            break
-        for order in orders:
-            _pretend(world, order, by_id)
-            if order.do is Do.START:
-                unproven = unproven - {world[order.worker].shape}
-            if order.do in (Do.START, Do.RETIRE):
-                ready = {m: ready_share(m, wanted, world.values(), limits) for m in models}
-                shown.append(Preview(order=order, ready=ready))
-    return tuple(shown)
-
-
-def _pretend(world: dict[WorkerId, Observed], order: Order, by_id: Mapping[WorkerId, Wanted]) -> None:
-    match order.do:
-        case Do.CREATE:
-            world[order.worker] = slot(by_id[order.worker], Phase.WAITING)
-        case Do.START:
-            world[order.worker] = replace(world[order.worker], phase=Phase.READY)
-        case Do.RETIRE:
-            world[order.worker] = replace(world[order.worker], phase=Phase.STOPPED, goal=Goal.GONE)
-        case Do.FORGET:
-            del world[order.worker]
 
 
 def slot(w: Wanted, phase: Phase) -> Observed:

@@ -1,16 +1,19 @@
 """What is wanted, and the way from one want to another, as they are held in memory and on disk."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from l40sd.adapters.clock import now_s
+from l40sd.adapters.clock import boot_id, now_s
 from l40sd.core.config import Config
 from l40sd.core.messages import OperationStatus, plain
 from l40sd.core.model import Layout, ModelName, WorkerId
-from l40sd.core.plan import Shape, Wanted
+from l40sd.core.plan import Wanted
+from l40sd.core.rollout import Terms
 
 UNDER_WAY = ("running", "rolling_back")
+UNKNOWN_BOUND_S = 3600.0
+"""For a change that an older l40sd began, which wrote down no time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,22 +37,26 @@ class Change:
 
     Attributes:
         previous: What everything goes back to when the first new worker does not prove itself; None: nowhere to go.
-        baseline: Each model's capacity in GPUs when the change began.
-        proven: Shapes that have given one real answer, or serve unchanged.
-        created: Workers made for this change: only their failures speak against it.
+        terms: What the change goes by.
+        forward_s: After so long everything goes back, or the change ends as it is.
+        back_s: After so long on the way back it ends as it is.
+        leaving: Models that are out of service when it has ended.
+        turned_at_s: When everything began to go back; None: it does not.
     """
 
     id: str
     pattern: str
     previous: Want | None
-    baseline: Mapping[ModelName, int]
-    proven: set[Shape] = field(default_factory=set)
-    created: set[WorkerId] = field(default_factory=set)
+    terms: Terms
+    forward_s: float
+    back_s: float
+    leaving: tuple[ModelName, ...] = ()
     state: str = "running"
     why: str = ""
     step: str = ""
     lowest_ready: float = 1.0
     began_at_s: float = field(default_factory=now_s)
+    turned_at_s: float | None = None
 
     @property
     def previous_pattern(self) -> str:
@@ -57,9 +64,23 @@ class Change:
         return self.previous.pattern if self.previous else ""
 
     @property
-    def is_trial(self) -> bool:
-        """Whether something has to prove itself: going back needs no trial, nor does what has no alternative."""
-        return self.previous is not None and self.state == "running"
+    def ends_in_s(self) -> float:
+        """Seconds until it has ended at the latest, whatever happens."""
+        if self.turned_at_s is not None:
+            return self.turned_at_s + self.back_s - now_s()
+        return self.began_at_s + self.forward_s - now_s() + (self.back_s if self.terms.is_trial else 0.0)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time for the way that it is on is up."""
+        if self.turned_at_s is not None:
+            return now_s() >= self.turned_at_s + self.back_s
+        return now_s() >= self.began_at_s + self.forward_s
+
+    def turn_back(self, why: str) -> None:
+        """Go back from here: nothing has to prove itself on that way."""
+        self.state, self.why, self.turned_at_s = "rolling_back", why, now_s()
+        self.terms = replace(self.terms, is_trial=False)
 
     def status(self, *, done: int, total: int) -> OperationStatus:
         """Return the change as it is shown."""
@@ -74,6 +95,8 @@ class Change:
             lowest_ready=self.lowest_ready,
             why=self.why,
             duration_s=now_s() - self.began_at_s,
+            ends_within_s=max(0.0, self.ends_in_s) if self.state in UNDER_WAY else 0.0,
+            leaving=() if self.turned_at_s is not None else self.leaving,
         )
 
     def journal(self) -> dict[str, Any]:
@@ -83,34 +106,60 @@ class Change:
             "pattern": self.pattern,
             "previous": self.previous_pattern,
             "placements": plain(self.previous.layout.placements) if self.previous else [],
-            "baseline": dict(self.baseline),
-            "proven": [list(shape) for shape in sorted(self.proven)],
-            "created": sorted(self.created),
+            "baseline": dict(self.terms.baseline),
+            "proven": [list(shape) for shape in sorted(self.terms.proven)],
+            "created": sorted(self.terms.created),
             "state": self.state,
             "why": self.why,
+            "leaving": list(self.leaving),
+            "boot_id": boot_id(),
+            "began_at_s": self.began_at_s,
+            "turned_at_s": self.turned_at_s,
+            "forward_s": self.forward_s,
+            "back_s": self.back_s,
         }
 
     @classmethod
     def resumed(cls, journal: Mapping[str, Any], previous: Want | None) -> "Change":
-        """Return a change that an earlier daemon was at."""
+        """Return a change that an earlier daemon was at. Its time goes on; after a boot it begins anew."""
+        state = str(journal.get("state", "running"))
+        began_at_s, turned_at_s = now_s(), now_s() if state == "rolling_back" else None
+        if journal.get("boot_id") == boot_id():
+            began_at_s = float(journal.get("began_at_s") or began_at_s)
+            turned_at_s = None if turned_at_s is None else float(journal.get("turned_at_s") or turned_at_s)
         return cls(
             id=str(journal.get("id")),
             pattern=str(journal.get("pattern")),
             previous=previous,
-            baseline={ModelName(k): int(v) for k, v in dict(journal.get("baseline", {})).items()},
-            proven={(ModelName(model), int(tp), int(pp)) for model, tp, pp in journal.get("proven", [])},
-            created={WorkerId(str(worker)) for worker in journal.get("created", [])},
-            state=str(journal.get("state", "running")),
+            terms=Terms(
+                baseline={ModelName(k): int(v) for k, v in dict(journal.get("baseline", {})).items()},
+                proven=frozenset((ModelName(m), int(tp), int(pp)) for m, tp, pp in journal.get("proven", [])),
+                created=frozenset(WorkerId(str(worker)) for worker in journal.get("created", [])),
+                is_trial=previous is not None and state == "running",
+            ),
+            forward_s=float(journal.get("forward_s") or UNKNOWN_BOUND_S),
+            back_s=float(journal.get("back_s") or UNKNOWN_BOUND_S),
+            leaving=tuple(ModelName(str(model)) for model in journal.get("leaving", [])),
+            state=state,
             why=str(journal.get("why", "")),
+            began_at_s=began_at_s,
+            turned_at_s=turned_at_s,
         )
 
 
-def state_of(want: Want, change: Change | None, drained: Collection[WorkerId]) -> dict[str, Any]:
-    """Return what is kept on disk, over reboots too; beside it stands what ``past`` says of the workers."""
+def state_of(
+    want: Want, change: Change | None, drained: Collection[WorkerId], floor: Mapping[ModelName, int]
+) -> dict[str, Any]:
+    """Return what is kept on disk, over reboots too; beside it stands what ``past`` says of the workers.
+
+    Args:
+        floor: The baseline of a change that ended incomplete: what is still to be done keeps to it.
+    """
     return {
         "pattern": want.pattern,
         "force": want.force,
         "placements": plain(want.layout.placements),
         "drained": sorted(drained),
+        "floor": dict(floor),
         "change": change.journal() if change is not None and change.state in UNDER_WAY else None,
     }

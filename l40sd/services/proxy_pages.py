@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from l40sd.core.messages import encode
-from l40sd.core.model import ModelName
+from l40sd.core.model import ListedModel, ModelName
 from l40sd.core.refused import Refused
 from l40sd.services.routes import Line, Routes
 
@@ -115,7 +115,10 @@ def show(path: bytes, routes: Routes, *, is_stopping: bool, metrics: Callable[[]
 
 
 def models(routes: Routes) -> bytes:
-    """Return the body of ``GET /v1/models``: every model, then its aliases."""
+    """Return the body of ``GET /v1/models``: every model, then its aliases.
+
+    Of workers that differ, the shortest ``max_model_len`` counts: it is what every request can rely on.
+    """
     return encode({"object": "list", "data": [entry for line in routes.lines() for entry in _entries(line)]})
 
 
@@ -134,8 +137,23 @@ def model(routes: Routes, quoted_name: str) -> bytes:
 
 
 def _entries(line: Line) -> list[dict[str, Any]]:
-    entry = {"object": "model", "created": 0, "owned_by": "l40sd", "root": line.model, "ready": len(line.routes)}
+    said = _said_of(line)
+    entry = {
+        "object": "model",
+        "created": min((listed.created for listed in said if listed.created), default=0),
+        "owned_by": next((listed.owned_by for listed in said if listed.owned_by), "l40sd"),
+        "root": line.model,
+        "ready": len(line.routes),
+    }
+    if lengths := [listed.max_model_len for listed in said if listed.max_model_len]:
+        entry["max_model_len"] = min(lengths)
     return [{"id": name, **entry} for name in (line.model, *line.entry.aliases)]
+
+
+def _said_of(line: Line) -> list[ListedModel]:
+    """Return what a model's engines say of it: those that are ready, else the one that was last."""
+    ready = [route.backend.listed for route in line.routes]
+    return [listed for listed in (ready or [line.listed]) if listed is not None]
 
 
 def health(routes: Routes) -> tuple[int, bytes]:

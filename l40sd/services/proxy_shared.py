@@ -30,7 +30,7 @@ class Shared:
         peers: By route, made when first used.
         is_stopping: Nothing new is accepted; what is open ends.
         is_closing: No worker will come any more: nobody needs to wait for one.
-        dials: Connections to workers being made; the one place that holds tasks.
+        dials: The requests' tasks (a connection to a worker being made, a question about one); no others hold any.
         poison: Requests that workers died of.
     """
 

@@ -11,7 +11,7 @@ from l40sd.adapters.process import Adoption, ExitRecord, Instance, InstanceSpec
 from l40sd.core.config import Config, ModelConfig
 from l40sd.core.errors import DoesNotFit, L40sError
 from l40sd.core.messages import restore
-from l40sd.core.model import GpuId, Layout, Placement, WorkerId
+from l40sd.core.model import GpuId, Layout, ModelName, Placement, WorkerId
 from l40sd.core.placement import part_of
 from l40sd.core.plan import Wanted
 from l40sd.core.topology import NvmlGpu
@@ -29,6 +29,7 @@ class Recalled:
     Attributes:
         trouble: A sentence for the operator when not all of what was wanted is possible any more.
         drained: Workers that rest by the operator's wish.
+        floor: The baseline of a change that ended incomplete.
     """
 
     want: Want
@@ -36,6 +37,7 @@ class Recalled:
     change: Change | None = None
     trouble: str = ""
     drained: set[WorkerId] = field(default_factory=set)
+    floor: Mapping[ModelName, int] = field(default_factory=dict)
 
 
 class Design(Protocol):
@@ -87,10 +89,12 @@ async def recall(
         await _note_ended(spec, record, recalled, pasts, config, tools)
     _remember(recalled, pasts, config, tools)  # 5
     recalled.drained = _drained(state.get("drained"), recalled, tools)  # 6
+    recalled.floor = _floor(state.get("floor"))
     for worker_id in recalled.drained & workers.keys():
         workers[worker_id].rest()
     if recalled.change is not None and isinstance(journal, dict) and "created" not in journal:  # of an older l40sd
-        recalled.change.created |= {w.placement.worker for w in recalled.want.wanted} & workers.keys()
+        created = {w.placement.worker for w in recalled.want.wanted} & workers.keys()
+        recalled.change.terms = replace(recalled.change.terms, created=frozenset(created))
     return recalled
 
 
@@ -230,6 +234,13 @@ def _remember(recalled: Recalled, pasts: Mapping[WorkerId, Past], config: Config
         is_free = all(gpus.isdisjoint(w.wanted.placement.gpus) for w in recalled.workers.values())
         if past is not None and worker_id not in recalled.workers and is_free:
             recalled.workers[worker_id] = Worker(wanted, config, tools, past)
+
+
+def _floor(stored: Any) -> Mapping[ModelName, int]:
+    try:
+        return restore(dict[ModelName, int], stored or {})
+    except msgspec.ValidationError:  # a change that ended long ago: it goes on without a floor
+        return {}
 
 
 def _drained(stored: Any, recalled: Recalled, tools: Tools) -> set[WorkerId]:

@@ -20,8 +20,10 @@ from l40sd.core.messages import (
 )
 from l40sd.core.model import GpuId, Layout, Link, Placement
 from l40sd.core.naming import natural
+from l40sd.core.pace import usual
 from l40sd.core.pattern import patterns_of
-from l40sd.core.plan import Do, Limits, capacity, preview
+from l40sd.core.plan import Do
+from l40sd.core.rehearsal import rehearse
 from l40sd.services.change import Want
 from l40sd.services.host import GpuMemory
 from l40sd.services.proxy import Proxy
@@ -60,6 +62,7 @@ def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
         ready_s=None if process is None or process.ready_at_s is None else now - process.ready_at_s,
         progress=worker.watch.startup_fraction() if is_coming and worker.watch else None,
         next_start_s=None if worker.next_start_at_s is None else max(0.0, worker.next_start_at_s - now),
+        last_end=worker.last_end,
     )
 
 
@@ -136,21 +139,15 @@ def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:
     inventory = supervisor.tools.host.inventory
     number = {gpu.id: gpu.index for gpu in inventory.gpus}
     observed = [w.observed() for w in supervisor.workers.values()]
-    serving = {(o.worker, o.fingerprint) for o in observed if o.is_serving}
-    proven = {w.shape for w in want.wanted if (w.placement.worker, w.fingerprint) in serving}
-    workers = want.config.workers
-    limits = Limits(
-        start_parallel=workers.start_parallel,
-        min_ready=workers.min_ready,
-        baseline=capacity(observed),
-        unproven=frozenset(w.shape for w in want.wanted) - proven,
-    )
-    shown = preview(want.wanted, observed, limits)
+    change, loads_s = supervisor.change_to(want), supervisor.tools.past_loads_s
+    played = rehearse(want.wanted, observed, change.terms, usual(want.config, loads_s))
+    shown = played.steps
+    loaded = {s.order.worker for s in shown if s.order.do is Do.START}
+    is_known = all(loads_s.get(w.placement.model) for w in want.wanted if w.placement.worker in loaded)
     gpus_of = {o.worker: o.gpus for o in observed} | {w.placement.worker: w.placement.gpus for w in want.wanted}
     moved = {s.order.worker for s in shown}
     now = {g: o.worker for o in observed if o.goal is not Goal.GONE for g in o.gpus}
     then = {g: p.worker for p in want.layout.placements for g in p.gpus}
-    lowest = {str(m): min(s.ready[m] for s in shown) for m in (shown[0].ready if shown else {})}
     return ChangePreview(
         pattern=want.pattern,
         previous=supervisor.want.pattern,
@@ -167,9 +164,13 @@ def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:
             for s in shown
         ),
         groups=views.groups(want.layout, want.config, inventory),
-        lowest_ready=lowest,
+        lowest_ready={str(model): share for model, share in played.lowest.items()} if shown else {},
         leftover=tuple(number[g] for g in want.layout.leftover if g in number),
         warnings=want.layout.warnings,
+        leaving=change.leaving,
+        expected_s=played.duration_s if is_known else None,
+        waits_s={str(model): wait_s for model, wait_s in played.waits_s.items()} if is_known else {},
+        ends_within_s=change.ends_in_s,
     )
 
 

@@ -13,13 +13,13 @@ on counting for ``in_flight`` and ``drained``, never for the new one's load.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from l40sd.core.balancer import AWAY, choose, load_with_one_more
 from l40sd.core.model import Backend as Backend
-from l40sd.core.model import ModelName, WorkerId
+from l40sd.core.model import ListedModel, ModelName, WorkerId
 from l40sd.core.outliers import Counts
 
 
@@ -153,14 +153,16 @@ class Line:
         loads: Of each route, with one request more. Where ``is_even``, the requests that it was given instead: a worker
             that fails at once has the least in flight and would get nearly all of them.
         turn: Where to look first among equals.
+        listed: What the engine said of the model that was added last.
     """
 
-    __slots__ = ("entry", "is_even", "is_in_catalog", "loads", "model", "routes", "turn", "waiters")
+    __slots__ = ("entry", "is_even", "is_in_catalog", "listed", "loads", "model", "routes", "turn", "waiters")
 
     def __init__(self, model: ModelName) -> None:
         self.model = model
         self.entry = CatalogEntry()
         self.is_in_catalog = False
+        self.listed: ListedModel | None = None
         self.routes: list[Route] = []
         self.loads: list[float] = []
         self.is_even = False
@@ -184,11 +186,13 @@ class Routes:
 
     Attributes:
         on_failure: Called with the worker and what a request saw go wrong on it; never for a worker already removed.
+        on_doubt: Says of a worker that just answered 500 whether it is ending; None: nobody can tell.
         on_given_up: Takes a worker's requests from it: called with the worker, why, and whether it hangs.
     """
 
     def __init__(self, *, queue_limit: int = 1000, in_flight_limit: int = 0) -> None:
         self.on_failure: Callable[[WorkerId, FailureKind], None] | None = None
+        self.on_doubt: Callable[[WorkerId], Awaitable[bool]] | None = None
         self.on_given_up: Callable[[WorkerId, str, bool], None] | None = None
         self._queue_limit = queue_limit
         self._in_flight_limit = in_flight_limit
@@ -238,6 +242,8 @@ class Routes:
         route.is_open = True
         route.serial = self._serial  # new, so that requests which tried it before may try it again
         route.failing, route.is_failing, route.weight = 0, False, backend.weight
+        route.backend = backend  # what its engine says now
+        line.listed = backend.listed or line.listed
         line.routes.append(route)
         line.seat()
         self._name_lines()

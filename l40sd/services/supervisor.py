@@ -12,6 +12,7 @@ import asyncio
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from l40sd.adapters.clock import now_s
@@ -24,9 +25,11 @@ from l40sd.core.messages import OperationStatus, plain
 from l40sd.core.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
 from l40sd.core.naming import natural
 from l40sd.core.outliers import Peer
+from l40sd.core.pace import bound_back_s, bound_s, slowest
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
-from l40sd.core.plan import Do, Limits, Order, Wanted, capacity, is_settled, plan, ready_share
+from l40sd.core.plan import Do, Limits, Observed, Order, Wanted, is_settled, plan, ready_share
+from l40sd.core.rollout import Decision, End, begin, decide, models_leaving
 from l40sd.services.change import Change, Want, state_of
 from l40sd.services.making import launch_of
 from l40sd.services.past import Past, written
@@ -36,6 +39,8 @@ from l40sd.services.tools import Tools
 from l40sd.services.worker import Worker
 
 TURN_AT_LEAST_EVERY_S = 2.0
+TURN_AGAIN_S = 0.5
+"""Until a turn is taken again that the system refused something."""
 OPERATIONS_KEPT = 50
 SERVED = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
 """Phases of a worker that receives requests, or did until it was asked not to."""
@@ -61,8 +66,11 @@ class Supervisor:
         self._is_stopping = False
         self._is_unsaved = False
         self._drained: set[WorkerId] = set()
+        self._floor: Mapping[ModelName, int] = {}  # of a change that ended incomplete
         self._pasts: dict[WorkerId, Past] = {}  # as they are on disk
         self._trouble = ""
+        self._refused = ""  # what the system says to the turns since the last good one
+        self.failed_turns = 0
         self._log = tools.log
         tools.changed = self._wake.set
         tools.peers = self._peers
@@ -123,25 +131,10 @@ class Supervisor:
 
         What a replaced change would have gone back to stays what this one goes back to: the last layout that served.
         """
-        observed = [w.observed() for w in self.workers.values()]
-        previous: Want | None = self.want
-        baseline = capacity(observed)
-        on_trial: set[WorkerId] = set()
+        change = self.change_to(want)
         if self.change is not None:
             self._end("replaced", f"replaced by a change to {want.pattern}")
-            previous, baseline = self.change.previous, {**baseline, **self.change.baseline}
-            on_trial = set(self.change.created)  # also what the change between did not want: it may be there still
-        there = {(o.worker, o.fingerprint): o for o in observed if o.goal is not Goal.GONE}
-        kept = [o for w in want.wanted if (o := there.get((w.placement.worker, w.fingerprint))) is not None]
-        self.change = Change(
-            id=secrets.token_hex(4),
-            pattern=want.pattern,
-            previous=previous,
-            baseline=baseline,
-            # What was there before has nothing to prove, whatever state it is in: it is not this change's doing.
-            proven={o.shape for o in kept if o.is_serving or o.worker not in on_trial},
-            created=on_trial,
-        )
+        self.change = change
         self._trouble = ""
         self._set_want(want)
         self._log.info(
@@ -155,6 +148,25 @@ class Supervisor:
         self._note_operation()
         self._wake.set()
         return self.operations[self.change.id]
+
+    def change_to(self, want: Want) -> Change:
+        """Return the change that ``apply`` would begin; nothing is changed."""
+        observed, former = self._observed(), self.change
+        previous = self.want if former is None else former.previous
+        pace = slowest(want.config, self.tools.facts, self.tools.past_loads_s)
+        terms = begin(want.wanted, observed, former=former.terms if former else None, is_trial=previous is not None)
+        return Change(
+            id=secrets.token_hex(4),
+            pattern=want.pattern,
+            previous=previous,
+            terms=terms,
+            forward_s=bound_s(want.wanted, observed, terms, pace),
+            back_s=bound_back_s(want.wanted, previous.wanted, pace) if previous else 0.0,
+            leaving=models_leaving(want.wanted, terms.baseline),
+        )
+
+    def _observed(self) -> list[Observed]:
+        return [w.observed() for w in self.workers.values()]
 
     def _want(self, layout: Layout, config: Config, *, force: bool = False) -> Want:
         """Return a want with every launch's fingerprint; a launch that cannot be built is refused here.
@@ -212,7 +224,10 @@ class Supervisor:
         given_up = (Phase.STUCK, Phase.QUARANTINED, Phase.FAILED)
         workers = (f"{w.id} is {w.phase}: {w.reason}" for w in self.workers.values() if w.phase in given_up)
         failing = (f"{w.id}: {w.concern}" for w in self.workers.values() if w.concern)
-        return (*filter(None, [self._trouble]), *workers, *failing)
+        refused = (
+            f"the system refuses what is needed to go on, again and again: {self._refused}" if self._refused else ""
+        )
+        return (*filter(None, [self._trouble, refused]), *workers, *failing)
 
     # -- turns -----------------------------------------------------------------------------------------------------
 
@@ -224,19 +239,38 @@ class Supervisor:
                 self._run_worker(worker)
             while True:
                 self._wake.clear()
-                await self._turn()
+                await self._try_turn()
                 try:
                     async with asyncio.timeout(TURN_AT_LEAST_EVERY_S):
                         await self._wake.wait()
                 except TimeoutError:
                     continue
 
+    async def _try_turn(self) -> None:
+        """Take a turn. One that the system refuses something (no file descriptor is left, say) is taken again.
+
+        It is told once for each reason, and in ``degraded`` while it lasts. What it had done by then is done; the next
+        one looks at everything anew.
+        """
+        try:
+            await self._turn()
+        except OSError as error:
+            self.failed_turns += 1
+            if str(error) != self._refused:
+                self._refused = str(error)
+                self._log.error("plan.failed", reason=self._refused, count=self.failed_turns)
+            await asyncio.sleep(TURN_AGAIN_S)
+        else:
+            if self._refused:
+                self._log.info("plan.recovered", reason=self._refused, count=self.failed_turns)
+            self._refused = ""
+
     async def _turn(self) -> None:
         """One look, then what follows from it.
 
         1. Judge the change: did what is on trial prove itself, or does everything go back?
-        2. What is wanted is on disk before anything is done about it. Plan, and carry out.
-        3. Is it reached?
+        2. What is wanted is on disk before anything is done about it.
+        3. Plan, and carry out. Is the change over?
         """
         if self._is_stopping:
             self._forget_stopped()
@@ -245,87 +279,97 @@ class Supervisor:
             self._judge(self.change)  # 1
         if self._pasts_now() != self._pasts:
             self._is_unsaved = True
-        await self.write_down()
+        await self.write_down()  # 2
         if self._is_stopping:  # since then: whoever was made now would not be told to go
             return
         self._keep_drained()
-        for order in plan(self.want.wanted, [w.observed() for w in self.workers.values()], self._limits()):  # 2
-            self._carry_out(order)
-        if self.change is not None and self._is_reached():  # 3
-            self._settle()
-        elif self.change is not None and (holder := self._hopeless()):
-            self._end("failed", f"{holder} cannot be killed and holds its GPUs; the rest of the pattern is in place")
-            self.change = None
-            self._save()
+        if self.change is None:
+            self._keep()
+        else:
+            self._go_on(self.change)  # 3
         self._note_operation()
         self._publish_catalog()
 
-    def _limits(self) -> Limits:
+    def _keep(self) -> None:
+        """Have things as they are wanted, outside a change: with a floor only while one that ended left it to do."""
+        workers, observed = self.want.config.workers, self._observed()
+        limits = Limits(start_parallel=workers.start_parallel, min_ready=workers.min_ready, baseline=self._floor)
+        for order in plan(self.want.wanted, observed, limits):
+            self._carry_out(order)
+        if self._floor and is_settled(self.want.wanted, observed):
+            self._floor = {}
+            self._save()
+
+    def _decide(self, change: Change) -> Decision:
         workers = self.want.config.workers
-        change = self.change
-        if change is None:
-            return Limits(start_parallel=workers.start_parallel, min_ready=workers.min_ready, baseline={})
-        unproven = frozenset(w.shape for w in self.want.wanted) - change.proven
-        return Limits(
+        return decide(
+            self.want.wanted,
+            self._observed(),
+            change.terms,
             start_parallel=workers.start_parallel,
             min_ready=workers.min_ready,
-            baseline=change.baseline,
-            unproven=unproven if change.is_trial else frozenset(),
+            is_late=change.is_late,
         )
 
     def _judge(self, change: Change) -> None:
-        """Note what has proven itself; when something on trial failed, want what was wanted before."""
-        by_id = {w.placement.worker: w for w in self.want.wanted}
-        newcomers = [self.workers[i] for i in change.created if i in self.workers and i in by_id]
-        for worker in newcomers:
-            if worker.phase in (Phase.READY, Phase.DRAINED) and worker.wanted.shape not in change.proven:
-                change.proven.add(worker.wanted.shape)
-                self._log.info("pattern.apply.proven", pattern=change.pattern, worker=worker.id)
-                self._save()
-        if not change.is_trial:
-            return
-        for worker in newcomers:
-            is_trial = worker.wanted.shape not in change.proven
-            has_failed = worker.phase in (Phase.QUARANTINED, Phase.FAILED) or (
-                is_trial and (worker.phase is Phase.BACKOFF or worker.failed_starts > 0)
-            )
-            if has_failed:
-                self._roll_back(change, worker)
-                return
+        """Note what has proven itself; when something speaks against the change, want what was wanted before."""
+        decision = self._decide(change)
+        change.terms = decision.terms
+        for worker_id in decision.proven.values():
+            self._log.info("pattern.apply.proven", pattern=change.pattern, worker=worker_id)
+            self._save()
+        if decision.back is not None:
+            self._roll_back(change, decision.back)
 
-    def _roll_back(self, change: Change, culprit: Worker) -> None:
+    def _go_on(self, change: Change) -> None:
+        """Do what the change needs now, or end it; what was not seen before it was on disk, the next turn judges."""
+        decision = self._decide(change)
+        for order in decision.orders:
+            self._carry_out(order)
+        if decision.end is not None:
+            self._settle(change, decision.end)
+        elif decision.back is not None:
+            self._wake.set()
+
+    def _roll_back(self, change: Change, culprit: WorkerId) -> None:
         assert change.previous is not None
-        change.state = "rolling_back"
-        change.why = f"{culprit.id}: {culprit.reason}"
+        worker = self.workers.get(culprit)
+        late = f" (not done within {change.forward_s:.0f} s)" if change.is_late else ""
+        change.turn_back(self._told_of(culprit) + late)
         self._log.error(
             "pattern.apply.rolling_back",
             pattern=change.pattern,
             back_to=change.previous_pattern,
-            worker=culprit.id,
-            reason=culprit.reason,
-            last_lines=list(culprit.last_lines),
+            worker=culprit,
+            reason=change.why,
+            last_lines=list(worker.last_lines) if worker else [],
         )
         self._set_want(change.previous)
         self._save()
 
-    def _is_reached(self) -> bool:
-        return is_settled(self.want.wanted, [w.observed() for w in self.workers.values()])
+    def _told_of(self, worker_id: WorkerId) -> str:
+        """Return a worker and why it is not in place, in one clause."""
+        worker = self.workers.get(worker_id)
+        if worker is not None:
+            return f"{worker_id}: {worker.reason or worker.phase}"
+        gpus = {g for w in self.want.wanted if w.placement.worker == worker_id for g in w.placement.gpus}
+        holders = [w.id for w in self.workers.values() if not gpus.isdisjoint(w.wanted.placement.gpus)]
+        return f"{worker_id}: its GPUs are held by {', '.join(holders)}" if holders else f"{worker_id}: not made yet"
 
-    def _hopeless(self) -> WorkerId | None:
-        """Return the stuck worker that alone keeps the change from being reached; None while anything else moves."""
-        stuck = [w.id for w in self.workers.values() if w.phase is Phase.STUCK]
-        settled = (Phase.READY, Phase.DRAINED, Phase.STUCK)
-        is_still = all(w.phase in settled and (w.goal is not Goal.GONE or w.id in stuck) for w in self.workers.values())
-        return stuck[0] if stuck and is_still else None
-
-    def _settle(self) -> None:
-        assert self.change is not None
+    def _settle(self, change: Change, end: End) -> None:
+        """End the change as it is. What is missing is tried again as ever, and what is still to be done is done."""
         self._drained &= {w.placement.worker for w in self.want.wanted}  # a drain ends with its worker
-        if self.change.state == "rolling_back":
-            self._end("rolled_back", self.change.why)
+        missing = "; ".join(self._told_of(worker) for worker in end.missing)
+        if end.is_late:
+            missing += f" (not done within {change.back_s if change.turned_at_s else change.forward_s:.0f} s)"
+        if change.state == "rolling_back":
+            self._end("rolled_back", f"{change.why}; back but for {missing}" if missing else change.why)
+        elif missing:
+            self._end("incomplete", missing)
         else:
             self._end("done", "")
         self.change = None
+        self._floor = change.terms.baseline if missing else {}
         self._save()
 
     def _end(self, state: str, why: str) -> None:
@@ -347,7 +391,8 @@ class Supervisor:
                 worker = Worker(wanted, self.want.config, self.tools)
                 self.workers[worker.id] = worker
                 if self.change is not None:
-                    self.change.created.add(worker.id)
+                    terms = self.change.terms
+                    self.change.terms = replace(terms, created=terms.created | {worker.id})
                 self._run_worker(worker)
                 self._save()  # before it starts, which takes another turn: a place in the line of those that wait
             case Do.START:
@@ -366,7 +411,7 @@ class Supervisor:
     def _forget(self, worker_id: WorkerId) -> None:
         del self.workers[worker_id]
         if self.change is not None:
-            self.change.created.discard(worker_id)
+            self.change.terms = replace(self.change.terms, created=self.change.terms.created - {worker_id})
         self._wake.set()  # its GPUs are free now
 
     def _forget_stopped(self) -> None:
@@ -448,6 +493,11 @@ class Supervisor:
         if worker is not None:
             worker.suspect()
 
+    async def is_ending(self, worker_id: WorkerId) -> bool:
+        """Return whether this worker's process, or its health, says that it ends; it has just answered 500."""
+        worker = self.workers.get(worker_id)
+        return worker is None or await worker.is_ending()
+
     # -- start and stop --------------------------------------------------------------------------------------------
 
     async def begin(self, adoption: Adoption) -> None:
@@ -459,7 +509,7 @@ class Supervisor:
         state = await self.store.load() or {}
         recalled = await recall(adoption, state, self.config, self.tools, design=self.design, want_of=self._want)
         self.workers, self.change, self._trouble = recalled.workers, recalled.change, recalled.trouble
-        self._drained = recalled.drained
+        self._drained, self._floor = recalled.drained, recalled.floor
         self._set_want(recalled.want)
         self._save()
 
@@ -498,12 +548,16 @@ class Supervisor:
         while self._is_unsaved:
             self._is_unsaved = False
             self._pasts = self._pasts_now()
-            state = {
-                **state_of(self.want, self.change, self._drained),
-                "pasts": written(self._pasts),
-                "gpus": plain(self.tools.host.known),
-            }
-            await self.store.save(state)
+            try:
+                state = {
+                    **state_of(self.want, self.change, self._drained, self._floor),
+                    "pasts": written(self._pasts),
+                    "gpus": plain(self.tools.host.known),
+                }
+                await self.store.save(state)
+            except OSError:
+                self._is_unsaved = True
+                raise
         await self.store.retry()
 
     def _pasts_now(self) -> dict[WorkerId, Past]:
@@ -518,10 +572,10 @@ class Supervisor:
         change = self.change
         if change is None:
             return
-        observed = [w.observed() for w in self.workers.values()]
-        limits = self._limits()
-        for model in change.baseline:
-            change.lowest_ready = min(change.lowest_ready, ready_share(model, self.want.wanted, observed, limits))
+        observed = self._observed()
+        for model in change.terms.baseline:
+            share = ready_share(model, self.want.wanted, observed, change.terms.baseline)
+            change.lowest_ready = min(change.lowest_ready, share)
         serving = {(o.worker, o.fingerprint) for o in observed if o.is_serving}
         done = sum((w.placement.worker, w.fingerprint) in serving for w in self.want.wanted)
         self.operations[change.id] = change.status(done=done, total=len(self.want.wanted))

@@ -4,6 +4,7 @@ Two jobs, one after the other: ``startup`` until it has made a token, then ``fol
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,9 +16,10 @@ from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Instance
 from l40sd.core.config import HealthConfig
 from l40sd.core.fitness import Fitness, Look
-from l40sd.core.health import ProbeResult, Stage, Startup, StartVerdict
+from l40sd.core.health import TIMEOUT, ProbeResult, Stage, Startup, StartVerdict
 from l40sd.core.launch import Launch
 from l40sd.core.lifecycle import Event
+from l40sd.core.model import ListedModel
 from l40sd.core.outliers import Counts, Peer
 
 LOOKS_PER_INTERVAL = 4
@@ -39,6 +41,7 @@ class Watch:
 
     Attributes:
         fitness: What is made of the answers once it has come up.
+        listed: What its engine says of the model, once it was asked; None: nothing.
     """
 
     def __init__(
@@ -68,6 +71,10 @@ class Watch:
         self._peers = peers
         self.fitness = Fitness(config, now_s=now_s())
         self._suspected = asyncio.Event()
+        self._doubt = asyncio.Lock()
+        self._doubted_s = -math.inf
+        self._is_ending = False
+        self.listed: ListedModel | None = None
         self._deadline_s = deadline_s
         self._startup = Startup(
             launch.probes,
@@ -90,6 +97,19 @@ class Watch:
         """Look now: a request has failed on it. What requests see of it is judged before this returns."""
         self.judge_requests()
         self._suspected.set()
+
+    async def is_ending(self) -> bool:
+        """Return whether its process is gone or its health says no; one that answers too late may only be busy.
+
+        Whoever asks while one question is under way shares the next one's answer.
+        """
+        asked_s = now_s()
+        async with self._doubt:
+            if self._doubted_s < asked_s:
+                self._doubted_s = now_s()
+                result = await self._health()
+                self._is_ending = not result.ok and result.error != TIMEOUT
+        return self._is_ending or (self._instance is not None and not self._instance.is_running)
 
     async def startup(self, post: Post) -> None:
         """Ask until it is up or late; a worker that somebody else runs is never late.
@@ -117,8 +137,9 @@ class Watch:
             case Stage.PORT | Stage.HEALTH:
                 startup.feed_health(await self._health(), now_s())
             case Stage.MODEL:
-                names = await self._prober.models(*self._target, self._config.probe_timeout_s)
-                startup.feed_models(names, launch.served_name, now_s())
+                models = await self._prober.models(*self._target, self._config.probe_timeout_s)
+                self.listed = next((model for model in models if model.id == launch.served_name), None)
+                startup.feed_models([model.id for model in models], launch.served_name, now_s())
             case Stage.TOKEN:
                 timeout_s = max(self._config.canary_timeout_s, self._config.probe_timeout_s)
                 startup.feed_token(await self._one_token(timeout_s), now_s())

@@ -9,15 +9,17 @@ now reached are cancelled: ``JOBS_IN`` says which remain.
 import asyncio
 import random
 import secrets
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from l40sd.adapters.clock import now_s
 from l40sd.adapters.ports import HeldPort
 from l40sd.adapters.process import ExitRecord, Instance
 from l40sd.core.config import Config, ModelConfig, WorkersConfig
+from l40sd.core.engines import ends_streams
 from l40sd.core.errors import L40sError
 from l40sd.core.health import startup_timeout_s
 from l40sd.core.launch import Launch
@@ -33,10 +35,11 @@ from l40sd.core.lifecycle import (
     forgiven,
     step,
 )
+from l40sd.core.messages import LastEnd
 from l40sd.core.model import WorkerId
 from l40sd.core.outliers import Peer, Standing
 from l40sd.core.plan import Observed, Wanted
-from l40sd.services.ends import End, end_of
+from l40sd.services.ends import End, end_of, last_end_of
 from l40sd.services.gpus import wait_until_free
 from l40sd.services.making import launch_of, refuse_misconfigured, spec_of
 from l40sd.services.past import TOLD, Past
@@ -56,9 +59,13 @@ JOBS_IN: Mapping[Phase, frozenset[str]] = {
     Phase.BACKOFF: frozenset({"timer"}),
 }
 
+ROUTED_ONCE = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
+"""Phases of a process that may have requests and is not being stopped."""
 UNKILLABLE = "SIGKILL has not ended it: its GPUs stay out of use until it is gone"
 MAILBOX = 256
 PAST_LOADS = 20
+JOB_AGAIN_S = 1.0
+"""Until a job is tried again that the system refused something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +106,7 @@ class Worker:
         self.failed_starts = 0
         self.since_s = now_s()
         self.next_start_at_s: float | None = None
+        self.last_end: LastEnd | None = past.last_end if past is not None else None
         self.process: Process | None = None
         self.watch: Watch | None = None
         self._tools = tools
@@ -106,6 +114,7 @@ class Worker:
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
         self._failure: Happening | None = None
+        self._stopped_for = ""  # by wish: what the operator or the planner said
         placement = wanted.placement
         self._log = tools.log.bind(worker=placement.worker, gpus=self.gpu_numbers)
         self._past = past
@@ -147,6 +156,7 @@ class Worker:
             fingerprint=self.wanted.fingerprint,
             phase=self.phase,
             goal=self.goal,
+            failed_starts=self.failed_starts,
         )
 
     def post(self, event: Event, reason: str = "", *, kind: str = "") -> None:
@@ -219,6 +229,7 @@ class Worker:
             spawned_at_s=process.spawned_at_s if of_instance and process else 0.0,
             ready_at_s=ready_at_s,
             next_start_at_s=self.next_start_at_s,
+            last_end=self.last_end,
         )
 
     def _resume(self, past: Past) -> None:
@@ -232,13 +243,13 @@ class Worker:
         """Go on with what ``_resume`` found under way."""
         instance = self.process.instance if self.process is not None else None
         if instance is not None and self.phase in (Phase.STOPPING, Phase.STUCK):
-            self._start_job("exit", self._await_exit(instance))
+            self._start_job("exit", partial(self._await_exit, instance))
         if instance is not None and self.phase is Phase.STOPPING:
             self._take_requests_from_it(is_hung=self._failure is not None and self._failure.kind == HUNG)
             instance.terminate()
-            self._start_job("terminate", self._terminate())
+            self._start_job("terminate", self._terminate)
         if self.phase is Phase.BACKOFF and self.next_start_at_s is not None:
-            self._start_job("timer", self._retry_later(max(0.0, self.next_start_at_s - now_s())))
+            self._start_job("timer", partial(self._retry_later, max(0.0, self.next_start_at_s - now_s())))
 
     def suspect(self) -> None:
         """A request failed on this worker: have a look now rather than at the next interval."""
@@ -259,6 +270,10 @@ class Worker:
         if outlier is None or outlier.standing is not Standing.KEPT:
             return ""
         return f"{outlier.explain()}; it is kept: too few workers of {self.wanted.placement.model} would be left"
+
+    async def is_ending(self) -> bool:
+        """Return whether its process, or its health, says that it ends: an engine whose core died answers 500 first."""
+        return self.phase not in ROUTED_ONCE or self.watch is None or await self.watch.is_ending()
 
     def give_up_spawn(self) -> None:
         """Undo a spawn under way rather than wait for what comes of it; nothing is left of it then.
@@ -332,6 +347,12 @@ class Worker:
         before, was_told_to_restart = self.phase, self.goal is Goal.RESTART
         if happening.kind and self._failure is None:  # 1
             self._failure = happening
+        if happening.event in (Event.RESTART, Event.RETIRE):
+            self._stopped_for = happening.reason
+        if happening.exit is not None:
+            earlier = self._failure.reason if self._failure not in (None, happening) else ""
+            self.last_end = last_end_of(happening.exit, happening.reason, why=earlier or self._stopped_for)
+            self._stopped_for = ""
         assert isinstance(after.phase, Phase)
         assert after.goal is not None
         self.goal = after.goal  # 2
@@ -399,10 +420,10 @@ class Worker:
     def _act(self, action: Action, happening: Happening) -> None:
         match action:
             case Action.SPAWN:
-                self._start_job("spawn", self._spawn())
+                self._start_job("spawn", self._spawn)
             case Action.WATCH_EXIT:
                 if self.process is not None and self.process.instance is not None:
-                    self._start_job("exit", self._await_exit(self.process.instance))
+                    self._start_job("exit", partial(self._await_exit, self.process.instance))
             case Action.WATCH_START:
                 self._begin_watch()
             case Action.ADD_ROUTE:
@@ -413,16 +434,16 @@ class Worker:
             case Action.WATCH:
                 assert self.watch is not None
                 self._note_up()
-                self._start_job("follow", self.watch.follow(self.post, self._heed))
+                self._start_job("follow", partial(self.watch.follow, self.post, self._heed))
             case Action.DRAIN:
-                self._start_job("drain", self._drain())
+                self._start_job("drain", self._drain)
             case Action.TERMINATE:
                 self._take_requests_from_it(is_hung=happening.event is Event.STALLED)
                 if self.process is not None and self.process.instance is not None:
                     # Here and not in the job: a stop that is told of has reached the shim, which completes it even if
                     # this daemon dies in the next moment.
                     self.process.instance.terminate()
-                self._start_job("terminate", self._terminate())
+                self._start_job("terminate", self._terminate)
             case Action.CLEAN_UP:
                 self._clean_up(happening.exit)
             case Action.ASK_POLICY:
@@ -438,12 +459,26 @@ class Worker:
         why = f"{self.id} is being stopped" + (f": {self.reason}" if self.reason else "")
         self._tools.routes.give_up(self.id, why, is_hung=is_hung)
 
-    def _start_job(self, name: str, job: Coroutine[Any, Any, None]) -> None:
+    def _start_job(self, name: str, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
         assert self._group is not None
         previous = self._jobs.pop(name, None)
         if previous is not None:
             previous.cancel()
-        self._jobs[name] = self._group.create_task(job, name=f"{self.id}:{name}")
+        self._jobs[name] = self._group.create_task(self._carry_out(name, job), name=f"{self.id}:{name}")
+
+    async def _carry_out(self, name: str, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do a job. What the system refuses now (no file descriptor is left, say) ends neither worker nor daemon."""
+        refused = ""
+        while True:
+            try:
+                await job()
+            except OSError as error:
+                if str(error) != refused:
+                    refused = str(error)
+                    self._log.error("worker.job_failed", job=name, reason=refused, again_after_s=JOB_AGAIN_S)
+                await asyncio.sleep(JOB_AGAIN_S)
+            else:
+                return
 
     async def _spawn(self) -> None:
         """Make the process: GPUs free? program there? port, record, shim; posts how it went."""
@@ -490,7 +525,7 @@ class Worker:
             counts=lambda: self._tools.routes.counts(self.id),
             peers=lambda: self._tools.peers(self.id),
         )
-        self._start_job("startup", self.watch.startup(self.post))
+        self._start_job("startup", partial(self.watch.startup, self.post))
 
     async def _await_exit(self, instance: Instance) -> None:
         record = await instance.exited()
@@ -518,6 +553,7 @@ class Worker:
     def _add_route(self) -> None:
         assert self.process is not None
         launch = self.process.launch
+        listed = self.watch.listed if self.watch is not None else None
         self._tools.routes.add(
             Backend(
                 worker=self.id,
@@ -527,7 +563,8 @@ class Worker:
                 weight=self.wanted.placement.weight,
                 api_key=launch.api_key,
                 served_name=launch.served_name,
-                ends_streams=launch.ends_streams,
+                ends_streams=launch.ends_streams or (listed is not None and ends_streams(listed.owned_by)),
+                listed=listed,
             )
         )
 
@@ -607,7 +644,7 @@ class Worker:
 
     def _retry_in(self, delay_s: float) -> None:
         self.next_start_at_s = now_s() + delay_s
-        self._start_job("timer", self._retry_later(delay_s))
+        self._start_job("timer", partial(self._retry_later, delay_s))
 
     async def _retry_later(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)

@@ -50,6 +50,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, required=True, help="0: any, see the output")
     parser.add_argument("--api-key", default=os.environ.get("L40SD_SIM_API_KEY", ""))
     parser.add_argument("--ranks", type=int, default=1, help="GPUs; above 1 each has a process of its own")
+    parser.add_argument("--max-model-len", type=int, default=0, help="as /v1/models says it; 0: not")
     parser.add_argument("--slots", type=int, default=64, help="requests at once, the others wait")
     parser.add_argument("--tokens-per-s", type=float, default=0.0, help="for each request; 0: as fast as can be")
     parser.add_argument("--start-delay-s", type=float, default=0.0, help="before the port opens, as vLLM")
@@ -77,6 +78,7 @@ class Engine:
             options.model,
             faults,
             api_key=options.api_key,
+            max_model_len=options.max_model_len,
             slots=options.slots,
             tokens_per_s=options.tokens_per_s,
             keep_alive_s=options.keep_alive_s,
@@ -138,10 +140,10 @@ class Engine:
                 else:
                     self._die(f"rank {rank} died")
 
-    def _die(self, why: str) -> None:
-        """Exit with code 1 and take nobody along, as an engine that crashes."""
+    def _die(self, why: str, code: int = 1) -> None:
+        """Exit and take nobody along, as an engine that crashes."""
         say(why)
-        os._exit(1)
+        os._exit(code)
 
     async def _is_stopped_within(self, wait_s: float) -> bool:
         if wait_s <= 0:

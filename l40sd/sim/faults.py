@@ -19,6 +19,11 @@ FAULTS: dict[str, tuple[float, str]] = {
     "exit-at-once": (1, "exits with this code before it opens the port"),
     "die-after": (1, "exits with code 1, this many seconds after it became ready"),
     "crash-after": (0, "exits with code 1 at the first request after this many"),
+    "poison": (1, "exits with this code at a request with the word poison in its body"),
+    "dead-core": (
+        0.3,
+        "answers requests with 500 and /health with 503, and exits with 1 after this many seconds (vLLM)",
+    ),
     "hang-after": (0, "makes no more tokens once this many requests have come; /health stays 200"),
     "slow-health": (60, "answers health probes this many seconds late"),
     "slow-metrics": (60, "answers scrapes this many seconds late"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from l40sd.adapters.probe import ANSWER_LIMIT_BYTES, Prober, sum_metrics
 from l40sd.core.engines import ENGINES, Probes
 from l40sd.core.health import Counters
+from l40sd.core.model import ListedModel
 
 VLLM = ENGINES["vllm"].probes
 LLAMA = ENGINES["llama-cpp"].probes
@@ -156,10 +157,24 @@ async def test_an_endless_answer_is_cut_off(prober: Prober) -> None:
 async def test_the_served_names_are_listed_with_the_key(prober: Prober) -> None:
     seen: list[bytes] = []
     async with saying(http(200, {"data": [{"id": "llama"}, {"id": "alias"}, {}, 7]}), seen=seen) as port:
-        names = await prober.models("127.0.0.1", port, VLLM, "sk-worker", 5)
-    assert names == ("llama", "alias")
+        models = await prober.models("127.0.0.1", port, VLLM, "sk-worker", 5)
+    assert models == (ListedModel(id="llama"), ListedModel(id="alias"))
     assert b"GET /v1/models " in seen[0]
     assert b"bearer sk-worker" in seen[0].lower()
+
+
+async def test_what_the_engine_says_of_a_model_is_kept_and_nonsense_is_not(prober: Prober) -> None:
+    """Clients that size their prompts by ``max_model_len`` (Open WebUI, aider) found none at the endpoint."""
+    said = {"id": "llama", "created": 1700000000, "owned_by": "vllm", "max_model_len": 32768, "root": "/models/x"}
+    nonsense = {"id": "alias", "created": True, "owned_by": 7, "max_model_len": "many"}
+    beyond = {"id": "beyond", "created": -1, "owned_by": "x" * 5000, "max_model_len": 1 << 60}
+    async with saying(http(200, {"data": [said, nonsense, beyond]})) as port:
+        models = await prober.models("127.0.0.1", port, VLLM, "", 5)
+    assert models == (
+        ListedModel(id="llama", created=1700000000, owned_by="vllm", max_model_len=32768),
+        ListedModel(id="alias"),
+        ListedModel(id="beyond", owned_by="x" * 100),
+    )
 
 
 @pytest.mark.parametrize("body", ["", "[]", "{}", '{"data": 3}', "[" * 100_000])

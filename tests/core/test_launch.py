@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from launches import MODEL, config, gpu_id, host, placement
 
 from l40sd.core.config import BUILT_IN_ENGINES, EngineConfig, HostConfig, WorkersConfig
-from l40sd.core.engines import ENGINES
+from l40sd.core.engines import ENGINES, ends_streams, resolve
 from l40sd.core.errors import L40sError
 from l40sd.core.launch import Launch, build, program_of
 from l40sd.core.model import Link
@@ -269,3 +269,14 @@ def test_draining_is_left_to_the_engine_for_as_long_as_the_config_says() -> None
     argv = build(placement(), patient, host(), port=1, api_key="").argv
     assert argv[argv.index("--shutdown-timeout") + 1] == "1"
     assert patient.models[MODEL].engine == "vllm"
+
+
+def test_whose_streams_end_with_their_last_event_is_told_by_name_and_by_owner() -> None:
+    """Of an external worker only what it calls itself in its list of models is known."""
+    assert [name for name, engine in ENGINES.items() if engine.ends_streams] == [
+        "vllm", "sglang", "tensorrt-llm", "llama-cpp", "simulated"
+    ]  # fmt: skip
+    owners = ("vllm", "sglang", "tensorrt_llm", "llamacpp", "organization-owner", "")
+    assert [ends_streams(owner) for owner in owners] == [True, True, True, True, False, False]
+    own_command = {"vllm": EngineConfig(command=("mine", "{port}"))}
+    assert not resolve("vllm", own_command).ends_streams, "another program than the table's"

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from l40sd.core.lifecycle import Goal, Phase
 from l40sd.core.model import GpuId, ModelName, Placement, WorkerId
-from l40sd.core.plan import Do, Limits, Observed, Order, Wanted, capacity, is_settled, plan, preview, slot
+from l40sd.core.plan import Do, Limits, Observed, Order, Wanted, is_settled, plan, slot
+from l40sd.core.rehearsal import Pace, Step, rehearse
+from l40sd.core.rollout import begin, limits_for
 
 GPUS = [GpuId(f"GPU-{i:02}") for i in range(12)]
 
@@ -35,15 +37,14 @@ def ready(wanted: list[Wanted]) -> list[Observed]:
     return [slot(w, Phase.READY) for w in wanted]
 
 
-def limits_for(observed: list[Observed], wanted: list[Wanted], *, min_ready: float = 0.5, parallel: int = 2) -> Limits:
-    kept = {(o.worker, o.fingerprint) for o in observed if o.is_serving}
-    proven = {w.shape for w in wanted if (w.placement.worker, w.fingerprint) in kept}
-    return Limits(
-        start_parallel=parallel,
-        min_ready=min_ready,
-        baseline=capacity(observed),
-        unproven=frozenset(w.shape for w in wanted) - proven,
-    )
+def limits_of(observed: list[Observed], wanted: list[Wanted], *, min_ready: float = 0.5, parallel: int = 2) -> Limits:
+    terms = begin(wanted, observed, former=None, is_trial=True)
+    return limits_for(wanted, terms, start_parallel=parallel, min_ready=min_ready)
+
+
+def steps_of(observed: list[Observed], wanted: list[Wanted], *, min_ready: float = 0.5) -> tuple[Step, ...]:
+    pace = Pace(start_parallel=2, min_ready=min_ready, load_s={}, stop_s=0.0)
+    return rehearse(wanted, observed, begin(wanted, observed, former=None, is_trial=True), pace).steps
 
 
 def test_an_empty_host_starts_two_at_a_time() -> None:
@@ -55,13 +56,13 @@ def test_an_empty_host_starts_two_at_a_time() -> None:
 
 
 def test_a_settled_host_is_left_alone() -> None:
-    assert plan(A, ready(A), limits_for(ready(A), A)) == ()
+    assert plan(A, ready(A), limits_of(ready(A), A)) == ()
     assert is_settled(A, ready(A))
     assert not is_settled(B, ready(A))
 
 
 def test_the_first_new_worker_proves_itself_before_the_next_is_touched() -> None:
-    limits = limits_for(ready(A), B)
+    limits = limits_of(ready(A), B)
     first = plan(B, ready(A), limits)
     assert [(o.do, o.worker) for o in first] == [(Do.RETIRE, "m-gpu0"), (Do.RETIRE, "m-gpu1")]
     world = [o for o in ready(A) if o.worker not in ("m-gpu0", "m-gpu1")]
@@ -75,15 +76,15 @@ def test_the_first_new_worker_proves_itself_before_the_next_is_touched() -> None
 
 def test_the_floor_of_ready_capacity_is_kept() -> None:
     for wanted in (B, C):
-        steps = preview(wanted, ready(A), limits_for(ready(A), wanted))
+        steps = steps_of(ready(A), wanted)
         assert min(s.ready[ModelName("m")] for s in steps) >= 0.5
-    strict = preview(B, ready(A), limits_for(ready(A), B, min_ready=0.8))
+    strict = steps_of(ready(A), B, min_ready=0.8)
     assert min(s.ready[ModelName("m")] for s in strict) >= 0.8
 
 
 def test_one_replica_on_all_gpus_is_replaced_although_no_floor_can_be_kept() -> None:
     one = wanted_layout([("m", 12)])
-    steps = preview(A, ready(one), limits_for(ready(one), A))
+    steps = steps_of(ready(one), A)
     assert steps[0].order.do is Do.RETIRE
     assert len([s for s in steps if s.order.do is Do.START]) == 12
 
@@ -91,19 +92,19 @@ def test_one_replica_on_all_gpus_is_replaced_although_no_floor_can_be_kept() -> 
 def test_a_stuck_worker_holds_its_gpus_and_the_rest_goes_on() -> None:
     stuck = replace(slot(A[0], Phase.STUCK), goal=Goal.GONE)
     world = [stuck, *ready(A)[1:]]
-    orders = plan(B, world, replace(limits_for(world, B), unproven=frozenset()))
+    orders = plan(B, world, replace(limits_of(world, B), unproven=frozenset()))
     assert {o.worker for o in orders if o.do is Do.RETIRE} == {"m-gpu2", "m-gpu3", "m-gpu4", "m-gpu5"}
 
 
 def test_an_unchanged_worker_is_not_touched() -> None:
     mixed = [*wanted_layout([("m", 1)] * 4), *wanted_layout([("m", 1)] * 4 + [("n", 4), ("n", 4)])[4:]]
-    for step in preview(mixed, ready(A), limits_for(ready(A), mixed)):
+    for step in steps_of(ready(A), mixed):
         assert step.order.worker not in {"m-gpu0", "m-gpu1", "m-gpu2", "m-gpu3"}
 
 
 def test_a_new_launch_replaces_a_worker_in_place_and_one_at_a_time_until_proven() -> None:
     renewed = wanted_layout([("m", 1)] * 12, fingerprint="g")
-    limits = limits_for(ready(A), renewed)
+    limits = limits_of(ready(A), renewed)
     first = plan(renewed, ready(A), limits)
     assert [(o.do, o.worker) for o in first] == [(Do.RETIRE, "m-gpu0")]
 
@@ -155,7 +156,7 @@ def test_from_any_state_in_any_order_of_events_the_wanted_layout_is_reached_and_
     """Orders are abandoned half way and asked again; workers move on at random (invariants 1 and 4)."""
     wanted = wanted_layout(widths)
     world = {o.worker: o for o in start}
-    limits = limits_for(start, wanted, min_ready=min_ready, parallel=parallel)
+    limits = limits_of(start, wanted, min_ready=min_ready, parallel=parallel)
     for turn in range(600):
         now = list(world.values())
         if is_settled(wanted, now):
@@ -199,6 +200,6 @@ def test_what_keeps_the_floor_goes_first_so_that_it_makes_room_for_the_rest() ->
         *wanted_layout([("small", 1)] * 4 + [("small", 2)])[-1:],
         *wanted_layout([("small", 1)] * 6 + [("large", 4)])[-1:],
     ]
-    steps = preview(night, ready(day), limits_for(ready(day), night))
+    steps = steps_of(ready(day), night)
     assert min(s.ready[ModelName("small")] for s in steps) >= 0.5
     assert min(s.ready[ModelName("large")] for s in steps) >= 0.5

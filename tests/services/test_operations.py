@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from l40sd.core.errors import L40sError
@@ -78,6 +79,16 @@ async def test_a_worker_that_dies_comes_back_at_once_and_says_why(site_of: SiteO
     assert worker(status, before.id).gpu_ids == before.gpu_ids
 
 
+async def test_the_endpoint_lists_a_model_as_its_engine_does(site_of: SiteOf) -> None:
+    """Clients found no ``max_model_len`` at the endpoint, though every worker says it."""
+    site = site_of(TOY.replace("attention_heads = 8", 'attention_heads = 8\nargs = ["--max-model-len", "4096"]'))
+    await site.start()
+    await site.until_ready("wide", 30)
+    async with aiohttp.ClientSession() as http, http.get(f"{await site.url()}/v1/models") as reply:
+        (listed,) = (await reply.json())["data"]
+    assert (listed["id"], listed["max_model_len"], listed["owned_by"]) == ("toy", 4096, "simulated")
+
+
 async def test_a_worker_that_never_comes_up_is_given_up_with_its_last_words(site_of: SiteOf) -> None:
     """Fault 28."""
     site = site_of(
@@ -85,7 +96,9 @@ async def test_a_worker_that_never_comes_up_is_given_up_with_its_last_words(site
         '[daemon]\npattern = "C"\n'
     )
     await site.start()
-    status = await site.until(lambda s: all(w.phase == "quarantined" for w in s.workers), "given up", 60)
+    status = await site.until(
+        lambda s: bool(s.workers) and all(w.phase == "quarantined" for w in s.workers), "given up", 60
+    )
     assert len(status.workers) == 2
     assert all("3 starts in a row failed alike (exit 3)" in w.reason for w in status.workers)
     assert any("quarantined" in sentence for sentence in status.degraded)
@@ -107,7 +120,7 @@ async def test_what_cannot_be_started_is_one_clear_error_and_no_restart_loop(
     mine = '[engines.mine]\ncommand = ["no-such-program", "--port", "{port}"]\n'
     site = site_of(f'{QUICK}{mine}[daemon]\npattern = "C"\n[models.m]\nattention_heads = 8\n{lines}\n')
     await site.start()
-    status = await site.until(lambda s: all(w.phase == "failed" for w in s.workers), "refused", 20)
+    status = await site.until(lambda s: bool(s.workers) and all(w.phase == "failed" for w in s.workers), "refused", 20)
     assert all(word in w.reason and w.restarts == 0 for w in status.workers)
 
 

@@ -190,7 +190,7 @@ async def test_what_the_table_says_about_it_is_so() -> None:
         port = int((await running.line(b"listening on")).rsplit(b":", 1)[1])
         at = ("127.0.0.1", port, launch.probes, "sk-1")
         assert (await prober.health(*at, 5)).ok
-        assert await prober.models(*at, 5) == ("llama", "alias")
+        assert [model.id for model in await prober.models(*at, 5)] == ["llama", "alias"]
         assert (await prober.one_token(*at, "llama", 5)).ok
         assert await prober.counters(*at, 5) == Counters(running=0, waiting=0, tokens=1)
         assert (await (await running.http.get(f"http://127.0.0.1:{port}/sim/state")).json())["gpus"] == "GPU-1"
@@ -265,6 +265,21 @@ async def test_it_crashes_after_so_many_requests() -> None:
         assert await running.status() == 200
         with pytest.raises(aiohttp.ClientError):
             await running.status()
+        assert await running.exit_code() == 1
+
+
+async def test_it_exits_at_a_poisoned_request_and_at_no_other() -> None:
+    async with engine("--fault", "poison=3") as running:
+        assert await running.status() == 200
+        with pytest.raises(aiohttp.ClientError):
+            await running.status(prompt="a poisoned one")
+        assert await running.exit_code() == 3
+
+
+async def test_with_a_dead_core_it_says_so_and_exits_a_moment_later() -> None:
+    async with engine("--fault", "dead-core=0.5") as running:
+        assert await running.status() == 500
+        assert await running.get("/health") == 503
         assert await running.exit_code() == 1
 
 

@@ -10,7 +10,7 @@ import pytest
 from proxykit import CHAT, STREAM_HEAD, Conversation, Dialog, Request, Stand, answer_ok, chunk, plain, post
 
 from l40sd.core.errors import L40sError
-from l40sd.core.model import ModelName, WorkerId
+from l40sd.core.model import ListedModel, ModelName, WorkerId
 from l40sd.services.routes import CatalogEntry
 
 StartStand = Callable[..., Awaitable[Stand]]
@@ -284,6 +284,27 @@ async def test_tokenize_goes_where_engines_have_it(stand: StartStand) -> None:
     s = await stand()
     await s.ask(post(path="/v1/tokenize?a=1"))
     assert s.worker.requests[0].head.startswith(b"POST /tokenize?a=1 HTTP/1.1\r\n")
+
+
+async def test_the_models_are_shown_as_their_engines_describe_them(stand: StartStand) -> None:
+    """created was 0 and the owner l40sd for every model, and its length was nowhere: clients could not size prompts."""
+    s = await stand(workers=2)
+
+    async def shown() -> list[dict[str, object]]:
+        return list(json.loads((await s.ask(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")).body)["data"])
+
+    plain_entry = {"object": "model", "created": 0, "owned_by": "l40sd", "root": "chat", "ready": 2}
+    assert await shown() == [{"id": "chat", **plain_entry}, {"id": "gpt", **plain_entry}]
+    for worker, created, length in zip(s.workers, (1700000007, 1700000000), (32768, 4096), strict=True):
+        listed = ListedModel(id="chat", created=created, owned_by="vllm", max_model_len=length)
+        s.routes.add(s.backend(worker, listed=listed))
+    said = {**plain_entry, "created": 1700000000, "owned_by": "vllm", "max_model_len": 4096}
+    assert await shown() == [{"id": "chat", **said}, {"id": "gpt", **said}]
+    assert json.loads((await s.ask(b"GET /v1/models/gpt HTTP/1.1\r\nHost: x\r\n\r\n")).body) == {"id": "gpt", **said}
+    s.routes.remove(WorkerId("w1"))
+    assert (await shown())[0]["max_model_len"] == 32768
+    s.routes.remove(WorkerId("w0"))
+    assert (await shown())[0] == {"id": "chat", **said, "ready": 0, "max_model_len": 4096}, "as it was said last"
 
 
 async def test_models_health_ready_and_metrics(stand: StartStand) -> None:
