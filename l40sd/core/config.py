@@ -153,6 +153,9 @@ class ProxyConfig:
         later=f"{NEXT_DAEMON}; an address that l40sd.socket holds is changed there as well, then stop and start",
     )
     api_keys_file: str = option("", "one key a line, # comments; empty: everybody may ask")
+    cors_origins: tuple[str, ...] = option(
+        (), "web pages that may use it from a browser: https://host, http://host:port or *; none: CORS is off"
+    )
     queue_limit: int = option(1000, "requests that may wait for a worker, per model", least=0, most=1_000_000)
     queue_timeout_s: float = option(120.0, "longest wait for a worker, then 503", least=0, most=86400)
     in_flight_limit: int = option(

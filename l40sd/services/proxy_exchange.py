@@ -42,6 +42,7 @@ from l40sd.core.retrypolicy import DEATHS_LIMIT, TABLE, Next, Seen, decide
 from l40sd.services.proxy_breaks import end_of_stream, ended_whole
 from l40sd.services.proxy_metrics import CLIENT_GONE
 from l40sd.services.proxy_pages import no_worker, refused_as_poison, unknown_model
+from l40sd.services.proxy_poison import End
 from l40sd.services.proxy_shared import Shared
 from l40sd.services.proxy_upstream import ABORTED, Countdown, Peer, Tail, Unchunk, Upstream, says_aborted
 from l40sd.services.routes import FailureKind, Lease, Route, Waiter
@@ -97,6 +98,7 @@ class Exchange:
         "_countdown",
         "_dial",
         "_died",
+        "_earlier",
         "_fingerprint",
         "_first_byte_at_s",
         "_head",
@@ -143,6 +145,7 @@ class Exchange:
         self._tried: tuple[int, ...] = ()  # serials of routes that failed
         self._barred: tuple[int, ...] = ()  # those of them that it cannot be tried on again
         self._died: tuple[str, ...] = ()  # workers that ended with it and had not answered a byte of it
+        self._earlier: End | None = None  # the latest of their ends
         self._fingerprint = b""  # once one has
         self._was_stale = False  # the present worker closed a kept connection over it
         self._model = ModelName("")
@@ -202,7 +205,7 @@ class Exchange:
         entry = poison.known(fingerprint)
         if entry is None:
             return False
-        self._fingerprint, self._died = fingerprint, entry.workers
+        self._fingerprint, self._died, self._earlier = fingerprint, entry.workers, entry.ends[-1]
         if entry.is_poison:
             self._refuse(refused_as_poison(self._died, entry.until_s - self._shared.now_s))
             return True
@@ -354,7 +357,10 @@ class Exchange:
         poison, body = self._shared.poison, memoryview(self._body)[self._body_at :]
         if not self._fingerprint:
             self._fingerprint = poison.fingerprint(self._target, body)
-        poison.note(self._fingerprint, len(body), route, self._shared.now_s)
+        now_s, earlier = self._shared.now_s, self._earlier
+        self._earlier = poison.note(self._fingerprint, len(body), route, now_s)
+        if earlier is not None:
+            self._shared.routes.excuse(route.backend.worker, earlier.route, earlier.serial, now_s)
         self._died = (*self._died, route.backend.worker)
 
     def _count_retry(self, route: Route) -> None:
@@ -431,11 +437,13 @@ class Exchange:
         if not head.is_framed:
             client.keep_alive = False
         line_end = lines.find(b"\r\n")
-        write_head = b"%b\r\nx-request-id: %b%b%b%b\r\n\r\n" % (
+        cors = self._shared.cors
+        write_head = b"%b\r\nx-request-id: %b%b%b%b%b\r\n\r\n" % (
             lines[:line_end] if line_end >= 0 else lines,
             self._request_id,
             self._upstream.peer.reply_field,
             b"" if client.will_keep_alive() else b"\r\nconnection: close",
+            b"" if cors is None else cors.reply_fields(self._head.origin),
             lines[line_end:] if line_end >= 0 else b"",
         )
         if unchunk:
@@ -462,13 +470,14 @@ class Exchange:
             return
         self._answered(lease)
         client.transport.write(
-            b"%b\r\nx-request-id: %b%b%b%b"
+            b"%b\r\nx-request-id: %b%b%b%b%b"
             % (
                 data[: known.line_end],
                 self._request_id,
                 upstream.peer.reply_field,
                 b"" if client.will_keep_alive() else b"\r\nconnection: close",
-                data[known.line_end :],
+                b"" if shared.cors is None else shared.cors.reply_fields(self._head.origin),
+                data[known.line_end :] if known.passed_on is None else known.rest_of(data),
             )
         )
         upstream.release(shared.now_s)
@@ -613,7 +622,7 @@ class Exchange:
     def _refuse(self, refused: Refused) -> None:
         self._shared.metrics.answered(self._model, refused.status)
         self._end(refused.message, refused.status)
-        self._client.refuse(refused, request_id=self._request_id, target=self._target)
+        self._client.refuse(refused, self._head, request_id=self._request_id)
 
     def _end(self, problem: str, status: int = 0) -> None:
         if self._shared.config.access_log:

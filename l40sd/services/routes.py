@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from l40sd.core.balancer import AWAY, choose, load_with_one_more
 from l40sd.core.model import Backend as Backend
@@ -126,6 +127,14 @@ class Lease:
                 self._routes.released(route)
 
 
+class Excuse(NamedTuple):
+    """A request that ended a worker had ended one before: this one, if it has left the routes since."""
+
+    earlier: Route
+    serial: int
+    at_s: float
+
+
 TurnCallback = Callable[[Lease | None], None]
 
 
@@ -200,6 +209,7 @@ class Routes:
         self._names: dict[str, Line] = {}
         self._routes: dict[WorkerId, list[Route]] = {}  # the open one, and closed ones with leases
         self._tallies: dict[WorkerId, Tally] = {}
+        self._excuses: dict[WorkerId, Excuse] = {}
         self._drains: dict[WorkerId, list[asyncio.Future[None]]] = {}
         self._serial = 0
 
@@ -293,6 +303,27 @@ class Routes:
         self.remove(worker)
         if self.on_given_up is not None and self.in_flight(worker):
             self.on_given_up(worker, why, is_hung)
+
+    def excuse(self, worker: WorkerId, earlier: Route, serial: int, now_s: float) -> None:
+        """Note that this worker ended, or is about to, with a request that had been the end of another one.
+
+        Args:
+            earlier: The other one's route,
+            serial: and its serial then.
+        """
+        self._excuses[worker] = Excuse(earlier, serial, now_s)
+
+    def take_excuse(self, worker: WorkerId, since_s: float) -> str:
+        """Return which worker's end counts for this one's; empty: its own does. Asked once for each end.
+
+        Args:
+            since_s: What was noted before is about something else.
+        """
+        excuse = self._excuses.pop(worker, None)
+        if excuse is None or excuse.at_s < since_s:
+            return ""
+        has_left = not excuse.earlier.is_open or excuse.earlier.serial != excuse.serial
+        return excuse.earlier.backend.worker if has_left else ""
 
     # What they may ask
 

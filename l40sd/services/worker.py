@@ -62,6 +62,8 @@ JOBS_IN: Mapping[Phase, frozenset[str]] = {
 ROUTED_ONCE = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
 """Phases of a process that may have requests and is not being stopped."""
 UNKILLABLE = "SIGKILL has not ended it: its GPUs stay out of use until it is gone"
+EXIT_SEEN_WITHIN_S = 10.0
+"""From a request's broken connection to the word that the worker's whole process tree is gone."""
 MAILBOX = 256
 PAST_LOADS = 20
 JOB_AGAIN_S = 1.0
@@ -621,6 +623,7 @@ class Worker:
         if ready_for_s is None:
             self.failed_starts += 1
         self.restarts += 1
+        earlier = self._excuse()
         verdict = decide_restart(
             self.record,
             kind=failure.kind or "exit",
@@ -629,9 +632,12 @@ class Worker:
             now_s=now_s(),
             jitter=random.uniform(-1, 1),
             limits=restart_limits(self.config.workers),
+            is_excused=bool(earlier),
         )
         self.record = verdict.record
         self.reason = failure.reason or failure.kind
+        if earlier:
+            self.reason += f"; with a request that had ended {earlier} before, where it counts"
         if failure is not happening and happening.log_says:  # it hung, say: what it said when it was stopped
             self.reason += f"; its log: {happening.log_says}"
         if verdict.delay_s is None:
@@ -641,6 +647,12 @@ class Worker:
             self.phase = Phase.WAITING
         else:
             self._retry_in(verdict.delay_s)
+
+    def _excuse(self) -> str:
+        """Return the worker that was ended before by the request that ended this one; empty: none is known."""
+        workers = self.config.workers
+        within_s = EXIT_SEEN_WITHIN_S + workers.term_timeout_s + workers.kill_timeout_s
+        return self._tools.routes.take_excuse(self.id, now_s() - within_s)
 
     def _retry_in(self, delay_s: float) -> None:
         self.next_start_at_s = now_s() + delay_s

@@ -61,6 +61,21 @@ def test_a_backend_makes_its_model_known_without_a_catalog() -> None:
     assert routes.resolve("chat") is None
 
 
+def test_an_end_is_excused_once_and_only_by_a_worker_that_has_left_the_routes() -> None:
+    routes = Routes()
+    routes.add(backend("a"))
+    earlier = taken(routes).route
+    routes.excuse(WorkerId("b"), earlier, earlier.serial, 10.0)
+    assert routes.take_excuse(WorkerId("b"), 0.0) == "", "a is still there: it had only closed a connection"
+    routes.remove(WorkerId("a"))
+    routes.excuse(WorkerId("b"), earlier, earlier.serial, 10.0)
+    assert routes.take_excuse(WorkerId("c"), 0.0) == ""
+    assert routes.take_excuse(WorkerId("b"), 0.0) == "a"
+    assert routes.take_excuse(WorkerId("b"), 0.0) == ""
+    routes.excuse(WorkerId("b"), earlier, earlier.serial, 10.0)
+    assert routes.take_excuse(WorkerId("b"), 11.0) == "", "it was about an end before this one"
+
+
 def test_wide_replicas_get_more() -> None:
     routes = Routes()
     routes.add(backend("narrow", weight=1))
