@@ -156,6 +156,9 @@ class ProxyConfig:
         later=f"{NEXT_DAEMON}; an address that l40sd.socket holds is changed there as well, then stop and start",
     )
     api_keys_file: str = option("", "one key a line, # comments; empty: everybody may ask")
+    cors_origins: tuple[str, ...] = option(
+        (), "web pages that may use it from a browser: https://host, http://host:port or *; none: CORS is off"
+    )
     queue_limit: int = option(1000, "requests that may wait for a worker, per model", least=0, most=1_000_000)
     queue_timeout_s: float = option(120.0, "longest wait for a worker, then 503", least=0, most=86400)
     in_flight_limit: int = option(
@@ -282,6 +285,19 @@ class HealthConfig:
         60.0, "an idle worker is asked for one token this often; 0: never", least=0, most=86400
     )
     canary_timeout_s: float = option(60.0, "for that token", least=0.1, most=3600)
+    eject_failures: int = option(
+        5, "requests failed in a row, or most of so many of late: no more for a while; 0: never", least=0, most=10_000
+    )
+    eject_share: float = option(0.5, "most: this share of the requests of late", least=0.05, most=1)
+    eject_half_life_s: float = option(10.0, "a request that ended so long ago counts half", least=0.1, most=3600)
+    eject_first_s: float = option(
+        10.0, "out for this long, doubling each time it comes back no better", least=0.1, most=3600
+    )
+    eject_limit_s: float = option(300.0, "longest time out", least=0.1, most=86400)
+    eject_out_share: float = option(
+        0.5, "no more of a model's live workers than this are out at once, and never the last", least=0, most=1
+    )
+    slow_start_s: float = option(30.0, "its share of the requests grows this long when it is back", least=0, most=3600)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

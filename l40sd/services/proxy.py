@@ -157,6 +157,7 @@ class Proxy:
         if self._shared is None:
             return
         self._shared.config = config
+        self._shared.set_origins(config.cors_origins)
         self._shared.tick_s = _tick_s(config)
         self._shared.poison.configure(limit=config.poison_limit, kept_s=config.poison_refused_s)
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
