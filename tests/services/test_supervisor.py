@@ -66,7 +66,7 @@ async def supervisor_with(disk: Store) -> Supervisor:
         host=host,
         processes=cast(Processes, None),
         ports=PortPool("127.0.0.1", 20000, 20001),
-        keys=WorkerKeys(tmp_path / "worker-keys"),
+        keys=cast(WorkerKeys, None),
         prober=cast(Prober, None),
         routes=Routes(queue_limit=1, in_flight_limit=0),
         facts=await host.facts(config),
