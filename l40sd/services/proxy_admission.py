@@ -43,9 +43,10 @@ def admit(head: RequestHead, is_key: Callable[[bytes], bool], body_limit_bytes: 
     """Decide in this order.
 
     1. A path that is not ours: 404.
-    2. A method it does not have: 405, and OPTIONS is answered with those it has.
-    3. No valid key, except for pages that monitoring reads: 401.
-    4. A body that says it is larger than the limit: 413.
+    2. A method it does not have: 405.
+    3. No valid key, except for OPTIONS and pages that monitoring reads: 401.
+    4. A body where none is taken, or one that says it is larger than the limit: 413.
+    5. OPTIONS is answered.
 
     Raises:
         Refused: One of these.
@@ -58,10 +59,12 @@ def admit(head: RequestHead, is_key: Callable[[bytes], bool], body_limit_bytes: 
     methods = (b"POST", b"OPTIONS") if target else (b"GET", b"HEAD", b"OPTIONS")
     if head.method not in methods:  # 2
         raise Refused(405, "method_not_allowed", "this method is not for this path", b", ".join(methods).decode())
-    if head.method == b"OPTIONS":
-        return Admission(allowed=methods)
-    if path not in OPEN_PAGES and not is_key(head.credential):  # 3
+    if path not in OPEN_PAGES and head.method != b"OPTIONS" and not is_key(head.credential):  # 3
         raise Refused(401, "invalid_api_key", "a valid API key is needed: Authorization: Bearer KEY")
-    if head.content_length > body_limit_bytes:  # 4
+    if head.method != b"POST" and (head.is_chunked or head.content_length > 0):  # 4
+        raise Refused(413, "request_too_large", "a request that is no POST has no body here")
+    if head.content_length > body_limit_bytes:
         raise Refused(413, "request_too_large", f"the body is larger than {body_limit_bytes} bytes")
+    if head.method == b"OPTIONS":  # 5
+        return Admission(allowed=methods)
     return Admission(target=target + head.target[len(path) :] if target else b"")
