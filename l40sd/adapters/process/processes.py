@@ -4,14 +4,15 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from l40sd.adapters.process import logs
 from l40sd.adapters.process.birth import exec_failed, has_ended, identity_of, spawn_failed, start_shim
 from l40sd.adapters.process.instance import Instance, last_words, open_shim, reap
+from l40sd.adapters.process.logs import Position
 from l40sd.adapters.process.providers import Provider, Unavailable, choose, kill_unit, start_unit
 from l40sd.adapters.process.records import (
     Birth,
@@ -24,6 +25,7 @@ from l40sd.adapters.process.records import (
 )
 from l40sd.adapters.process.remains import Remains, mark_of, marked, remove_group, trusted_group
 from l40sd.core.errors import L40sError
+from l40sd.core.naming import natural
 from l40sd.shim import OWN_GROUP, leavings, tree
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.05
@@ -157,6 +159,10 @@ class Processes:
             instance.clear()
         self._remove(self._instances_dir / instance_id)
 
+    def metas(self) -> list[Mapping[str, Any]]:
+        """Return what the makers of all instances that are not forgotten wrote down of them."""
+        return [instance.spec.meta for instance in self._instances.values()]
+
     def log_path(self, worker: str) -> Path:
         """Return where a worker's output goes; older output is beside it in ``.1``, ``.2``, ..."""
         return self._log_dir / f"{worker}.log"
@@ -169,9 +175,17 @@ class Processes:
         """Return the end of what one instance said; see ``logs.last_run``."""
         return await asyncio.to_thread(logs.last_run, self.log_path(spec.worker), spec.instance, limit_bytes)
 
-    def follow(self, worker: str) -> AsyncIterator[bytes]:
-        """Yield a worker's output from now on, made printable; see ``logs.follow`` and ``logs.printable_lines``."""
-        return logs.printable_lines(logs.follow(self.log_path(worker)))
+    async def tail_to_resume(self, worker: str, lines: int) -> tuple[list[str], Position]:
+        """Return the last whole lines, and where to follow from; see ``logs.tail_to_resume``."""
+        return await asyncio.to_thread(logs.tail_to_resume, self.log_path(worker), lines)
+
+    def follow(self, worker: str, begin: Position) -> AsyncIterator[tuple[str, Position]]:
+        """Yield a worker's output from there on, made printable; see ``logs.follow`` and ``logs.printable_lines``."""
+        return logs.printable_lines(logs.follow(self.log_path(worker), begin))
+
+    async def logged(self) -> list[str]:
+        """Return the workers of which there is output, also those that are gone; in their natural order."""
+        return await asyncio.to_thread(lambda: sorted(map(worker_of, self._log_dir.glob("*.log")), key=natural))
 
     async def close(self) -> None:
         """Let go of everything and leave the workers alone."""
@@ -317,6 +331,11 @@ async def _end_of(instance: Instance) -> ExitRecord | None:
             return await instance.exited()
     except TimeoutError:
         return None
+
+
+def worker_of(log: Path) -> str:
+    """Return the worker whose output is in this file; see ``Processes.log_path``."""
+    return log.name.removesuffix(".log")
 
 
 def marked_in(runtime_dir: Path) -> set[str]:

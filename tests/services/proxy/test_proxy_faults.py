@@ -711,7 +711,7 @@ def test_running_out_of_file_descriptors_is_survived(tmp_path: Path) -> None:
                 sock = socket.socket(socket.AF_UNIX)
                 sock.setblocking(False)
                 socks.append(sock)
-                while sock.connect_ex(str(ready)) == errno.EAGAIN:  # the kernel's queue is full; it is short there
+                while sock.connect_ex(str(ready)) == errno.EAGAIN:  # noqa: ASYNC110 - the kernel's queue is full
                     await asyncio.sleep(0.001)
             await asyncio.sleep(0.5)
             ticks = cpu_ticks(process.pid)
