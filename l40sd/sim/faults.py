@@ -29,6 +29,7 @@ FAULTS: dict[str, tuple[float, str]] = {
     "slow-metrics": (60, "answers scrapes this many seconds late"),
     "error": (inf, "answers this many requests with 500"),
     "half-response": (inf, "ends this many replies in the middle"),
+    "half-event": (inf, "ends this many streams within an event"),
     "bad-chunk": (inf, "breaks the chunks of this many replies"),
     "reset": (inf, "resets the connection of this many replies after their first bytes"),
     "ignore-term": (1, "takes no notice of SIGTERM"),
