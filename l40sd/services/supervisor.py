@@ -24,6 +24,7 @@ from l40sd.core.lifecycle import Event, Goal, Phase
 from l40sd.core.messages import OperationStatus, plain
 from l40sd.core.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
 from l40sd.core.naming import natural
+from l40sd.core.outliers import Peer
 from l40sd.core.pace import bound_back_s, bound_s, slowest
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
@@ -72,6 +73,7 @@ class Supervisor:
         self.failed_turns = 0
         self._log = tools.log
         tools.changed = self._wake.set
+        tools.peers = self._peers
 
     # -- what is wanted --------------------------------------------------------------------------------------------
 
@@ -221,10 +223,11 @@ class Supervisor:
         """Sentences on what is not as it is wanted and will not become so by itself."""
         given_up = (Phase.STUCK, Phase.QUARANTINED, Phase.FAILED)
         workers = (f"{w.id} is {w.phase}: {w.reason}" for w in self.workers.values() if w.phase in given_up)
+        failing = (f"{w.id}: {w.concern}" for w in self.workers.values() if w.concern)
         refused = (
             f"the system refuses what is needed to go on, again and again: {self._refused}" if self._refused else ""
         )
-        return (*filter(None, [self._trouble, refused]), *workers)
+        return (*filter(None, [self._trouble, refused]), *workers, *failing)
 
     # -- turns -----------------------------------------------------------------------------------------------------
 
@@ -478,6 +481,11 @@ class Supervisor:
                     worker.post(Event.UNDRAIN)
                 case _:
                     pass
+
+    def _peers(self, worker_id: WorkerId) -> list[Peer]:
+        model = self.workers[worker_id].wanted.placement.model if worker_id in self.workers else None
+        equals = (w for w in self.workers.values() if w.wanted.placement.model == model and w.id != worker_id)
+        return [peer for w in equals if (peer := w.as_peer()) is not None]
 
     def on_request_failure(self, worker_id: WorkerId, _kind: str) -> None:
         """A request could not be served by this worker: it has a look at itself."""

@@ -149,7 +149,7 @@ class Api:
         if self._has_died():
             await reply.error(500, "EngineCore encountered an issue.", "EngineDeadError")
             return
-        if self._faults.strikes("error"):
+        if self._faults.strikes("error") or (tokens > 1 and self._faults.strikes("error-but-one")):
             await reply.error(500, "failed, as told", "internal_error")
             return
         broken = next((name for name in BREAKS if asked.get("simulate") == name or self._faults.strikes(name)), "")

@@ -28,6 +28,7 @@ FAULTS: dict[str, tuple[float, str]] = {
     "slow-health": (60, "answers health probes this many seconds late"),
     "slow-metrics": (60, "answers scrapes this many seconds late"),
     "error": (inf, "answers this many requests with 500"),
+    "error-but-one": (inf, "answers this many requests with 500, but not those for one token"),
     "half-response": (inf, "ends this many replies in the middle"),
     "half-event": (inf, "ends this many streams within an event"),
     "bad-chunk": (inf, "breaks the chunks of this many replies"),
