@@ -59,7 +59,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
         click.echo(f"{path}: good")
         return
     handover.hold_signals()  # until there is somebody to answer them: a stop in mid start is a stop of the workers too
-    events = Events(loaded.config.daemon.events_kept)
+    events = Events(loaded.config.daemon.events_kept, loaded.config.daemon.request_events_kept)
     log.configure(loaded.config.daemon.log_level, on_event=events.add)
     try:
         ending = run_to_its_end(path, loaded, events)
@@ -116,6 +116,7 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         lock_path = runtime_dir / "l40sd.lock"
         lock = DaemonLock.resume(lock_path, kept.lock) if kept else DaemonLock.acquire(lock_path)
         stack.callback(lock.release)
+        stack.callback(events.close)
         # 2. The endpoint listens before anything slow: requests wait, none is refused, and connections that the daemon
         # before us in this process had go on.
         routes = Routes(queue_limit=config.proxy.queue_limit, in_flight_limit=config.proxy.in_flight_limit)

@@ -19,11 +19,13 @@ from l40sd import log
 from l40sd.adapters import configfiles, handover, systemd
 from l40sd.adapters.apikeys import read_keys
 from l40sd.adapters.clock import now_s
+from l40sd.adapters.eventfile import EventFile
 from l40sd.adapters.lock import DaemonLock
 from l40sd.adapters.ports import PortPool
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Processes
 from l40sd.adapters.store import Store
+from l40sd.adapters.workerkeys import WorkerKeys
 from l40sd.core import configshow
 from l40sd.core.config import Config, in_force
 from l40sd.core.configfile import Loaded, load
@@ -51,6 +53,7 @@ CHECK_TIMEOUT_S = 20.0
 PASSED_ON = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "HF_HOME", "CUDA_HOME")
 """What workers see of the daemon's own environment; the rest is theirs to be given in the configuration."""
 STATE_VERSION = 1
+EVENTS_NAME = "events.ndjson"  # in log_dir; a worker's output is in NAME.log
 
 
 async def run_workers(
@@ -71,6 +74,11 @@ async def run_workers(
     logger = structlog.get_logger()
     runtime_dir = Path(config.daemon.runtime_dir)
     async with AsyncExitStack() as stack:
+        # 0. What happened before, and where what happens now is remembered.
+        event_file = EventFile(
+            Path(config.daemon.log_dir) / EVENTS_NAME, config.daemon.events_kept, handover.hold_signals
+        )
+        events.resume(await asyncio.to_thread(event_file.read), event_file)
         # 1. What the host is made of.
         host = await Host.open(config.host)
         stack.push_async_callback(host.close)
@@ -86,6 +94,7 @@ async def run_workers(
             host=host,
             processes=processes,
             ports=PortPool(workers.host, workers.port_first, workers.port_last),
+            keys=WorkerKeys(Path(config.daemon.state_dir) / "worker-keys"),
             prober=prober,
             routes=routes,
             facts=await host.facts(config),
@@ -98,6 +107,7 @@ async def run_workers(
             tools, config, Store(Path(config.daemon.state_dir) / "state.json", version=STATE_VERSION)
         )
         routes.on_failure = supervisor.on_request_failure
+        routes.on_doubt = supervisor.is_ending
         async with asyncio.timeout(ADOPT_TIMEOUT_S):
             adoption = await processes.adopt()
         await supervisor.begin(adoption)
@@ -324,10 +334,13 @@ class Daemon:
         """Now and then: what nobody else notices."""
         while True:
             await asyncio.sleep(TICK_S)
-            await control.rebind_if_lost()
-            self._keep_lock()
-            await self._supervisor.store.retry()
-            self.notifier.status(self.summary())
+            try:
+                await control.rebind_if_lost()
+                self._keep_lock()
+                await self._supervisor.store.retry()
+                self.notifier.status(self.summary())
+            except OSError as error:  # no file descriptor is left, say: the next time comes soon
+                self._log.error("daemon.look_failed", reason=str(error))
 
     def _keep_lock(self) -> None:
         """Without the lock's file the shims would take this daemon for dead, and the next one would not see it."""

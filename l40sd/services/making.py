@@ -1,8 +1,12 @@
 """What a worker's process is made of (launch, environment, write-ahead record), and what forbids making it."""
 
+import asyncio
 import secrets
 import shutil
+from pathlib import Path
 
+from l40sd.adapters import caches
+from l40sd.adapters.clock import wall_time_s
 from l40sd.adapters.process import InstanceSpec
 from l40sd.core import launch as launching
 from l40sd.core.config import Config
@@ -12,6 +16,10 @@ from l40sd.core.messages import plain
 from l40sd.core.model import InstanceId, ModelFacts, Placement
 from l40sd.core.plan import Wanted
 from l40sd.services.tools import Tools
+from l40sd.shim import leavings
+
+TEMPORARY_PATH_LIMIT = 60
+"""Engines make sockets in it and call them by UUIDs, 36 characters; a socket's path has at most 107."""
 
 
 def launch_of(placement: Placement, config: Config, tools: Tools, *, port: int = 0, api_key: str = "") -> Launch:
@@ -51,14 +59,34 @@ def refuse_misconfigured(wanted: Wanted, config: Config, tools: Tools) -> None:
             )
 
 
+async def with_cache(launch: Launch, config: Config, tools: Tools) -> Launch:
+    """Return the launch with the folder in place for what its engine compiles; without one where there can be none."""
+    if not launch.cache:
+        return launch
+    in_use = {str(meta["cache"]) for meta in tools.processes.metas() if meta.get("cache")}
+    why = await asyncio.to_thread(
+        caches.prepare,
+        Path(launch.cache),
+        limit_bytes=config.workers.cache_limit_bytes,
+        in_use={Path(each).name for each in in_use},
+        now_s=wall_time_s(),
+    )
+    if not why:
+        return launch
+    tools.log.warning("worker.no_cache", worker=launch.worker, reason=why)
+    return launching.without_cache(launch)
+
+
 def spec_of(launch: Launch, wanted: Wanted, config: Config, tools: Tools) -> InstanceSpec:
     """Return the write-ahead record; ``meta`` is what the next daemon needs to adopt the process."""
     worker, workers = wanted.placement.worker, config.workers
+    run, env = secrets.token_hex(5), environment_of(launch, tools)
     return InstanceSpec(
-        instance=InstanceId(f"{worker}-{secrets.token_hex(5)}"),
+        instance=InstanceId(f"{worker}-{run}"),
         worker=worker,
         argv=launch.argv,
-        env=environment_of(launch, tools),
+        env=env,
+        tmp=temporary_folder(env.get("TMPDIR", "/tmp"), run),
         term_to=launch.term_to,
         term_timeout_s=launch.term_timeout_s,
         orphan_grace_s=config.daemon.orphan_grace_s,
@@ -69,9 +97,16 @@ def spec_of(launch: Launch, wanted: Wanted, config: Config, tools: Tools) -> Ins
             "port": launch.port,
             "api_key": launch.api_key,
             "fingerprint": wanted.fingerprint,
+            "cache": launch.cache,
             "placement": plain(wanted.placement),
         },
     )
+
+
+def temporary_folder(place: str, run: str) -> str:
+    """Return the folder that one run gets below the usual one; empty where its sockets' paths would be too long."""
+    path = f"{place.rstrip('/')}/{leavings.FOLDER}{run}"
+    return path if len(path) <= TEMPORARY_PATH_LIMIT else ""
 
 
 def environment_of(launch: Launch, tools: Tools) -> dict[str, str]:

@@ -268,6 +268,21 @@ async def test_it_crashes_after_so_many_requests() -> None:
         assert await running.exit_code() == 1
 
 
+async def test_it_exits_at_a_poisoned_request_and_at_no_other() -> None:
+    async with engine("--fault", "poison=3") as running:
+        assert await running.status() == 200
+        with pytest.raises(aiohttp.ClientError):
+            await running.status(prompt="a poisoned one")
+        assert await running.exit_code() == 3
+
+
+async def test_with_a_dead_core_it_says_so_and_exits_a_moment_later() -> None:
+    async with engine("--fault", "dead-core=0.5") as running:
+        assert await running.status() == 500
+        assert await running.get("/health") == 503
+        assert await running.exit_code() == 1
+
+
 async def test_an_unknown_fault_is_refused_with_the_known_ones() -> None:
     async with process("--fault", "hang") as running:
         assert b"hang-after" in await running.line(b"no fault 'hang'")
@@ -319,7 +334,13 @@ async def test_it_is_slow_to_say_that_it_is_well() -> None:
 
 @pytest.mark.parametrize("is_stream", [True, False])
 @pytest.mark.parametrize(
-    ("fault", "last"), [("half-response", b""), ("bad-chunk", b"zz\r\nnot a chunk\r\n"), ("reset", None)]
+    ("fault", "last"),
+    [
+        ("half-response", b""),
+        ("half-event", b'"delta": {"content": "\xc3'),
+        ("bad-chunk", b"zz\r\nnot a chunk\r\n"),
+        ("reset", None),
+    ],
 )
 async def test_it_breaks_so_many_replies_and_no_more(fault: str, last: bytes | None, is_stream: bool) -> None:
     """Read byte by byte: a client library might mend, or miss, what is broken."""
