@@ -8,7 +8,6 @@ import errno
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 import click
 from click.shell_completion import get_completion_class
@@ -34,12 +33,13 @@ from l40sd.cli_base import (
 )
 from l40sd.cli_change import restart, switch_pattern
 from l40sd.cli_config import config
-from l40sd.cli_follow import wait
+from l40sd.cli_follow import events, logs
 from l40sd.cli_grid import Window
 from l40sd.cli_layout import patterns_view
-from l40sd.cli_status import checks_view, event_line, status_view, worker_view
+from l40sd.cli_status import checks_view, status_view, worker_view
 from l40sd.cli_streams import NO_READER, abandon, settle
 from l40sd.cli_topology import topology
+from l40sd.cli_wait import wait
 from l40sd.client import UNREACHABLE, worker_path
 from l40sd.core.errors import L40sError
 from l40sd.core.messages import Check, PatternView, Status, encode
@@ -107,6 +107,8 @@ cli.add_command(wait)
 cli.add_command(restart)
 cli.add_command(topology)
 cli.add_command(config)
+cli.add_command(events)
+cli.add_command(logs)
 
 
 @cli.command()
@@ -193,38 +195,6 @@ def _worker_command(verb: str, doing: str, text: str) -> None:
 _worker_command("drain", "drains", "Send each WORKER no more requests until undrain; it stays up.")
 _worker_command("undrain", "receives requests again", "Send each drained WORKER requests again.")
 _worker_command("reset", "failures forgotten", "Forget each WORKER's failures and start it at once.")
-
-
-@cli.command()
-@click.argument("worker", shell_complete=complete_worker)
-@click.option("--follow", "-f", is_flag=True, help="Go on until Ctrl-C, over restarts of the worker.")
-@click.option("--lines", "-n", type=click.IntRange(0), default=100, show_default=True, help="Begin so many lines back.")
-@common
-@click.pass_obj
-def logs(session: Session, worker: str, lines: int, *, follow: bool) -> None:
-    """Print the WORKER's output."""
-    known_workers(session, [worker])
-    query = {"tail": lines} | ({"follow": 1} if follow else {})
-    with suppress(KeyboardInterrupt):
-        for data in session.client.stream(worker_path(worker, "logs"), **query):
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
-
-
-@cli.command()
-@click.option("--follow", "-f", is_flag=True, help="Go on until Ctrl-C.")
-@click.option("--since", type=click.IntRange(0), default=0, metavar="SEQ", help="Only what came after this number.")
-@common
-@click.pass_obj
-def events(session: Session, since: int, *, follow: bool) -> None:
-    """Print what happened, oldest first.
-
-    With -o json: one object a line.
-    """
-    query = {"since": since} | ({"follow": 1} if follow else {})
-    with suppress(KeyboardInterrupt):
-        for event in session.client.events(**query):
-            session.show(event, event_line(event))
 
 
 @cli.command()

@@ -6,8 +6,8 @@ from fnmatch import fnmatchcase
 import click
 
 from l40sd.cli_base import EXIT_FAILED, Session, common, complete_pattern, complete_worker, leave, unknown_worker
-from l40sd.cli_follow import begin
 from l40sd.cli_layout import preview_view, warnings_of
+from l40sd.cli_wait import begin
 from l40sd.client import worker_path
 from l40sd.core.errors import L40sError
 from l40sd.core.messages import Accepted, ChangePreview, PatternRequest, RestartRequest, WorkerStatus, encode

@@ -1,13 +1,14 @@
 """Status, workers, events, doctor: records of the control API -> what a terminal shows."""
 
 from collections.abc import Sequence
+from datetime import datetime
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from l40sd.cli_grid import Column, Flow, Grid, Row
 from l40sd.core.lifecycle import Phase
-from l40sd.core.messages import Check, Event, GpuStatus, OperationStatus, Status, WorkerStatus
+from l40sd.core.messages import Check, Event, GpuStatus, LastEnd, OperationStatus, Status, WorkerStatus
 
 PHASE_STYLES = {
     Phase.WAITING: "cyan",
@@ -81,6 +82,7 @@ def worker_view(worker: WorkerStatus) -> RenderableType:
         ("served", _count(worker.served, "request")),
         ("restarts", str(worker.restarts)),
         ("up for", "" if worker.ready_s is None else span(worker.ready_s)),
+        ("last end", "" if worker.last_end is None else _end(worker.last_end)),
     ]
     rows = [Row((Text(" "), Text(name, style="dim"), text)) for name, text in facts if _plain(text)]
     parts: list[RenderableType] = [
@@ -126,6 +128,8 @@ def event_line(event: Event) -> Text:
     line.append(f"{event.level:<8}", style=LEVEL_STYLES.get(event.level, ""))
     line.append(f"{event.event:<22}", style="bold")
     for key, value in event.data.items():
+        if value is None:
+            continue
         shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         line.append(f" {key}=", style="cyan").append(printable(shown))
     return line
@@ -247,9 +251,19 @@ def _gpu_lines(gpus: Sequence[GpuStatus]) -> list[RenderableType]:
     return [line, *memory] if gpus else []
 
 
+def _end(end: LastEnd) -> str:
+    """Return how a run ended: ``11-23 21:04:43 after 3 min 5 s: ended by signal 9; no token for 120 s``."""
+    when = f"{_clock(end.at)} " if end.at else ""
+    ran = f"after {span(end.ran_s)}" if end.ran_s else "after an unknown time"
+    return f"{when}{ran}: {end.how}" + (f"; {end.why}" if end.why else "")
+
+
 def _clock(time: str) -> str:
-    """Return an ISO time without its date's century and its fraction: ``11-23 21:04:43``."""
-    return time[5:19].replace("T", " ")
+    """Return an ISO time as this machine's clock shows it, without year and fraction: ``11-23 21:04:43``."""
+    try:
+        return datetime.fromisoformat(time).astimezone().strftime("%m-%d %H:%M:%S")
+    except ValueError:  # a daemon of another version
+        return time
 
 
 def _count(count: int, noun: str) -> str:

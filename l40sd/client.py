@@ -11,7 +11,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from l40sd.core.errors import L40sError
-from l40sd.core.messages import ErrorBody, Event, decode, encode
+from l40sd.core.messages import ErrorBody, Event, LogPart, decode, encode
 
 T = TypeVar("T")
 
@@ -88,12 +88,19 @@ class Client:
 
     def events(self, **query: object) -> Iterator[Event]:
         """Yield events as they come; see ``stream``."""
+        return self._records("/v1/events", Event, query)
+
+    def log(self, worker: str, **query: object) -> Iterator[LogPart]:
+        """Yield a worker's output as it comes, each part with the position to go on from; see ``stream``."""
+        return self._records(worker_path(worker, "logs"), LogPart, {**query, "follow": 1, "parts": 1})
+
+    def _records(self, path: str, kind: type[T], query: Mapping[str, object]) -> Iterator[T]:
         rest = b""
-        for data in self.stream("/v1/events", **query):
+        for data in self.stream(path, **query):
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 if line:
-                    yield self._decoded(Event, line, "/v1/events")
+                    yield self._decoded(kind, line, path)
 
     def _call(
         self,

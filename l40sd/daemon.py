@@ -115,6 +115,7 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         lock_path = runtime_dir / "l40sd.lock"
         lock = DaemonLock.resume(lock_path, kept.lock) if kept else DaemonLock.acquire(lock_path)
         stack.callback(lock.release)
+        stack.callback(events.close)
         # 2. The endpoint listens before anything slow: requests wait, none is refused, and connections that the daemon
         # before us in this process had go on.
         routes = Routes(queue_limit=config.proxy.queue_limit, in_flight_limit=config.proxy.in_flight_limit)

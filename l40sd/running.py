@@ -8,7 +8,9 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Collection
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -17,16 +19,18 @@ from l40sd import log
 from l40sd.adapters import configfiles, handover, systemd
 from l40sd.adapters.apikeys import read_keys
 from l40sd.adapters.clock import now_s
+from l40sd.adapters.eventfile import EventFile
 from l40sd.adapters.lock import DaemonLock
 from l40sd.adapters.ports import PortPool
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Processes
 from l40sd.adapters.store import Store
 from l40sd.core import configshow
-from l40sd.core.config import Config
+from l40sd.core.config import Config, in_force
 from l40sd.core.configfile import Loaded, load
 from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.core.errors import L40sError
+from l40sd.core.keyfile import key_changes
 from l40sd.core.lifecycle import Phase
 from l40sd.core.messages import Status
 from l40sd.core.naming import natural
@@ -48,6 +52,7 @@ CHECK_TIMEOUT_S = 20.0
 PASSED_ON = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "HF_HOME", "CUDA_HOME")
 """What workers see of the daemon's own environment; the rest is theirs to be given in the configuration."""
 STATE_VERSION = 1
+EVENTS_NAME = "events.ndjson"  # in log_dir; a worker's output is in NAME.log
 
 
 async def run_workers(
@@ -68,6 +73,11 @@ async def run_workers(
     logger = structlog.get_logger()
     runtime_dir = Path(config.daemon.runtime_dir)
     async with AsyncExitStack() as stack:
+        # 0. What happened before, and where what happens now is remembered.
+        event_file = EventFile(
+            Path(config.daemon.log_dir) / EVENTS_NAME, config.daemon.events_kept, handover.hold_signals
+        )
+        events.resume(await asyncio.to_thread(event_file.read), event_file)
         # 1. What the host is made of.
         host = await Host.open(config.host)
         stack.push_async_callback(host.close)
@@ -95,6 +105,7 @@ async def run_workers(
             tools, config, Store(Path(config.daemon.state_dir) / "state.json", version=STATE_VERSION)
         )
         routes.on_failure = supervisor.on_request_failure
+        routes.on_doubt = supervisor.is_ending
         async with asyncio.timeout(ADOPT_TIMEOUT_S):
             adoption = await processes.adopt()
         await supervisor.begin(adoption)
@@ -126,7 +137,8 @@ class Daemon:
     ) -> None:
         self.notifier = notifier
         self._path = path
-        self._loaded = loaded
+        self._loaded = loaded  # its config is the one in force
+        self._started = loaded.config
         self._supervisor = supervisor
         self._proxy = proxy
         self._lock = lock
@@ -202,21 +214,20 @@ class Daemon:
         """
         self.notifier.reloading()
         try:
-            loaded = load(configfiles.read(self._path))
-            changed = list(configshow.diff(self._loaded.config, loaded.config))
-            keys = read_keys(loaded.config.proxy.api_keys_file)
-            changed += await self._reconfigure(loaded.config, forget_gpus=forget_gpus)
+            fresh = load(configfiles.read(self._path))
+            config = in_force(self._started, fresh.config)
+            keys = read_keys(config.proxy.api_keys_file)
+            changed = self._differences(fresh.config, keys)
+            changed += await self._reconfigure(config, forget_gpus=forget_gpus)
         except L40sError as error:
             self._log.error("config.reload.failed", reason=str(error))
             raise
         finally:
             self.notifier.ready(self.summary())
-        self._loaded = loaded
-        self._proxy.configure(loaded.config.proxy)
+        self._loaded = replace(fresh, config=config)
+        self._proxy.configure(config.proxy)
         self._proxy.set_api_keys(keys)
-        proxy = loaded.config.proxy
-        self._supervisor.tools.routes.configure(queue_limit=proxy.queue_limit, in_flight_limit=proxy.in_flight_limit)
-        log.set_level(loaded.config.daemon.log_level)
+        log.set_level(config.daemon.log_level)
         self._log.info("config.reloaded", changed=changed)
         return changed
 
@@ -321,10 +332,13 @@ class Daemon:
         """Now and then: what nobody else notices."""
         while True:
             await asyncio.sleep(TICK_S)
-            await control.rebind_if_lost()
-            self._keep_lock()
-            await self._supervisor.store.retry()
-            self.notifier.status(self.summary())
+            try:
+                await control.rebind_if_lost()
+                self._keep_lock()
+                await self._supervisor.store.retry()
+                self.notifier.status(self.summary())
+            except OSError as error:  # no file descriptor is left, say: the next time comes soon
+                self._log.error("daemon.look_failed", reason=str(error))
 
     def _keep_lock(self) -> None:
         """Without the lock's file the shims would take this daemon for dead, and the next one would not see it."""
@@ -339,8 +353,13 @@ class Daemon:
                 self._log.error("daemon.lock_lost", reason=str(error))
 
     def _config_diff(self) -> str:
+        """Return what a reload would say and change."""
         fresh = load(configfiles.read(self._path)).config
-        return "\n".join(configshow.diff(self._loaded.config, fresh))
+        return "\n".join(self._differences(fresh, read_keys(fresh.proxy.api_keys_file)))
+
+    def _differences(self, fresh: Config, keys: Collection[str]) -> list[str]:
+        """Return how files that were just read differ from what is in force."""
+        return [*configshow.diff(self._loaded.config, fresh), *key_changes(self._proxy.api_keys, keys)]
 
 
 def own_python() -> str:

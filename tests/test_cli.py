@@ -16,8 +16,8 @@ import canned
 import pytest
 from fakecontrol import FakeControl, refusal, serving
 
-from l40sd import cli, cli_follow, cli_status
-from l40sd.core.messages import Check, OperationStatus, encode
+from l40sd import cli, cli_status, cli_wait
+from l40sd.core.messages import Check, LastEnd, LogPart, OperationStatus, encode
 
 HOST_FILES = Path(cli.__file__).parent / "sim" / "hosts"
 
@@ -127,6 +127,23 @@ def test_logs_reach_stdout_byte_for_byte(fake: FakeControl, capfdbinary: pytest.
     assert fake.asked[-1][0] == "GET /v1/workers/smollm2-gpu0-1/logs?tail=2"
 
 
+def test_events_are_asked_for_by_number_time_and_worker(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    Run(fake, capfd, "events", "-n", "5", "--worker", "smollm2-gpu0-1")
+    assert fake.asked[-1][0] == "GET /v1/events?worker=smollm2-gpu0-1&last=5"
+    Run(fake, capfd, "events", "--since", "10 min")
+    assert re.fullmatch(r"GET /v1/events\?after=20\d\d-\d\d-\d\dT.*", fake.asked[-1][0])
+    run = Run(fake, capfd, "events", "--since", "yesterday")
+    assert (run.code, '"yesterday" is no time' in run.err) == (2, True)
+
+
+def test_a_workers_last_end_is_told(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    """Why it had been restarted was known to the journal only."""
+    end = LastEnd(how="ended by signal 9", why="no token for 120 s", at="2026-11-23T21:04:43+00:00", ran_s=185.2)
+    fake.answers["GET /v1/workers"] = (200, (replace(canned.WORKERS[0], last_end=end),))
+    run = Run(fake, capfd, "status", "smollm2-gpu0-1")
+    assert re.search(r"last end +11-2\d \d\d:04:43 after 3 min 5 s: ended by signal 9; no token for 120 s\n", run.out)
+
+
 def test_a_workers_last_lines_cannot_drive_the_terminal(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
     run = Run(fake, capfd, "status", "smollm2-gpu6-7")
     assert "CUDA error: out of memory" in run.out
@@ -190,7 +207,7 @@ def test_a_worker_that_does_not_serve_ends_with_3(fake: FakeControl, capfd: pyte
     assert Run(fake, capfd, "status", "smollm2-gpu6-7", "-o", "json").code == 3
 
 
-@pytest.mark.parametrize("command", ["status", "logs", "restart", "drain", "undrain", "reset"])
+@pytest.mark.parametrize("command", ["status", "restart", "drain", "undrain", "reset"])
 def test_an_unknown_worker_ends_with_4_and_the_nearest_name(
     fake: FakeControl, capfd: pytest.CaptureFixture[str], command: str
 ) -> None:
@@ -415,7 +432,7 @@ def test_a_timeout_leaves_the_change_running(fake: FakeControl, capfd: pytest.Ca
 def test_a_change_that_outlives_its_daemon_is_followed_at_the_next_one(
     fake: FakeControl, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli_follow, "POLL_S", 0.0)
+    monkeypatch.setattr(cli_wait, "POLL_S", 0.0)
     unknown = refusal(404, "unknown_operation", "no operation op1")
     fake.answers["GET /v1/operations/op1"] = [(200, canned.OPERATION), unknown]
     carried_on = replace(canned.OPERATION, id="op2")
@@ -508,6 +525,33 @@ def test_a_watch_on_a_low_terminal_says_how_much_it_hides(fake: FakeControl) -> 
     whole = terminal.text[terminal.text.rindex("\x1b[?1049l") :]  # printed once more when it ends
     assert hidden is not None
     assert int(hidden[1]) == len(whole.strip().splitlines()) - 11
+
+
+def test_following_goes_on_at_the_next_daemon(fake: FakeControl) -> None:
+    """A restart of the daemon ended `events -f` and `logs -f`."""
+    first, second = canned.EVENTS
+    fake.answers["GET /v1/events"] = [
+        (200, encode(first) + b"\n"),
+        refusal(500, "unreachable", "gone"),  # as the client calls it when the socket is silent
+        (200, encode(second) + b"\n"),
+        (200, b""),
+    ]
+    terminal = Terminal(fake, "events", "-f", "-n", "1", NO_COLOR="1", COLUMNS="200")
+    terminal.read_until("l40sd is back")
+    terminal.read_until(second.event)
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 0
+    targets = [target for target, _ in fake.asked if target.startswith("GET /v1/events")]
+    assert targets[:3] == ["GET /v1/events?follow=1&last=1", *["GET /v1/events?follow=1&since=1"] * 2]
+    fake.answers["GET /v1/workers/m/logs"] = [
+        (200, encode(LogPart(text="one\n", position="7:4")) + b"\n"),
+        (200, encode(LogPart(text="two\n", position="7:8")) + b"\n"),
+    ]
+    terminal = Terminal(fake, "logs", "m", "-f")
+    terminal.read_until("two")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.end()
+    assert "GET /v1/workers/m/logs?from=7%3A4&follow=1&parts=1" in [target for target, _ in fake.asked]
 
 
 def test_ctrl_c_leaves_a_change_running_and_says_so(fake: FakeControl) -> None:

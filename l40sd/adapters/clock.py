@@ -2,6 +2,7 @@
 
 import time
 from datetime import datetime
+from functools import cache
 
 from l40sd.shim import tree
 
@@ -21,6 +22,7 @@ def wall_time_iso() -> str:
     return datetime.now().astimezone().isoformat(timespec="milliseconds")
 
 
+@cache
 def boot_id() -> str:
-    """Return the kernel's id of this boot."""
+    """Return the kernel's id of this boot; read once, for it stays, and a file descriptor may not be there later."""
     return tree.boot_id()

@@ -7,12 +7,15 @@ compares the two. ``option(default, doc, ...)`` carries what TOML and the error 
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar
 
 from l40sd.core.model import ModelName, Pattern
 
 BUILT_IN_ENGINES = ("vllm", "sglang", "tensorrt-llm", "llama-cpp", "torchrun", "simulated", "external")
+NEXT_DAEMON = "needs a restart: `systemctl restart l40sd`"
+NEXT_START = "seen by each worker when it is started next"
+
 BUILT_IN_PATTERNS = ("A", "B", "C", "D")
 EXTERNAL = "external"
 
@@ -25,12 +28,16 @@ def option(
     most: float | None = None,
     choices: tuple[str, ...] = (),
     restart: bool = False,
+    later: str = "",
 ) -> Any:
     """Return a dataclass field with its documentation and bounds (both inclusive) in the metadata.
 
-    ``restart``: a change is seen only by the next daemon, a reload leaves it alone.
+    Args:
+        restart: A change is seen only by the next daemon: what is in force stays until then, see ``in_force``.
+        later: When a change is seen, in words, where it is not seen at once.
     """
-    metadata = {"doc": doc, "least": least, "most": most, "choices": choices, "restart": restart}
+    later = later or (NEXT_DAEMON if restart else "")
+    metadata = {"doc": doc, "least": least, "most": most, "choices": choices, "restart": restart, "later": later}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -48,6 +55,7 @@ class Option:
     most: float | None
     choices: tuple[str, ...]
     restart: bool
+    later: str = ""
 
 
 def options_of(record: type) -> tuple[Option, ...]:
@@ -73,7 +81,11 @@ def slug(name: str) -> str:
 class DaemonConfig:
     """``[daemon]``: where things live and what is applied first."""
 
-    pattern: str = option("A", "applied at the first start; afterwards the last applied pattern is kept")
+    pattern: str = option(
+        "A",
+        "applied at the first start; afterwards the last applied pattern is kept",
+        later="for a first start only: `l40sctl switch-pattern` changes it now",
+    )
     state_dir: str = option("/var/lib/l40sd", "what is wanted, kept over reboots", restart=True)
     runtime_dir: str = option("/run/l40sd", "instances, lock and control socket; gone after a reboot", restart=True)
     log_dir: str = option("/var/log/l40sd", "the workers' output", restart=True)
@@ -83,7 +95,11 @@ class DaemonConfig:
     )
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
     orphan_grace_s: float = option(
-        600.0, "workers of a daemon gone for longer than this stop themselves", least=1, most=7 * 86400
+        600.0,
+        "workers of a daemon gone for longer than this stop themselves",
+        least=1,
+        most=7 * 86400,
+        later=NEXT_START,
     )
     provider: str = option(
         "auto",
@@ -130,8 +146,16 @@ class HostConfig:
 class ProxyConfig:
     """``[proxy]``: the endpoint."""
 
-    listen: tuple[str, ...] = option(("127.0.0.1:8080",), "host:port or unix:/path, any number", restart=True)
+    listen: tuple[str, ...] = option(
+        ("127.0.0.1:8080",),
+        "host:port or unix:/path, any number",
+        restart=True,
+        later=f"{NEXT_DAEMON}; an address that l40sd.socket holds is changed there as well, then stop and start",
+    )
     api_keys_file: str = option("", "one key a line, # comments; empty: everybody may ask")
+    cors_origins: tuple[str, ...] = option(
+        (), "web pages that may use it from a browser: https://host, http://host:port or *; none: CORS is off"
+    )
     queue_limit: int = option(1000, "requests that may wait for a worker, per model", least=0, most=1_000_000)
     queue_timeout_s: float = option(120.0, "longest wait for a worker, then 503", least=0, most=86400)
     in_flight_limit: int = option(
@@ -172,9 +196,9 @@ class WorkersConfig:
     env: Mapping[str, str] = option(
         {}, "added to every worker's environment, e.g. NCCL_*, HF_HOME; models' own goes first"
     )
-    host: str = option("127.0.0.1", "address that workers listen on")
-    port_first: int = option(30000, "first port given to workers", least=1024, most=65535)
-    port_last: int = option(30999, "last port given to workers", least=1024, most=65535)
+    host: str = option("127.0.0.1", "address that workers listen on", restart=True)
+    port_first: int = option(30000, "first port given to workers", least=1024, most=65535, restart=True)
+    port_last: int = option(30999, "last port given to workers", least=1024, most=65535, restart=True)
     start_parallel: int = option(2, "workers that may be starting at once", least=1, most=64)
     min_ready: float = option(
         0.5,
@@ -185,7 +209,9 @@ class WorkersConfig:
     drain_timeout_s: float = option(
         120.0, "a drained worker is stopped after this even with requests in flight", least=0, most=86400
     )
-    term_timeout_s: float = option(20.0, "from SIGTERM to the kill of the whole process tree", least=0.1, most=3600)
+    term_timeout_s: float = option(
+        20.0, "from SIGTERM to the kill of the whole process tree", least=0.1, most=3600, later=NEXT_START
+    )
     kill_timeout_s: float = option(10.0, "from the kill until a worker counts as stuck", least=0.1, most=600)
     spawn_timeout_s: float = option(10.0, "for a worker's shim to report its engine's pid", least=0.1, most=300)
     gpu_free_timeout_s: float = option(
@@ -206,16 +232,24 @@ class WorkersConfig:
     )
     quarantine_per_hour: int = option(6, "restarts within an hour, then the same", least=1, most=1000)
     healthy_after_s: float = option(600.0, "healthy for this long clears the record of failures", least=0, most=86400)
-    log_file_bytes: int = option(16 << 20, "size of one file of a worker's output", least=4096, most=1 << 34)
-    log_files: int = option(4, "files kept of a worker's output", least=1, most=100)
+    log_file_bytes: int = option(
+        16 << 20, "size of one file of a worker's output", least=4096, most=1 << 34, later=NEXT_START
+    )
+    log_files: int = option(4, "files kept of a worker's output", least=1, most=100, later=NEXT_START)
     pids_limit: int = option(
-        4096, "processes and threads of one worker, where cgroups allow it", least=16, most=1_000_000
+        4096,
+        "processes and threads of one worker, where cgroups allow it",
+        least=16,
+        most=1_000_000,
+        later=NEXT_START,
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthConfig:
     """``[health]``: has it come up, may it receive requests, is it making tokens."""
+
+    LATER: ClassVar[str] = NEXT_START
 
     probe_interval_s: float = option(2.0, "between two readiness probes", least=0.05, most=300)
     probe_timeout_s: float = option(2.0, "for one readiness probe", least=0.05, most=300)
@@ -241,6 +275,19 @@ class HealthConfig:
         60.0, "an idle worker is asked for one token this often; 0: never", least=0, most=86400
     )
     canary_timeout_s: float = option(60.0, "for that token", least=0.1, most=3600)
+    eject_failures: int = option(
+        5, "requests failed in a row, or most of so many of late: no more for a while; 0: never", least=0, most=10_000
+    )
+    eject_share: float = option(0.5, "most: this share of the requests of late", least=0.05, most=1)
+    eject_half_life_s: float = option(10.0, "a request that ended so long ago counts half", least=0.1, most=3600)
+    eject_first_s: float = option(
+        10.0, "out for this long, doubling each time it comes back no better", least=0.1, most=3600
+    )
+    eject_limit_s: float = option(300.0, "longest time out", least=0.1, most=86400)
+    eject_out_share: float = option(
+        0.5, "no more of a model's live workers than this are out at once, and never the last", least=0, most=1
+    )
+    slow_start_s: float = option(30.0, "its share of the requests grows this long when it is back", least=0, most=3600)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +310,7 @@ class EngineConfig:
         "who gets SIGTERM: engine (the process that ends its others), or the whole process group; empty: as built in",
         choices=("", "engine", "group"),
     )
-    term_timeout_s: float = option(0.0, "0: [workers] term_timeout_s", least=0, most=3600)
+    term_timeout_s: float = option(0.0, "0: [workers] term_timeout_s", least=0, most=3600, later=NEXT_START)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,7 +326,9 @@ class ModelConfig:
     endpoints: tuple[str, ...] = option((), "external only: the workers' addresses, http://host:port")
     endpoint_key: str = option("", "external only: API key of these workers")
     attention_heads: int = option(0, "0: from the checkpoint's config.json, if there is one", least=0, most=1024)
-    startup_timeout_s: float = option(0.0, "0: from [health] and the checkpoint's size", least=0, most=86400)
+    startup_timeout_s: float = option(
+        0.0, "0: from [health] and the checkpoint's size", least=0, most=86400, later=NEXT_START
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,3 +353,13 @@ def is_external(model: ModelConfig, engines: Mapping[str, EngineConfig]) -> bool
     """
     entry = engines.get(model.engine, EngineConfig())
     return (entry.base or model.engine) == EXTERNAL and not entry.command
+
+
+def in_force(started: Config, fresh: Config) -> Config:
+    """Return what is in force after a reload of ``fresh`` in a daemon that was started with ``started``."""
+    sections = {each.name: getattr(fresh, each.name) for each in fields(Config) if is_dataclass(each.default)}
+    kept = {
+        name: {o.name: getattr(getattr(started, name), o.name) for o in options_of(type(section)) if o.restart}
+        for name, section in sections.items()
+    }
+    return replace(fresh, **{name: replace(section, **kept[name]) for name, section in sections.items()})

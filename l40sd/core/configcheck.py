@@ -17,6 +17,7 @@ from l40sd.core.config import (
     is_external,
     slug,
 )
+from l40sd.core.cors import origin_problem
 from l40sd.core.model import ModelName, Pattern
 
 KeyPath = tuple[str | int, ...]
@@ -105,6 +106,10 @@ def _check_proxy(config: Config) -> Iterator[Problem]:
             yield Problem(path=path, what=problem, hint=hint)
     for address in _twice([each for each in listen if not each.endswith(":0")]):
         yield Problem(path=path, what=f'"{address}" is there twice')
+    for origin in config.proxy.cors_origins:
+        what, hint = origin_problem(origin)
+        if what:
+            yield Problem(path=("proxy", "cors_origins"), what=what, hint=hint)
 
 
 def _check_workers(config: Config) -> Iterator[Problem]:

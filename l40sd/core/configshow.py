@@ -40,7 +40,7 @@ def to_toml(config: Config, origins: Mapping[KeyPath, str] | None = None, *, sec
 def diff(old: Config, new: Config) -> tuple[str, ...]:
     """Return what differs, one sentence each: ``proxy.queue_limit: 1000 -> 500``; empty for none.
 
-    What only the next daemon sees says so.
+    What is not seen at once says when it is.
     """
     before, after = dict(_tables(old)), dict(_tables(new))
     sentences: list[str] = []
@@ -111,7 +111,8 @@ def _option_changes(name: str, before: Any, after: Any) -> Iterator[str]:
         was, now = getattr(before, option.name), getattr(after, option.name)
         if was == now:
             continue
-        later = " (seen by the next daemon)" if option.restart else ""
+        words = option.later or getattr(type(after), "LATER", "")
+        later = f" ({words})" if words else ""
         old, new = _shown(option.name, was, secrets=False), _shown(option.name, now, secrets=False)
         change = "changed" if old == new else f"{toml_value(old)} -> {toml_value(new)}"
         yield f"{name}.{option.name}: {change}{later}"

@@ -106,7 +106,9 @@ class Engine:
 # - iteration_tokens_total counts engine steps: it moves during a long chunked prefill, when both token counters rest.
 # - Custom all-reduce on a pair without working peer access hangs at the start; above two GPUs it wants NVLink.
 # - mp is said aloud because vLLM picks Ray by itself on a machine that is part of a Ray cluster [docs].
-# - CUDA_VISIBLE_DEVICES by UUID: versions up to at least 0.20 ended with ValueError there (vllm issues 13815, 41848).
+# - CUDA_VISIBLE_DEVICES by UUID: 0.26 reads it, seen on GPUs at TP1, TP2 and PP2; up to at least 0.20 it ended with
+#   ValueError (vllm issues 13815, 41848).
+# - It leaves some ten sockets in TMPDIR at each end, and after a crash its vllm_dist_* in /dev/shm: the shim clears up.
 _VLLM = Engine(
     name="vllm",
     command=(

@@ -188,8 +188,14 @@ def _external(placement: Placement, model: ModelConfig, engine: Engine) -> Launc
         served_name=model.source or model.name,
         probes=engine.probes,
         term_timeout_s=0.0,
-        fingerprint=_fingerprint((host, str(port), model.source or model.name), {}, engine.probes),
+        fingerprint=_fingerprint((host, str(port), model.source or model.name), _key_env(model), engine.probes),
     )
+
+
+def _key_env(model: ModelConfig) -> dict[str, str]:
+    """Return what of an external worker's key goes into its fingerprint: another key is another way to ask it."""
+    key = model.endpoint_key
+    return {"endpoint_key": hashlib.sha256(key.encode()).hexdigest()} if key else {}
 
 
 def _template(engine: Engine, conditions: Iterable[When]) -> tuple[str, ...]:

@@ -10,6 +10,24 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LastEnd:
+    """How a worker's latest run ended that has ended.
+
+    Attributes:
+        why: What it was stopped for, or ended for; empty when nothing says more than ``how``.
+        how: As the kernel saw it, e.g. ``exited with status 1``.
+        at: Wall clock, ISO 8601 with offset.
+        ran_s: 0 when nobody saw it.
+    """
+
+    how: str
+    why: str = ""
+    at: str = ""
+    ran_s: float = 0.0
+    instance: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
     """One worker as `l40sctl status` shows it.
 
@@ -24,6 +42,7 @@ class WorkerStatus:
         restarts: Restarts since the failures were last cleared, or the host was started.
         ready_s: Seconds since its process came up; None when it has not.
         next_start_s: Seconds until the next start; None when none is due.
+        last_end: How its latest run ended that did; None when none has.
     """
 
     id: str
@@ -50,6 +69,7 @@ class WorkerStatus:
     ready_s: float | None = None
     progress: float | None = None
     next_start_s: float | None = None
+    last_end: LastEnd | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +283,7 @@ class ChangePreview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One thing that happened; ``seq`` grows by one and starts anew with the daemon's state.
+    """One thing that happened; ``seq`` grows by one, from one daemon to the next.
 
     Attributes:
         time: Wall clock, ISO 8601 with offset.
@@ -276,6 +296,14 @@ class Event:
     level: str
     event: str
     data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogPart:
+    """Some whole lines of a worker's output; following goes on at ``position``, at this daemon or at the next."""
+
+    text: str
+    position: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,11 @@ import pwd
 import re
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,21 @@ import structlog
 from aiohttp import web
 
 from l40sd import __version__
+from l40sd.adapters.process import Position
 from l40sd.core.errors import L40sError
-from l40sd.core.messages import Accepted, Check, ErrorBody, PatternRequest, RestartRequest, Status, decode, encode
+from l40sd.core.messages import (
+    Accepted,
+    Check,
+    ErrorBody,
+    LogPart,
+    PatternRequest,
+    RestartRequest,
+    Status,
+    decode,
+    encode,
+)
 from l40sd.services import report
-from l40sd.services.events import Events
+from l40sd.services.events import Events, Wanted
 from l40sd.services.supervisor import Supervisor
 
 BODY_LIMIT_BYTES = 1 << 16
@@ -211,27 +224,55 @@ class Control:
         return _json(operation)
 
     async def _follow_events(self, request: web.Request) -> web.StreamResponse:
-        since = _number(request, "since", 0)
+        wanted = Wanted(
+            since=_number(request, "since", 0), after=_moment(request, "after"), worker=_text(request, "worker")
+        )
+        count = _number(request, "last", 0) if "last" in request.query else None
         if not _flag(request, "follow"):
-            return _ndjson(b"".join(encode(event) + b"\n" for event in self._events.since(since)))
-        lines = (encode(event) + b"\n" async for event in self._events.follow(since))
+            return _ndjson(b"".join(encode(event) + b"\n" for event in self._events.last(wanted, count)))
+        lines = (encode(event) + b"\n" async for event in self._events.follow(wanted, count))
         return await _stream(request, lines, "application/x-ndjson")
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
-        worker = self._supervisor.worker(request.match_info["id"])
+        """Show a worker's output; of one that is gone what is left on disk.
+
+        With ``follow`` it goes on. With ``parts`` as well it comes as LogPart, one a line; ``from`` is a position that
+        one of them named, and takes the place of ``tail``.
+        """
+        worker = await self._logged(request.match_info["id"])
         processes = self._supervisor.tools.processes
         tail = min(TAIL_AT_MOST, _number(request, "tail", 100))
-        lines = await processes.tail(worker.id, tail)
-        text = "".join(f"{line}\n" for line in lines)
         if not _flag(request, "follow"):
-            return web.Response(text=text, content_type="text/plain")
+            return web.Response(text=_as_text(await processes.tail(worker, tail)), content_type="text/plain")
+        asked = _position(request, "from")
+        lines, begin = await processes.tail_to_resume(worker, 0 if asked else tail)
+        begin = asked or begin
 
-        async def parts() -> AsyncIterator[bytes]:
-            yield text.encode("utf-8", "replace")
-            async for part in processes.follow(worker.id):
-                yield part
+        async def parts() -> AsyncIterator[LogPart]:
+            yield LogPart(text=_as_text(lines), position=str(begin))
+            async for text, position in processes.follow(worker, begin):
+                yield LogPart(text=text, position=str(position))
 
-        return await _stream(request, parts(), "text/plain")
+        if _flag(request, "parts"):
+            framed = (encode(part) + b"\n" async for part in parts())
+            return await _stream(request, framed, "application/x-ndjson")
+        plain = (part.text.encode("utf-8", "replace") async for part in parts())
+        return await _stream(request, plain, "text/plain")
+
+    async def _logged(self, name: str) -> str:
+        """Return the name again if this worker is here, or its output still is.
+
+        Raises:
+            L40sError: Neither; the hint names the nearest.
+        """
+        known = {str(worker): None for worker in self._supervisor.workers}
+        if name not in known:
+            known |= dict.fromkeys(await self._supervisor.tools.processes.logged())
+        if name in known:
+            return name
+        near = get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known) or 'none yet'}"
+        raise L40sError(f"there is no worker {name!r}, nor output of a former one", hint=hint, code="unknown_worker")
 
     # -- wishes ----------------------------------------------------------------------------------------------------
 
@@ -390,6 +431,37 @@ def _number(request: web.Request, key: str, default: int) -> int:
     if not re.fullmatch(f"[0-9]{{1,{NUMBER_DIGITS}}}", text):
         raise L40sError(f"{key} = {text[:40]!r} is not a number", where=request.path, code="bad_request")
     return int(text)
+
+
+def _text(request: web.Request, key: str) -> str:
+    return request.query.get(key, "")
+
+
+def _moment(request: web.Request, key: str) -> datetime | None:
+    """Return a date and time; one without an offset is UTC."""
+    text = _text(request, key)
+    if not text:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        what = f"{key} = {text[:40]!r} is no date and time"
+        raise L40sError(
+            what, where=request.path, hint="ISO 8601, e.g. 2026-11-23T21:04:43Z", code="bad_request"
+        ) from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _position(request: web.Request, key: str) -> Position | None:
+    text = _text(request, key)
+    try:
+        return Position.parse(text) if text else None
+    except ValueError as error:
+        raise L40sError(f"{key}: {error}", where=request.path, code="bad_request") from error
+
+
+def _as_text(lines: Sequence[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _flag(request: web.Request, key: str) -> bool:

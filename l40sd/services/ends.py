@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from l40sd.adapters.process import ExitRecord, InstanceSpec, Processes
 from l40sd.core import logcauses
+from l40sd.core.messages import LastEnd
 
 LAST_LINES = 12
 
@@ -39,6 +40,11 @@ async def end_of(processes: Processes, spec: InstanceSpec, record: ExitRecord, *
     kind, says = describe_exit(record)
     log_says = cause.text if cause is not None else ""
     return End(kind=kind, says=says, log_says=log_says, last_lines=logcauses.shown(lines, cause, LAST_LINES))
+
+
+def last_end_of(record: ExitRecord, how: str, *, why: str) -> LastEnd:
+    """Return an end as `status WORKER` tells it; ``why``: the failure that it was killed for, or the wish."""
+    return LastEnd(how=how, why=why, at=record.ended_at, ran_s=record.ran_s, instance=record.instance)
 
 
 def describe_exit(record: ExitRecord) -> tuple[str, str]:

@@ -12,6 +12,10 @@ from l40sd.core.messages import plain
 from l40sd.core.model import InstanceId, ModelFacts, Placement
 from l40sd.core.plan import Wanted
 from l40sd.services.tools import Tools
+from l40sd.shim import leavings
+
+TEMPORARY_PATH_LIMIT = 60
+"""Engines make sockets in it and call them by UUIDs, 36 characters; a socket's path has at most 107."""
 
 
 def launch_of(placement: Placement, config: Config, tools: Tools, *, port: int = 0, api_key: str = "") -> Launch:
@@ -54,11 +58,13 @@ def refuse_misconfigured(wanted: Wanted, config: Config, tools: Tools) -> None:
 def spec_of(launch: Launch, wanted: Wanted, config: Config, tools: Tools) -> InstanceSpec:
     """Return the write-ahead record; ``meta`` is what the next daemon needs to adopt the process."""
     worker, workers = wanted.placement.worker, config.workers
+    run, env = secrets.token_hex(5), environment_of(launch, tools)
     return InstanceSpec(
-        instance=InstanceId(f"{worker}-{secrets.token_hex(5)}"),
+        instance=InstanceId(f"{worker}-{run}"),
         worker=worker,
         argv=launch.argv,
-        env=environment_of(launch, tools),
+        env=env,
+        tmp=temporary_folder(env.get("TMPDIR", "/tmp"), run),
         term_to=launch.term_to,
         term_timeout_s=launch.term_timeout_s,
         orphan_grace_s=config.daemon.orphan_grace_s,
@@ -72,6 +78,12 @@ def spec_of(launch: Launch, wanted: Wanted, config: Config, tools: Tools) -> Ins
             "placement": plain(wanted.placement),
         },
     )
+
+
+def temporary_folder(place: str, run: str) -> str:
+    """Return the folder that one run gets below the usual one; empty where its sockets' paths would be too long."""
+    path = f"{place.rstrip('/')}/{leavings.FOLDER}{run}"
+    return path if len(path) <= TEMPORARY_PATH_LIMIT else ""
 
 
 def environment_of(launch: Launch, tools: Tools) -> dict[str, str]:

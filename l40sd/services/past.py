@@ -13,7 +13,7 @@ import msgspec
 
 from l40sd.adapters.clock import boot_id, now_s
 from l40sd.core.lifecycle import Goal, Phase, Record
-from l40sd.core.messages import plain, restore
+from l40sd.core.messages import LastEnd, plain, restore
 from l40sd.core.model import WorkerId
 
 TOLD = (Phase.READY, Phase.DRAINED, Phase.STOPPING, Phase.STUCK, Phase.BACKOFF, Phase.QUARANTINED)
@@ -31,6 +31,7 @@ class Past:
         phase: One of ``TOLD``; WAITING stands for all others.
         since_s: Since when it is in that phase.
         kind: What the failure is filed under that it is being stopped for; empty: for none.
+        last_end: How its latest run ended that did.
         instance: Which run ``spawned_at_s`` and ``ready_at_s`` are about; empty while it has not been ready.
     """
 
@@ -48,6 +49,7 @@ class Past:
     spawned_at_s: float = 0.0
     ready_at_s: float | None = None
     next_start_at_s: float | None = None
+    last_end: LastEnd | None = None
 
     def of(self, instance: str) -> "Past":
         """Return it as it is for this run: of another run's life it says nothing, only of the failures before."""

@@ -139,6 +139,11 @@ class Proxy:
         """Return what ``GET /metrics`` shows."""
         return self._running.metrics.text(self._routes, len(self._running.clients))
 
+    @property
+    def api_keys(self) -> Collection[str]:
+        """The keys that clients may use; none: everybody may ask."""
+        return self._api_keys
+
     def set_api_keys(self, keys: Collection[str]) -> None:
         """Replace the keys that clients may use; none: everybody may ask. Open requests go on."""
         self._api_keys = keys
@@ -152,6 +157,7 @@ class Proxy:
         if self._shared is None:
             return
         self._shared.config = config
+        self._shared.set_origins(config.cors_origins)
         self._shared.tick_s = _tick_s(config)
         self._shared.poison.configure(limit=config.poison_limit, kept_s=config.poison_refused_s)
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

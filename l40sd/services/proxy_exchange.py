@@ -1,8 +1,8 @@
 """One request: from its model's name to the last byte of a worker's reply.
 
     start --> WAITING --turn--> CONNECTING --> ASKED --head--> REPLYING --> ended
-       \\______________________/    |            |
-                ^------ another worker ---------/          before the first byte of a reply only (invariant 7)
+       \\______________________/    |            |  \\--500--> HELD --/
+                ^------ another worker ---------/-------------/   before the first byte of a reply only (invariant 7)
 
 What is tried again, and where, is core/retrypolicy.py's to say. Once a reply has begun it is never repeated: a stream
 that breaks ends in an error event, wherever it broke, and its connection is closed without the last chunk, so that
@@ -19,7 +19,7 @@ connection is all that a proxy can do about it.
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,7 @@ from l40sd.core.retrypolicy import DEATHS_LIMIT, TABLE, Next, Seen, decide
 from l40sd.services.proxy_breaks import end_of_stream, ended_whole
 from l40sd.services.proxy_metrics import CLIENT_GONE
 from l40sd.services.proxy_pages import no_worker, refused_as_poison, unknown_model
+from l40sd.services.proxy_poison import End
 from l40sd.services.proxy_shared import Shared
 from l40sd.services.proxy_upstream import ABORTED, Countdown, Peer, Tail, Unchunk, Upstream, says_aborted
 from l40sd.services.routes import FailureKind, Lease, Route, Waiter
@@ -80,8 +81,9 @@ class Phase(Enum):
     WAITING = 1
     CONNECTING = 2
     ASKED = 3
-    REPLYING = 4
-    ENDED = 5
+    HELD = 4
+    REPLYING = 5
+    ENDED = 6
 
 
 class Exchange:
@@ -96,6 +98,7 @@ class Exchange:
         "_countdown",
         "_dial",
         "_died",
+        "_earlier",
         "_fingerprint",
         "_first_byte_at_s",
         "_head",
@@ -142,6 +145,7 @@ class Exchange:
         self._tried: tuple[int, ...] = ()  # serials of routes that failed
         self._barred: tuple[int, ...] = ()  # those of them that it cannot be tried on again
         self._died: tuple[str, ...] = ()  # workers that ended with it and had not answered a byte of it
+        self._earlier: End | None = None  # the latest of their ends
         self._fingerprint = b""  # once one has
         self._was_stale = False  # the present worker closed a kept connection over it
         self._model = ModelName("")
@@ -201,7 +205,7 @@ class Exchange:
         entry = poison.known(fingerprint)
         if entry is None:
             return False
-        self._fingerprint, self._died = fingerprint, entry.workers
+        self._fingerprint, self._died, self._earlier = fingerprint, entry.workers, entry.ends[-1]
         if entry.is_poison:
             self._refuse(refused_as_poison(self._died, entry.until_s - self._shared.now_s))
             return True
@@ -238,10 +242,13 @@ class Exchange:
     def _connect(self, peer: Peer) -> None:
         self._phase = Phase.CONNECTING
         self._client.expect(self._shared.config.connect_timeout_s)
-        task = self._shared.loop.create_task(self._dialling(peer))
-        self._dial = task
-        self._shared.dials.add(task)
-        task.add_done_callback(self._shared.dials.discard)
+        self._start_task(self._dialling(peer))
+
+    def _start_task(self, task: Coroutine[object, object, None]) -> None:
+        """Run a task of this request's; at most one at a time, and it ends with the request."""
+        self._dial = self._shared.loop.create_task(task)
+        self._shared.dials.add(self._dial)
+        self._dial.add_done_callback(self._shared.dials.discard)
 
     async def _dialling(self, peer: Peer) -> None:
         try:
@@ -350,7 +357,10 @@ class Exchange:
         poison, body = self._shared.poison, memoryview(self._body)[self._body_at :]
         if not self._fingerprint:
             self._fingerprint = poison.fingerprint(self._target, body)
-        poison.note(self._fingerprint, len(body), route, self._shared.now_s)
+        now_s, earlier = self._shared.now_s, self._earlier
+        self._earlier = poison.note(self._fingerprint, len(body), route, now_s)
+        if earlier is not None:
+            self._shared.routes.excuse(route.backend.worker, earlier.route, earlier.serial, now_s)
         self._died = (*self._died, route.backend.worker)
 
     def _count_retry(self, route: Route) -> None:
@@ -367,6 +377,8 @@ class Exchange:
         if head.status in (502, 503):
             if self._leave(Seen.UNAVAILABLE, f"status {head.status}"):
                 return None
+        elif head.status == 500 and self._shared.routes.on_doubt is not None:
+            return self._hold(head, rest)
         elif head.status >= 500:
             self._lease.failed(FailureKind.STATUS)
         elif self._upstream.is_done and says_aborted(rest):
@@ -374,6 +386,44 @@ class Exchange:
             return None
         else:
             self._answered(self._lease)
+        return self._pass_on(head, rest)
+
+    def _hold(self, head: ResponseHead, rest: bytes) -> Callable[[bytes], object]:
+        """Hold a 500 until it is known whether its worker is ending: an engine whose core died answers so first."""
+        assert self._upstream is not None
+        self._phase = Phase.HELD
+        self._upstream.pause(is_paused=True)
+        self._start_task(self._judging(head, rest))
+        return bytearray().extend  # nothing comes while it is paused
+
+    async def _judging(self, head: ResponseHead, rest: bytes) -> None:
+        try:
+            doubted, routes = self._lease, self._shared.routes
+            assert doubted is not None
+            assert routes.on_doubt is not None
+            is_ending = await routes.on_doubt(doubted.route.backend.worker)
+            self._dial = None
+            self._judged(head, rest, is_ending=is_ending)
+        except Exception as error:  # noqa: BLE001 - a task that ends without a word would hold lease and client
+            self.broke(error)
+
+    def _judged(self, head: ResponseHead, rest: bytes, *, is_ending: bool) -> None:
+        """Ask another worker, or pass the 500 on."""
+        assert self._lease is not None
+        assert self._upstream is not None
+        if not is_ending:
+            self._lease.failed(FailureKind.STATUS)
+        elif self._leave(Seen.ENDING, "status 500, and it is ending"):
+            return
+        write = self._pass_on(head, rest)
+        if self._upstream.is_done:
+            self.on_complete()
+        else:
+            self._upstream.go_on(write, is_paused=self._client.is_paused)
+
+    def _pass_on(self, head: ResponseHead, rest: bytes) -> Callable[[bytes], object]:
+        """Pass on a reply's head and its first bytes; return where the others go."""
+        assert self._upstream is not None
         client = self._client
         self._phase = Phase.REPLYING
         self._reply = head
@@ -387,11 +437,13 @@ class Exchange:
         if not head.is_framed:
             client.keep_alive = False
         line_end = lines.find(b"\r\n")
-        write_head = b"%b\r\nx-request-id: %b%b%b%b\r\n\r\n" % (
+        cors = self._shared.cors
+        write_head = b"%b\r\nx-request-id: %b%b%b%b%b\r\n\r\n" % (
             lines[:line_end] if line_end >= 0 else lines,
             self._request_id,
             self._upstream.peer.reply_field,
             b"" if client.will_keep_alive() else b"\r\nconnection: close",
+            b"" if cors is None else cors.reply_fields(self._head.origin),
             lines[line_end:] if line_end >= 0 else b"",
         )
         if unchunk:
@@ -418,13 +470,14 @@ class Exchange:
             return
         self._answered(lease)
         client.transport.write(
-            b"%b\r\nx-request-id: %b%b%b%b"
+            b"%b\r\nx-request-id: %b%b%b%b%b"
             % (
                 data[: known.line_end],
                 self._request_id,
                 upstream.peer.reply_field,
                 b"" if client.will_keep_alive() else b"\r\nconnection: close",
-                data[known.line_end :],
+                b"" if shared.cors is None else shared.cors.reply_fields(self._head.origin),
+                data[known.line_end :] if known.passed_on is None else known.rest_of(data),
             )
         )
         upstream.release(shared.now_s)
@@ -444,16 +497,21 @@ class Exchange:
             self._shared.poison.forget(self._fingerprint)
 
     def on_complete(self) -> None:
-        """The whole reply is written."""
+        """The whole reply is written, or held."""
         assert self._upstream is not None
+        if self._phase is Phase.HELD:
+            return
         self._upstream.release(self._shared.now_s)
         self._upstream = None
         self._whole()
 
     def on_lost(self, why: str, *, is_clean: bool) -> None:
         """The worker's connection is gone."""
-        upstream, self._upstream = self._upstream, None
+        upstream = self._upstream
         assert upstream is not None
+        if self._phase is Phase.HELD and upstream.is_done:
+            return  # the reply that is held is whole
+        self._upstream = None
         if self._phase is Phase.REPLYING:
             assert self._reply is not None
             if not is_clean or self._reply.is_framed:
@@ -464,7 +522,7 @@ class Exchange:
                 self._whole()  # its end was to be the connection's
             else:
                 self._cut(FailureKind.CUT, "the stream ended early", upstream)
-        elif upstream.begun:
+        elif upstream.begun or self._phase is Phase.HELD:
             self._leave(Seen.GARBLED, why)
         elif upstream.reused and self._shared.now_s - self._asked_at_s < STALE_WITHIN_S:
             self._leave(Seen.STALE, why)
@@ -497,7 +555,7 @@ class Exchange:
         match self._phase:
             case Phase.CONNECTING:
                 self._leave(Seen.STOPPED, why)
-            case Phase.ASKED:
+            case Phase.ASKED | Phase.HELD:
                 self._leave(Seen.HUNG if is_hung else Seen.STOPPED, why)
             case Phase.REPLYING:
                 assert self._upstream is not None
@@ -513,7 +571,7 @@ class Exchange:
         config = self._shared.config
         if self._phase is Phase.CONNECTING:
             self._leave_unconnected(f"no connection within {config.connect_timeout_s:g} s")
-        elif self._phase is Phase.ASKED:
+        elif self._phase in (Phase.ASKED, Phase.HELD):
             self._leave(Seen.SILENT, f"did not begin to answer within {config.first_byte_timeout_s:g} s")
         elif self._client.is_paused:  # the client does not read: nobody's failure
             self._end("client does not read")
@@ -564,7 +622,7 @@ class Exchange:
     def _refuse(self, refused: Refused) -> None:
         self._shared.metrics.answered(self._model, refused.status)
         self._end(refused.message, refused.status)
-        self._client.refuse(refused, request_id=self._request_id, target=self._target)
+        self._client.refuse(refused, self._head, request_id=self._request_id)
 
     def _end(self, problem: str, status: int = 0) -> None:
         if self._shared.config.access_log:
@@ -639,7 +697,10 @@ class Exchange:
         upstream, lease = self._upstream, self._lease
         body = self._body[self._body_at :] if self._body_at else self._body
         head = plain_request(self._head, len(body))
-        if upstream is None or lease is None or (self._phase is Phase.ASKED and upstream.has_unsent):
+        is_unread = self._phase is Phase.HELD or (
+            self._phase is Phase.ASKED and upstream is not None and upstream.has_unsent
+        )
+        if upstream is None or lease is None or is_unread:
             self._stop()
             return head + body
         reply = None

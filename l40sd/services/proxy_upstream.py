@@ -194,6 +194,11 @@ class Upstream(asyncio.Protocol):
         self._write = write
         self._feed(b"HTTP/1.1 200 OK\r\nconnection: close\r\n%b\r\n" % framing)
 
+    def go_on(self, write: Callable[[bytes], object], *, is_paused: bool) -> None:
+        """Pass on the rest of a reply that was held and paused, or stay paused."""
+        self._write = write
+        self.pause(is_paused=is_paused)
+
     @property
     def begun(self) -> bytes:
         """What has come of a reply's head that is not whole yet."""
@@ -227,7 +232,7 @@ class Upstream(asyncio.Protocol):
         # It may have answered without reading the whole request. A small one is with the kernel as a rule; what is not
         # goes out before the next request does. A connection that closed meanwhile is found out by ``take_idle``.
         is_sent = not self._has_large_body or not self.transport.get_write_buffer_size()
-        if self._keep and is_sent and self.peer.route.is_open:
+        if self._keep and is_sent and self.peer.route.is_open and not self.transport.is_closing():
             if self._is_paused:
                 self.pause(is_paused=False)
             self.idle_since_s = now_s

@@ -62,12 +62,13 @@ def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
         ready_s=None if process is None or process.ready_at_s is None else now - process.ready_at_s,
         progress=worker.watch.startup_fraction() if is_coming and worker.watch else None,
         next_start_s=None if worker.next_start_at_s is None else max(0.0, worker.next_start_at_s - now),
+        last_end=worker.last_end,
     )
 
 
 def _why(worker: Worker, supervisor: Supervisor) -> str:
     is_coming = worker.phase is Phase.STARTING and worker.watch is not None
-    reason = worker.watch.startup_reason if is_coming and worker.watch else worker.reason
+    reason = worker.watch.startup_reason if is_coming and worker.watch else worker.reason or worker.concern
     if supervisor.is_drained(worker) and worker.phase not in (Phase.DRAINING, Phase.DRAINED):
         return "; ".join(filter(None, [reason, "drained: it receives no requests until undrain"]))
     return reason

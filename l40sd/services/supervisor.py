@@ -24,6 +24,7 @@ from l40sd.core.lifecycle import Event, Goal, Phase
 from l40sd.core.messages import OperationStatus, plain
 from l40sd.core.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
 from l40sd.core.naming import natural
+from l40sd.core.outliers import Peer
 from l40sd.core.pace import SLACK_S, bound_back_s, bound_s, slowest
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
@@ -39,6 +40,8 @@ from l40sd.services.tools import Tools
 from l40sd.services.worker import Worker
 
 TURN_AT_LEAST_EVERY_S = 2.0
+TURN_AGAIN_S = 0.5
+"""Until a turn is taken again that the system refused something."""
 OPERATIONS_KEPT = 50
 ENDED_KEPT = 10
 """Operations whose end the next daemon still knows."""
@@ -70,8 +73,11 @@ class Supervisor:
         self._floor: Mapping[ModelName, int] = {}  # of a change that ended incomplete
         self._pasts: dict[WorkerId, Past] = {}  # as they are on disk
         self._trouble = ""
+        self._refused = ""  # what the system says to the turns since the last good one
+        self.failed_turns = 0
         self._log = tools.log
         tools.changed = self._wake.set
+        tools.peers = self._peers
 
     # -- what is wanted --------------------------------------------------------------------------------------------
 
@@ -228,7 +234,11 @@ class Supervisor:
         """Sentences on what is not as it is wanted and will not become so by itself."""
         given_up = (Phase.STUCK, Phase.QUARANTINED, Phase.FAILED)
         workers = (f"{w.id} is {w.phase}: {w.reason}" for w in self.workers.values() if w.phase in given_up)
-        return (*filter(None, [self._trouble]), *workers)
+        failing = (f"{w.id}: {w.concern}" for w in self.workers.values() if w.concern)
+        refused = (
+            f"the system refuses what is needed to go on, again and again: {self._refused}" if self._refused else ""
+        )
+        return (*filter(None, [self._trouble, refused]), *workers, *failing)
 
     # -- turns -----------------------------------------------------------------------------------------------------
 
@@ -240,12 +250,31 @@ class Supervisor:
                 self._run_worker(worker)
             while True:
                 self._wake.clear()
-                await self._turn()
+                await self._try_turn()
                 try:
                     async with asyncio.timeout(TURN_AT_LEAST_EVERY_S):
                         await self._wake.wait()
                 except TimeoutError:
                     continue
+
+    async def _try_turn(self) -> None:
+        """Take a turn. One that the system refuses something (no file descriptor is left, say) is taken again.
+
+        It is told once for each reason, and in ``degraded`` while it lasts. What it had done by then is done; the next
+        one looks at everything anew.
+        """
+        try:
+            await self._turn()
+        except OSError as error:
+            self.failed_turns += 1
+            if str(error) != self._refused:
+                self._refused = str(error)
+                self._log.error("plan.failed", reason=self._refused, count=self.failed_turns)
+            await asyncio.sleep(TURN_AGAIN_S)
+        else:
+            if self._refused:
+                self._log.info("plan.recovered", reason=self._refused, count=self.failed_turns)
+            self._refused = ""
 
     async def _turn(self) -> None:
         """One look, then what follows from it.
@@ -521,11 +550,21 @@ class Supervisor:
                 case _:
                     pass
 
+    def _peers(self, worker_id: WorkerId) -> list[Peer]:
+        model = self.workers[worker_id].wanted.placement.model if worker_id in self.workers else None
+        equals = (w for w in self.workers.values() if w.wanted.placement.model == model and w.id != worker_id)
+        return [peer for w in equals if (peer := w.as_peer()) is not None]
+
     def on_request_failure(self, worker_id: WorkerId, _kind: str) -> None:
         """A request could not be served by this worker: it has a look at itself."""
         worker = self.workers.get(worker_id)
         if worker is not None:
             worker.suspect()
+
+    async def is_ending(self, worker_id: WorkerId) -> bool:
+        """Return whether this worker's process, or its health, says that it ends; it has just answered 500."""
+        worker = self.workers.get(worker_id)
+        return worker is None or await worker.is_ending()
 
     # -- start and stop --------------------------------------------------------------------------------------------
 
@@ -579,14 +618,18 @@ class Supervisor:
         while self._is_unsaved:
             self._is_unsaved = False
             self._pasts = self._pasts_now()
-            state = {
-                **state_of(self.want, self.change, self._drained, self._floor),
-                "pasts": written(self._pasts),
-                "roll": self.roll.journal() if self.roll else None,
-                "ended": plain([o for o in self.operations.values() if o.state not in UNDER_WAY][-ENDED_KEPT:]),
-                "gpus": plain(self.tools.host.known),
-            }
-            await self.store.save(state)
+            try:
+                state = {
+                    **state_of(self.want, self.change, self._drained, self._floor),
+                    "pasts": written(self._pasts),
+                    "roll": self.roll.journal() if self.roll else None,
+                    "ended": plain([o for o in self.operations.values() if o.state not in UNDER_WAY][-ENDED_KEPT:]),
+                    "gpus": plain(self.tools.host.known),
+                }
+                await self.store.save(state)
+            except OSError:
+                self._is_unsaved = True
+                raise
         await self.store.retry()
 
     def _pasts_now(self) -> dict[WorkerId, Past]:

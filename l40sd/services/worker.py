@@ -9,9 +9,10 @@ now reached are cancelled: ``JOBS_IN`` says which remain.
 import asyncio
 import random
 import secrets
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from l40sd.adapters.clock import now_s
@@ -34,9 +35,11 @@ from l40sd.core.lifecycle import (
     forgiven,
     step,
 )
+from l40sd.core.messages import LastEnd
 from l40sd.core.model import WorkerId
+from l40sd.core.outliers import Peer, Standing
 from l40sd.core.plan import Observed, Wanted
-from l40sd.services.ends import End, end_of
+from l40sd.services.ends import End, end_of, last_end_of
 from l40sd.services.gpus import wait_until_free
 from l40sd.services.making import launch_of, refuse_misconfigured, spec_of
 from l40sd.services.past import TOLD, Past
@@ -56,9 +59,15 @@ JOBS_IN: Mapping[Phase, frozenset[str]] = {
     Phase.BACKOFF: frozenset({"timer"}),
 }
 
+ROUTED_ONCE = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
+"""Phases of a process that may have requests and is not being stopped."""
 UNKILLABLE = "SIGKILL has not ended it: its GPUs stay out of use until it is gone"
+EXIT_SEEN_WITHIN_S = 10.0
+"""From a request's broken connection to the word that the worker's whole process tree is gone."""
 MAILBOX = 256
 PAST_LOADS = 20
+JOB_AGAIN_S = 1.0
+"""Until a job is tried again that the system refused something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +108,7 @@ class Worker:
         self.failed_starts = 0
         self.since_s = now_s()
         self.next_start_at_s: float | None = None
+        self.last_end: LastEnd | None = past.last_end if past is not None else None
         self.process: Process | None = None
         self.watch: Watch | None = None
         self._tools = tools
@@ -106,6 +116,7 @@ class Worker:
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
         self._failure: Happening | None = None
+        self._stopped_for = ""  # by wish: what the operator or the planner said
         placement = wanted.placement
         self._log = tools.log.bind(worker=placement.worker, gpus=self.gpu_numbers)
         self._past = past
@@ -220,6 +231,7 @@ class Worker:
             spawned_at_s=process.spawned_at_s if of_instance and process else 0.0,
             ready_at_s=ready_at_s,
             next_start_at_s=self.next_start_at_s,
+            last_end=self.last_end,
         )
 
     def _resume(self, past: Past) -> None:
@@ -233,18 +245,37 @@ class Worker:
         """Go on with what ``_resume`` found under way."""
         instance = self.process.instance if self.process is not None else None
         if instance is not None and self.phase in (Phase.STOPPING, Phase.STUCK):
-            self._start_job("exit", self._await_exit(instance))
+            self._start_job("exit", partial(self._await_exit, instance))
         if instance is not None and self.phase is Phase.STOPPING:
             self._take_requests_from_it(is_hung=self._failure is not None and self._failure.kind == HUNG)
             instance.terminate()
-            self._start_job("terminate", self._terminate())
+            self._start_job("terminate", self._terminate)
         if self.phase is Phase.BACKOFF and self.next_start_at_s is not None:
-            self._start_job("timer", self._retry_later(max(0.0, self.next_start_at_s - now_s())))
+            self._start_job("timer", partial(self._retry_later, max(0.0, self.next_start_at_s - now_s())))
 
     def suspect(self) -> None:
         """A request failed on this worker: have a look now rather than at the next interval."""
         if self.watch is not None:
             self.watch.suspect()
+            self._heed()
+
+    def as_peer(self) -> Peer | None:
+        """Return this worker as its equals are measured against it; None while it does not live or shall not serve."""
+        if self.watch is None or self.phase not in (Phase.READY, Phase.UNREADY) or self.goal is not Goal.SERVE:
+            return None
+        return Peer(is_routed=self.phase is Phase.READY, failed_share=self.watch.fitness.outlier.failed_share)
+
+    @property
+    def concern(self) -> str:
+        """What is wrong with a worker that serves nevertheless; empty when all is well."""
+        outlier = self.watch.fitness.outlier if self.watch is not None and self.phase is Phase.READY else None
+        if outlier is None or outlier.standing is not Standing.KEPT:
+            return ""
+        return f"{outlier.explain()}; it is kept: too few workers of {self.wanted.placement.model} would be left"
+
+    async def is_ending(self) -> bool:
+        """Return whether its process, or its health, says that it ends: an engine whose core died answers 500 first."""
+        return self.phase not in ROUTED_ONCE or self.watch is None or await self.watch.is_ending()
 
     def give_up_spawn(self) -> None:
         """Undo a spawn under way rather than wait for what comes of it; nothing is left of it then.
@@ -270,6 +301,37 @@ class Worker:
                 for job in self._jobs.values():
                     job.cancel()
 
+    # -- what the watch makes of it --------------------------------------------------------------------------------
+
+    def _heed(self) -> None:
+        """Follow the watch's verdict: routed to or not, and with which share. Called as often as there is one."""
+        if self.watch is None:
+            return
+        fitness = self.watch.fitness
+        event = fitness.turn(self.phase)
+        if event is not None and event is not self._told:
+            self._told = event
+            self.post(event, fitness.objection)
+        if self.phase is Phase.UNREADY and fitness.objection:
+            self.reason = fitness.objection
+        if self.phase is Phase.READY:
+            is_kept = bool(self.concern)
+            self._tools.routes.weigh(self.id, share=fitness.outlier.weight_share(now_s()), is_failing=is_kept)
+            if is_kept != self._was_kept:
+                self._was_kept = is_kept
+                self._report_kept()
+
+    def _report_kept(self) -> None:
+        keys = {"model": self.wanted.placement.model}
+        if self.concern:
+            self._log.warning("worker.failing", reason=self.concern, **keys)
+        else:
+            self._log.info("worker.failing_no_more", **keys)
+
+    _told: Event | None = None
+    """The verdict that is in the mailbox; not to be posted twice."""
+    _was_kept: bool = False
+
     # -- events ----------------------------------------------------------------------------------------------------
 
     def _handle(self, happening: Happening) -> None:
@@ -278,6 +340,8 @@ class Worker:
         1. What a failure is filed under is decided by what came first: a hung worker that is then killed hung.
         2. The goal may change where the phase does not.
         """
+        if happening.event is self._told:
+            self._told = None
         after = step(self.phase, self.goal, happening.event)
         if after is None:
             self._log.debug("worker.late_event", phase=self.phase, happened=happening.event)
@@ -285,6 +349,12 @@ class Worker:
         before, was_told_to_restart = self.phase, self.goal is Goal.RESTART
         if happening.kind and self._failure is None:  # 1
             self._failure = happening
+        if happening.event in (Event.RESTART, Event.RETIRE):
+            self._stopped_for = happening.reason
+        if happening.exit is not None:
+            earlier = self._failure.reason if self._failure not in (None, happening) else ""
+            self.last_end = last_end_of(happening.exit, happening.reason, why=earlier or self._stopped_for)
+            self._stopped_for = ""
         assert isinstance(after.phase, Phase)
         assert after.goal is not None
         self.goal = after.goal  # 2
@@ -324,7 +394,7 @@ class Worker:
                 assert self.process is not None
                 self._log.info("worker.ready", address=self._address(), after_s=self._load_s(), **keys)
             case Phase.UNREADY:
-                self._log.warning("worker.unready", **keys)
+                self._report_unready(keys)
             case Phase.BACKOFF:
                 keys["delay_s"] = round(max(0.0, (self.next_start_at_s or 0.0) - now_s()), 1)
                 self._log.warning("worker.backoff", last_lines=list(self.last_lines), **keys)
@@ -339,34 +409,43 @@ class Worker:
             case _:
                 self._log.info(f"worker.{self.phase}", **keys)
 
+    def _report_unready(self, keys: dict[str, Any]) -> None:
+        outlier = self.watch.fitness.outlier if self.watch is not None else None
+        if outlier is None or outlier.standing is not Standing.OUT:
+            self._log.warning("worker.unready", **keys)
+            return
+        self._tools.routes.tally(self.id).ejected += 1
+        self._log.warning("worker.ejected", for_s=round(max(0.0, outlier.out_until_s - now_s()), 1), **keys)
+
     # -- actions ---------------------------------------------------------------------------------------------------
 
     def _act(self, action: Action, happening: Happening) -> None:
         match action:
             case Action.SPAWN:
-                self._start_job("spawn", self._spawn())
+                self._start_job("spawn", self._spawn)
             case Action.WATCH_EXIT:
                 if self.process is not None and self.process.instance is not None:
-                    self._start_job("exit", self._await_exit(self.process.instance))
+                    self._start_job("exit", partial(self._await_exit, self.process.instance))
             case Action.WATCH_START:
                 self._begin_watch()
             case Action.ADD_ROUTE:
                 self._add_route()
+                self._heed()  # of a drain taken back: what was found meanwhile counts
             case Action.REMOVE_ROUTE:
                 self._tools.routes.remove(self.id)
             case Action.WATCH:
                 assert self.watch is not None
                 self._note_up()
-                self._start_job("follow", self.watch.follow(self.post))
+                self._start_job("follow", partial(self.watch.follow, self.post, self._heed))
             case Action.DRAIN:
-                self._start_job("drain", self._drain())
+                self._start_job("drain", self._drain)
             case Action.TERMINATE:
                 self._take_requests_from_it(is_hung=happening.event is Event.STALLED)
                 if self.process is not None and self.process.instance is not None:
                     # Here and not in the job: a stop that is told of has reached the shim, which completes it even if
                     # this daemon dies in the next moment.
                     self.process.instance.terminate()
-                self._start_job("terminate", self._terminate())
+                self._start_job("terminate", self._terminate)
             case Action.CLEAN_UP:
                 self._clean_up(happening.exit)
             case Action.ASK_POLICY:
@@ -382,12 +461,26 @@ class Worker:
         why = f"{self.id} is being stopped" + (f": {self.reason}" if self.reason else "")
         self._tools.routes.give_up(self.id, why, is_hung=is_hung)
 
-    def _start_job(self, name: str, job: Coroutine[Any, Any, None]) -> None:
+    def _start_job(self, name: str, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
         assert self._group is not None
         previous = self._jobs.pop(name, None)
         if previous is not None:
             previous.cancel()
-        self._jobs[name] = self._group.create_task(job, name=f"{self.id}:{name}")
+        self._jobs[name] = self._group.create_task(self._carry_out(name, job), name=f"{self.id}:{name}")
+
+    async def _carry_out(self, name: str, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do a job. What the system refuses now (no file descriptor is left, say) ends neither worker nor daemon."""
+        refused = ""
+        while True:
+            try:
+                await job()
+            except OSError as error:
+                if str(error) != refused:
+                    refused = str(error)
+                    self._log.error("worker.job_failed", job=name, reason=refused, again_after_s=JOB_AGAIN_S)
+                await asyncio.sleep(JOB_AGAIN_S)
+            else:
+                return
 
     async def _spawn(self) -> None:
         """Make the process: GPUs free? program there? port, record, shim; posts how it went."""
@@ -431,8 +524,10 @@ class Worker:
             log_path=self._tools.processes.log_path(self.id),
             leases=lambda: self._tools.routes.in_flight(self.id),
             replies=lambda: self._tools.routes.served(self.id),
+            counts=lambda: self._tools.routes.counts(self.id),
+            peers=lambda: self._tools.peers(self.id),
         )
-        self._start_job("startup", self.watch.startup(self.post))
+        self._start_job("startup", partial(self.watch.startup, self.post))
 
     async def _await_exit(self, instance: Instance) -> None:
         record = await instance.exited()
@@ -528,6 +623,7 @@ class Worker:
         if ready_for_s is None:
             self.failed_starts += 1
         self.restarts += 1
+        earlier = self._excuse()
         verdict = decide_restart(
             self.record,
             kind=failure.kind or "exit",
@@ -536,9 +632,12 @@ class Worker:
             now_s=now_s(),
             jitter=random.uniform(-1, 1),
             limits=restart_limits(self.config.workers),
+            is_excused=bool(earlier),
         )
         self.record = verdict.record
         self.reason = failure.reason or failure.kind
+        if earlier:
+            self.reason += f"; with a request that had ended {earlier} before, where it counts"
         if failure is not happening and happening.log_says:  # it hung, say: what it said when it was stopped
             self.reason += f"; its log: {happening.log_says}"
         if verdict.delay_s is None:
@@ -549,9 +648,15 @@ class Worker:
         else:
             self._retry_in(verdict.delay_s)
 
+    def _excuse(self) -> str:
+        """Return the worker that was ended before by the request that ended this one; empty: none is known."""
+        workers = self.config.workers
+        within_s = EXIT_SEEN_WITHIN_S + workers.term_timeout_s + workers.kill_timeout_s
+        return self._tools.routes.take_excuse(self.id, now_s() - within_s)
+
     def _retry_in(self, delay_s: float) -> None:
         self.next_start_at_s = now_s() + delay_s
-        self._start_job("timer", self._retry_later(delay_s))
+        self._start_job("timer", partial(self._retry_later, delay_s))
 
     async def _retry_later(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)

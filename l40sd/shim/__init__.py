@@ -14,8 +14,10 @@ once the leader is gone, SIGTERM to whoever is left; ``term_timeout_s`` after th
 is still putting things in order has all of that time. The engine is the leader, or behind a wrapper that does not
 ``exec`` the process that it runs: see ``tree.who_obeys``.
 
-``watcher`` is the process; ``engine`` starts what it watches, ``output`` keeps the log files. ``tree`` and ``groups``
-find and kill processes; the daemon uses them too, for what a dead shim left behind.
+Once nobody is left, the run's temporary folder (``tmp`` in the spec) goes, and what it left in shared memory.
+
+``watcher`` is the process; ``engine`` starts what it watches, ``output`` keeps the log files, ``leavings`` clears up.
+``tree`` and ``groups`` find and kill processes; the daemon uses these three too, for what a dead shim left behind.
 """
 
 INSTANCE_VARIABLE = "L40SD_INSTANCE"

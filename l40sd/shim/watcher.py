@@ -1,5 +1,5 @@
 # pathlib would cost every shim 5 ms and 1 MB.
-# ruff: noqa: PTH100, PTH120
+# ruff: noqa: PTH100, PTH116, PTH120
 """The shim's one loop: start the engine, pass its output on, and leave nobody behind.
 
     start ----exec fails----------------------------------------> exit.json (exec-failed)
@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from l40sd.shim import INSTANCE_VARIABLE, PROTOCOL, RUNTIME_VARIABLE, TERM_GROUP, engine, groups, tree
+from l40sd.shim import INSTANCE_VARIABLE, PROTOCOL, RUNTIME_VARIABLE, TERM_GROUP, engine, groups, leavings, tree
 from l40sd.shim.output import RotatingLog
 
 READ_BYTES = 256 << 10
@@ -70,6 +70,7 @@ class Watcher:
         self.log = RotatingLog(spec["log"], spec["log_file_bytes"], spec["log_files"])
         self.group = groups.join(spec, self.log)
         self.started_s = time.monotonic()
+        self.folder = ""  # the run's temporary one
         self.signals: set[int] = set()
         self.poller = select.poll()
         self.readers: dict[int, Callable[[], None]] = {}
@@ -97,6 +98,9 @@ class Watcher:
         self.on_readable(wake_read, lambda: discard(wake_read))
         runtime_dir = os.path.dirname(os.path.dirname(self.directory))
         marks = {INSTANCE_VARIABLE: self.spec["instance"], RUNTIME_VARIABLE: runtime_dir}
+        folder = self.spec.get("tmp", "")
+        if folder and leavings.make_folder(folder):
+            self.folder = marks["TMPDIR"] = folder
         self.engine, self.output_fd, self.exec_fd = engine.fork(self.spec, marks, self.group)
         self.on_readable(self.output_fd, lambda: void(self.read_output()))
         self.on_readable(self.exec_fd, self.exec_answered)
@@ -111,6 +115,8 @@ class Watcher:
             self.exec_answered()
         while self.output_fd in self.readers and self.read_output():
             pass  # all writers are dead: this ends with what is in the pipe
+        with contextlib.suppress(OSError):
+            leavings.remove(self.folder, os.stat(f"{self.directory}/spec.json").st_ctime)
         return self.write_exit()
 
     def on_readable(self, descriptor: int, do: Callable[[], None]) -> None:

@@ -24,6 +24,7 @@ class Api:
         is_ready: Without it /health says 503.
         is_aborting: Open requests end at their next token with finish_reason "abort".
         is_hung: No token is made any more; everything else goes on.
+        is_dead: What makes the tokens is gone, and the front says so until it ends, too.
         idle: Set while there is no request.
     """
 
@@ -39,7 +40,7 @@ class Api:
         keep_alive_s: float,
         ranks: Collection[int],
         take: Callable[[str], None],
-        die: Callable[[str], None],
+        die: Callable[[str, int], None],
     ) -> None:
         self._models = models
         self._faults = faults
@@ -51,7 +52,7 @@ class Api:
         self._ranks = ranks
         self._take = take
         self._die = die
-        self.is_ready = self.is_aborting = self.is_hung = False
+        self.is_ready = self.is_aborting = self.is_hung = self.is_dead = False
         self.idle = asyncio.Event()
         self.idle.set()
         self._running = self._waiting = self._requests = self._tokens = self._cut = 0
@@ -97,7 +98,7 @@ class Api:
 
     async def _health(self, reply: Reply) -> None:
         await asyncio.sleep(self._faults.get("slow-health") or 0)
-        if self.is_ready and self._faults.get("unavailable") is None:
+        if self.is_ready and self._faults.get("unavailable") is None and not self.is_dead:
             await reply.json(200, {"status": "ok"})
         else:
             await reply.error(503, "loading model", "unavailable")
@@ -143,11 +144,12 @@ class Api:
         if model not in self._models:
             await reply.error(404, f"the model {model!r} does not exist", "model_not_found")
             return
-        crash_after = self._faults.get("crash-after")
-        if crash_after is not None and self._requests >= crash_after:
-            self._die(f"crashes after {self._requests} requests, as told")
+        self._die_as_told(request)
         self._requests += 1
-        if self._faults.strikes("error"):
+        if self._has_died():
+            await reply.error(500, "EngineCore encountered an issue.", "EngineDeadError")
+            return
+        if self._faults.strikes("error") or (tokens > 1 and self._faults.strikes("error-but-one")):
             await reply.error(500, "failed, as told", "internal_error")
             return
         broken = next((name for name in BREAKS if asked.get("simulate") == name or self._faults.strikes(name)), "")
@@ -228,6 +230,21 @@ class Api:
             _check_client(reader)
             self._tokens += 1
             yield f" {number}"
+
+    def _die_as_told(self, request: Request) -> None:
+        crash_after = self._faults.get("crash-after")
+        if crash_after is not None and self._requests >= crash_after:
+            self._die(f"crashes after {self._requests} requests, as told", 1)
+        poison = self._faults.get("poison")
+        if poison is not None and b"poison" in request.body:
+            self._die("read a poisoned request, as told", int(poison))
+
+    def _has_died(self) -> bool:
+        dead_for_s = self._faults.get("dead-core")
+        if dead_for_s is not None and not self.is_dead:
+            self.is_dead = True
+            asyncio.get_running_loop().call_later(dead_for_s, self._die, "its core died, as told", 1)
+        return self.is_dead
 
     def _hangs(self) -> bool:
         hang_after = self._faults.get("hang-after")

@@ -140,10 +140,10 @@ class Engine:
                 else:
                     self._die(f"rank {rank} died")
 
-    def _die(self, why: str) -> None:
-        """Exit with code 1 and take nobody along, as an engine that crashes."""
+    def _die(self, why: str, code: int = 1) -> None:
+        """Exit and take nobody along, as an engine that crashes."""
         say(why)
-        os._exit(1)
+        os._exit(code)
 
     async def _is_stopped_within(self, wait_s: float) -> bool:
         if wait_s <= 0:

@@ -217,8 +217,10 @@ class Site:
         return f"http://{(await self.status()).proxy.listen[0]}"
 
     async def events(self) -> list[Event]:
-        """Return every event that the daemon still knows."""
-        return await asyncio.to_thread(lambda: list(self.client.events(since=0)))
+        """Return every event of the daemon that runs now; what it remembers of those before it is left out."""
+        events = await asyncio.to_thread(lambda: list(self.client.events(since=0)))
+        begin = max((n for n, event in enumerate(events) if event.event == "daemon.starting"), default=0)
+        return events[begin:]
 
     async def until(self, holds: Callable[[Status], bool], what: str, timeout_s: float) -> Status:
         """Return the first status for which ``holds``.

@@ -14,6 +14,7 @@ from l40sd.core.config import (
     Config,
     EngineConfig,
     ModelConfig,
+    in_force,
     options_of,
 )
 from l40sd.core.configcheck import PLACEHOLDERS, listen_problem
@@ -301,7 +302,8 @@ def test_a_diff_says_what_changed_in_words_and_hides_secrets() -> None:
         ]
     )
     assert configshow.diff(old, new) == (
-        'proxy.listen: ["127.0.0.1:8080"] -> ["0.0.0.0:1"] (seen by the next daemon)',
+        'proxy.listen: ["127.0.0.1:8080"] -> ["0.0.0.0:1"] (needs a restart: `systemctl restart l40sd`; an address that'
+        " l40sd.socket holds is changed there as well, then stop and start)",
         "proxy.retries: 2 -> 5",
         "models.x.endpoint_key: changed",
         "models.gone: removed",
@@ -309,6 +311,24 @@ def test_a_diff_says_what_changed_in_words_and_hides_secrets() -> None:
         "models.new: added (engine vllm)",
     )
     assert configshow.diff(old, old) == ()
+
+
+def test_what_is_in_force_after_a_reload_keeps_what_needs_a_restart_and_nothing_else() -> None:
+    started = parse([(MAIN, MODEL)])
+    fresh = parse(
+        [(MAIN, MODEL + "[proxy]\nlisten = ['0.0.0.0:1']\nretries = 5\n[workers]\nport_first = 2000\nlog_files = 9\n")]
+    )
+    now = in_force(started, fresh)
+    assert (now.proxy.listen, now.workers.port_first) == (started.proxy.listen, started.workers.port_first)
+    assert (now.proxy.retries, now.workers.log_files) == (5, 9)
+    assert now.models == fresh.models
+    assert in_force(started, started) == started
+    assert in_force(fresh, fresh) == fresh
+    pending = configshow.diff(now, fresh)
+    assert len(pending) == 2
+    assert all("systemctl restart l40sd" in sentence for sentence in pending)
+    health = parse([(MAIN, MODEL + "[health]\nfall = 9\n")])
+    assert configshow.diff(started, health) == ("health.fall: 3 -> 9 (seen by each worker when it is started next)",)
 
 
 # --- anything at all ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processkit import PATIENCE_S, Site, end, until
 
-from l40sd.adapters.process import logs
+from l40sd.adapters.process import Position, logs
 from l40sd.shim.output import RotatingLog
 
 
@@ -178,10 +178,10 @@ def test_tail_reads_over_rotations_and_makes_lines_harmless(tmp_path: Path) -> N
     assert logs.tail(tmp_path / "none.log", 5) == []
 
 
-async def collect(stream: AsyncIterator[bytes], count: int) -> bytes:
+async def collect(stream: AsyncIterator[tuple[bytes, Position]], count: int) -> bytes:
     data = b""
     async with asyncio.timeout(PATIENCE_S):
-        async for chunk in stream:
+        async for chunk, _ in stream:
             data += chunk
             if len(data) >= count:
                 break
@@ -204,7 +204,7 @@ async def test_follow_sees_everything_across_rotations(tmp_path: Path) -> None:
         first = group.create_task(anext(aiter(stream)))  # type: ignore[arg-type]
         await asyncio.sleep(0)
         group.create_task(write())
-        got = await first
+        got, _ = await first
         got += await collect(stream, len(written) - len(got))
     await stream.aclose()  # type: ignore[attr-defined]
     log.close()
@@ -222,23 +222,73 @@ async def test_follow_waits_for_a_log_that_is_not_there_yet(tmp_path: Path) -> N
     await stream.aclose()  # type: ignore[attr-defined]
 
 
-async def in_parts(*parts: bytes) -> AsyncIterator[bytes]:
+async def in_parts(*parts: bytes) -> AsyncIterator[tuple[bytes, Position]]:
+    offset = 0
     for part in parts:
-        yield part
+        offset += len(part)
+        yield part, Position(inode=1, offset=offset)
+
+
+async def shown_of(*parts: bytes) -> str:
+    return "".join([text async for text, _ in logs.printable_lines(in_parts(*parts))])
 
 
 @given(parts=st.lists(st.binary(max_size=12) | st.sampled_from([b"\r", b"\n", b"\x1b[2J", b"x" * 9000]), max_size=12))
 async def test_what_is_followed_does_nothing_to_a_terminal(parts: list[bytes]) -> None:
     """Seen: an engine's title, bell and clear-screen sequences reached the operator through `logs -f`."""
-    shown = b"".join([line async for line in logs.printable_lines(in_parts(*parts))]).decode()
+    shown = await shown_of(*parts)
     assert all(c.isprintable() or c in "\t\n" for c in shown)
-    whole = b"".join([line async for line in logs.printable_lines(in_parts(b"".join(parts)))]).decode()
+    whole = await shown_of(b"".join(parts))
     assert [line[:100] for line in shown.split("\n")] == [line[:100] for line in whole.split("\n")]
 
 
 async def test_followed_lines_are_whole_and_long_ones_are_cut() -> None:
-    parts = in_parts(
+    shown = await shown_of(
         b"one\ntw", b"o\r", b"\n10%\r20%\r30%", b"\r\n\x1b]0;title\x07\n", b"y" * 9000, b"y" * 9000, b"\nlast\n"
     )
-    shown = b"".join([line async for line in logs.printable_lines(parts)]).decode().splitlines()
-    assert shown == ["one", "two", "10%", "20%", "30%", "\\x1b]0;title\\x07", "y" * 2000 + "...", "last"]
+    lines = ["one", "two", "10%", "20%", "30%", "\\x1b]0;title\\x07", "y" * 2000 + "...", "last"]
+    assert shown.splitlines() == lines
+
+
+@settings(deadline=None, max_examples=examples(50))
+@given(
+    cuts=st.lists(st.integers(min_value=1, max_value=90), max_size=12),
+    cap=st.integers(min_value=30, max_value=300),
+    back=st.integers(min_value=0, max_value=5),
+)
+async def test_whoever_follows_again_from_where_he_was_misses_no_line_and_sees_none_twice(
+    cuts: list[int], cap: int, back: int
+) -> None:
+    """Seen: `logs -f` ended with its daemon, and begun anew it lacked what the worker had written meanwhile."""
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "w.log"
+        log = RotatingLog(str(path), cap, 100)
+        rest = written = b"".join(b"line %d\n" % number for number in range(60))
+        log.write(rest[:37])
+        rest = rest[37:]
+        seen, at = logs.tail_to_resume(path, back)
+        first = written[:37].count(b"\n")
+        for cut in [*cuts, len(rest)]:
+            log.write(rest[:cut])
+            rest = rest[cut:]
+            end = b"".join(file.read_bytes() for file in reversed(logs.generations(path))).count(b"\n")
+            stream = logs.printable_lines(logs.follow(path, at, poll_s=0.001))
+            while len(seen) - min(first, back) + first < end:
+                text, at = await anext(stream)
+                seen += text.splitlines()
+            await stream.aclose()  # type: ignore[attr-defined]
+        log.close()
+        assert seen == [f"line {number}" for number in range(max(0, first - back), 60)]
+
+
+async def test_a_position_whose_file_is_gone_is_the_oldest_that_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "w.log"
+    (tmp_path / "w.log.1").write_bytes(b"older\n")
+    path.write_bytes(b"newer\n")
+    stream = logs.printable_lines(logs.follow(path, Position(inode=1, offset=5), poll_s=0.001))
+    async with asyncio.timeout(PATIENCE_S):
+        assert [(await anext(stream))[0], (await anext(stream))[0]] == ["older\n", "newer\n"]
+    await stream.aclose()  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="is no position"):
+        Position.parse("1:²")
+    assert str(Position.parse("12:34")) == "12:34"

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,38 @@ async def test_logs_are_shown_and_followed(site: Site) -> None:
     worker = (await site.until_ready("C", 30)).workers[0]
     text = b"".join(await asyncio.to_thread(lambda: list(site.client.stream(f"/v1/workers/{worker.id}/logs", tail=50))))
     assert text
+
+
+async def test_what_happened_and_what_a_worker_said_outlive_the_daemon(site: Site) -> None:
+    """`events` began at 1 again, `logs -f` ended, and the worker's last end was known to the log only."""
+    worker = (await site.until_ready("C", 30)).workers[0].id
+    before = await asyncio.to_thread(lambda: list(site.client.events()))
+    [part] = await asyncio.to_thread(lambda: [next(site.client.log(worker, tail=50))])
+    assert "listening on" in part.text
+    await asyncio.to_thread(site.client.post, f"/v1/workers/{worker}/restart")
+    await site.until(lambda s: s.workers[0].last_end is not None and s.workers[0].phase == "ready", "restarted", 30)
+    await site.kill()
+    await site.start()
+    after = await asyncio.to_thread(lambda: list(site.client.events()))
+    assert [e.seq for e in after] == list(range(1, len(after) + 1))
+    assert after[: len(before)] == before
+    rest = await asyncio.to_thread(lambda: next(site.client.log(worker, **{"from": part.position})))
+    assert rest.text == ""
+    rest = await asyncio.to_thread(lambda: list(islice(site.client.log(worker, **{"from": part.position}), 2))[1])
+    assert "ended: stopped" in rest.text
+    assert part.text not in rest.text
+    end = (await site.until_ready("C", 30)).workers[0].last_end
+    assert end is not None
+    assert (end.how, end.why) == ("stopped as told", "restart by the operator")
+
+
+async def test_the_output_of_a_worker_that_is_gone_can_still_be_read(site: Site) -> None:
+    gone = (await site.until_ready("C", 30)).workers[0].id
+    await site.change("B", 60)
+    assert gone not in [worker.id for worker in (await site.status()).workers]
+    text = b"".join(await asyncio.to_thread(lambda: list(site.client.stream(f"/v1/workers/{gone}/logs"))))
+    assert b"ended: stopped" in text
+    for name in ("none", "..%2Fsecret", "%2e%2e"):
+        assert await refused(site, "GET", f"/v1/workers/{name}/logs") == (404, "unknown_worker")
+    assert await refused(site, "GET", f"/v1/workers/{gone}/logs?follow=1&from=here") == (400, "bad_request")
+    assert await refused(site, "GET", "/v1/events?after=yesterday") == (400, "bad_request")

@@ -1,11 +1,14 @@
 """The supervisor by itself, where a real daemon would need luck."""
 
 import asyncio
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import structlog
+import structlog.testing
 
 from l40sd.adapters.ports import PortPool
 from l40sd.adapters.probe import Prober
@@ -43,9 +46,19 @@ class SlowDisk(Store):
         return is_on_disk
 
 
-async def test_nobody_is_made_once_a_stop_has_begun(tmp_path: Path) -> None:
-    """A turn that was writing at that moment went on to make workers; nobody told them to go, and the stop waited for
-    its timeout."""
+class FullTable(Store):
+    """Cannot open a file for the first few times."""
+
+    left = 3
+
+    async def save(self, content: Mapping[str, Any]) -> bool:
+        if self.left:
+            self.left -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return await super().save(content)
+
+
+async def supervisor_with(disk: Store) -> Supervisor:
     config = load([("l40sd.toml", TWO)]).config
     host = await Host.open(config.host)
     tools = Tools(
@@ -60,9 +73,16 @@ async def test_nobody_is_made_once_a_stop_has_begun(tmp_path: Path) -> None:
         base_env={},
         log=structlog.get_logger(),
     )
-    disk = SlowDisk(tmp_path / "state.json", version=1)
     supervisor = Supervisor(tools, config, disk)
     await supervisor.begin(Adoption())
+    return supervisor
+
+
+async def test_nobody_is_made_once_a_stop_has_begun(tmp_path: Path) -> None:
+    """A turn that was writing at that moment went on to make workers; nobody told them to go, and the stop waited for
+    its timeout."""
+    disk = SlowDisk(tmp_path / "state.json", version=1)
+    supervisor = await supervisor_with(disk)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         running = group.create_task(supervisor.run())
         await disk.writing.wait()
@@ -73,4 +93,26 @@ async def test_nobody_is_made_once_a_stop_has_begun(tmp_path: Path) -> None:
             await asyncio.sleep(0)
         assert supervisor.workers == {}
         running.cancel()
-    await host.close()
+    await supervisor.tools.host.close()
+
+
+async def test_a_turn_that_the_system_refuses_something_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``ulimit -n 1024`` and many clients there was no file descriptor left once: the daemon ended."""
+    monkeypatch.setattr("l40sd.services.supervisor.TURN_AGAIN_S", 0.01)
+    supervisor = await supervisor_with(FullTable(tmp_path / "state.json", version=1))
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        with structlog.testing.capture_logs() as logs:
+            supervisor._log = structlog.get_logger()
+            running = group.create_task(supervisor.run())
+            while not supervisor.failed_turns:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            assert any("Too many open files" in sentence for sentence in supervisor.degraded)
+            while supervisor.degraded:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            running.cancel()
+    events = [(entry["event"], entry["count"]) for entry in logs if entry["event"].startswith("plan.")]
+    assert events == [("plan.failed", 1), ("plan.recovered", 3)]
+    assert supervisor.workers, "the turn after it did everything"
+    await supervisor.tools.host.close()

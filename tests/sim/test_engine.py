@@ -268,6 +268,21 @@ async def test_it_crashes_after_so_many_requests() -> None:
         assert await running.exit_code() == 1
 
 
+async def test_it_exits_at_a_poisoned_request_and_at_no_other() -> None:
+    async with engine("--fault", "poison=3") as running:
+        assert await running.status() == 200
+        with pytest.raises(aiohttp.ClientError):
+            await running.status(prompt="a poisoned one")
+        assert await running.exit_code() == 3
+
+
+async def test_with_a_dead_core_it_says_so_and_exits_a_moment_later() -> None:
+    async with engine("--fault", "dead-core=0.5") as running:
+        assert await running.status() == 500
+        assert await running.get("/health") == 503
+        assert await running.exit_code() == 1
+
+
 async def test_an_unknown_fault_is_refused_with_the_known_ones() -> None:
     async with process("--fault", "hang") as running:
         assert b"hang-after" in await running.line(b"no fault 'hang'")

@@ -19,7 +19,7 @@ from l40sd.adapters.process.records import (
     write_exit,
 )
 from l40sd.adapters.process.remains import Remains, remove_group, trusted_group, unit_of
-from l40sd.shim import tree
+from l40sd.shim import leavings, tree
 
 CLEAR_TIMEOUT_S = 5.0
 """For the processes of a dead shim; who is left then is stuck, and ``Instance.kill`` says so."""
@@ -143,6 +143,7 @@ class Instance:
         while not is_clear:  # their GPUs are not free, whatever else is over
             await asyncio.sleep(STUCK_LOOK_S)
             is_clear = await self._remains().kill(0.0)
+        await asyncio.to_thread(remove_leavings, self._directory, self.spec)
         record = ExitRecord(
             instance=self.spec.instance,
             cause="killed" if self._was_killed else "shim-lost",
@@ -154,6 +155,12 @@ class Instance:
         if Path(self.group).name == unit_of(self.spec.instance):
             await reset_unit(self.spec.instance)
         return record
+
+
+def remove_leavings(directory: Path, spec: InstanceSpec) -> None:
+    """Remove what a run has left outside its processes, in a dead shim's place. Blocks on the disk."""
+    with contextlib.suppress(OSError):
+        leavings.remove(spec.tmp, (directory / "spec.json").stat().st_ctime)
 
 
 def open_shim(identity: Identity) -> int | None:

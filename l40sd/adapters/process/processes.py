@@ -12,6 +12,7 @@ from typing import Self
 from l40sd.adapters.process import logs
 from l40sd.adapters.process.birth import exec_failed, has_ended, identity_of, spawn_failed, start_shim
 from l40sd.adapters.process.instance import Instance, last_words, open_shim, reap
+from l40sd.adapters.process.logs import Position
 from l40sd.adapters.process.providers import Provider, Unavailable, choose, kill_unit, start_unit
 from l40sd.adapters.process.records import (
     Birth,
@@ -24,7 +25,8 @@ from l40sd.adapters.process.records import (
 )
 from l40sd.adapters.process.remains import Remains, mark_of, marked, remove_group, trusted_group
 from l40sd.core.errors import L40sError
-from l40sd.shim import OWN_GROUP, tree
+from l40sd.core.naming import natural
+from l40sd.shim import OWN_GROUP, leavings, tree
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.05
 """Between two looks for run.json: a shim takes about 60 ms, and a poll needs no descriptor and cannot be missed."""
@@ -115,7 +117,7 @@ class Processes:
         finally:
             if instance is None:
                 remains = Remains(instance=spec.instance, group=group, shim=identity_of(pid) if pid else None)
-                await self._withdraw(directory, remains, self.provider)
+                await self._withdraw(directory, remains, self.provider, spec.tmp)
                 if pid is not None:
                     reap(pid)
         self._instances[spec.instance] = instance
@@ -169,9 +171,17 @@ class Processes:
         """Return the end of what one instance said; see ``logs.last_run``."""
         return await asyncio.to_thread(logs.last_run, self.log_path(spec.worker), spec.instance, limit_bytes)
 
-    def follow(self, worker: str) -> AsyncIterator[bytes]:
-        """Yield a worker's output from now on, made printable; see ``logs.follow`` and ``logs.printable_lines``."""
-        return logs.printable_lines(logs.follow(self.log_path(worker)))
+    async def tail_to_resume(self, worker: str, lines: int) -> tuple[list[str], Position]:
+        """Return the last whole lines, and where to follow from; see ``logs.tail_to_resume``."""
+        return await asyncio.to_thread(logs.tail_to_resume, self.log_path(worker), lines)
+
+    def follow(self, worker: str, begin: Position) -> AsyncIterator[tuple[str, Position]]:
+        """Yield a worker's output from there on, made printable; see ``logs.follow`` and ``logs.printable_lines``."""
+        return logs.printable_lines(logs.follow(self.log_path(worker), begin))
+
+    async def logged(self) -> list[str]:
+        """Return the workers of which there is output, also those that are gone; in their natural order."""
+        return await asyncio.to_thread(lambda: sorted(map(worker_of, self._log_dir.glob("*.log")), key=natural))
 
     async def close(self) -> None:
         """Let go of everything and leave the workers alone."""
@@ -224,13 +234,14 @@ class Processes:
             await asyncio.sleep(look_s)
             look_s = min(LAST_LOOK_S, 2 * look_s)
 
-    async def _withdraw(self, directory: Path, remains: Remains, provider: str) -> bool:
+    async def _withdraw(self, directory: Path, remains: Remains, provider: str, tmp: str) -> bool:
         """Undo a birth: a shim that starts only now finds no spec and ends; whoever runs is killed."""
         with contextlib.suppress(OSError):
             (directory / "spec.json").rename(directory / "spec.withdrawn")
         if provider == "unit":  # its shim may be too young to be found otherwise
             await kill_unit(remains.instance)
         is_clear = await remains.kill(CLEAR_TIMEOUT_S)
+        await asyncio.to_thread(leavings.remove_folder, tmp)
         self._remove(directory)
         if remains.group:
             remove_group(remains.group)
@@ -251,10 +262,12 @@ class Processes:
         spec = read_record(directory, "spec.json", InstanceSpec)
         if birth is not None and birth.boot_id != tree.boot_id():  # 1
             adoption.notes.append(f"{directory.name}: of another boot, dropped")
+            if spec is not None:
+                await asyncio.to_thread(leavings.remove_folder, spec.tmp)
             self._remove(directory)
             return
         if birth is None or spec is None or spec.instance != directory.name:  # 2
-            await self._finish_off(directory, adoption, group="")
+            await self._finish_off(directory, adoption, group="", tmp="")
             return
         ended = read_record(directory, "exit.json", ExitRecord)
         run = read_record(directory, "run.json", RunRecord)
@@ -262,7 +275,7 @@ class Processes:
             if ended is not None:  # 3, of an engine that never ran
                 adoption.ended.append((spec, ended))
             else:  # 6
-                await self._finish_off(directory, adoption, group=birth.group)
+                await self._finish_off(directory, adoption, group=birth.group, tmp=spec.tmp)
             return
         instance = Instance(directory, spec, run, open_shim(run.shim))
         self._instances[spec.instance] = instance
@@ -271,10 +284,10 @@ class Processes:
         else:  # 3, 5
             gone.append(instance)
 
-    async def _finish_off(self, directory: Path, adoption: Adoption, *, group: str) -> None:
+    async def _finish_off(self, directory: Path, adoption: Adoption, *, group: str, tmp: str) -> None:
         name = directory.name
         remains = Remains(instance=name, group=trusted_group(group or f"{self._base}/{name}", name))
-        if not await self._withdraw(directory, remains, "unit" if group == OWN_GROUP else ""):
+        if not await self._withdraw(directory, remains, "unit" if group == OWN_GROUP else "", tmp):
             adoption.notes.append(f"{name}: half-born, and processes are left that cannot be killed")
         adoption.killed.append(name)
 
@@ -314,6 +327,11 @@ async def _end_of(instance: Instance) -> ExitRecord | None:
             return await instance.exited()
     except TimeoutError:
         return None
+
+
+def worker_of(log: Path) -> str:
+    """Return the worker whose output is in this file; see ``Processes.log_path``."""
+    return log.name.removesuffix(".log")
 
 
 def marked_in(runtime_dir: Path) -> set[str]:

@@ -21,6 +21,7 @@ class InstanceSpec:
     Attributes:
         argv: Program and arguments; a program without a slash is looked up in ``env``'s PATH.
         env: The whole environment, but for the two marks that are added here.
+        tmp: The run's temporary folder, made and removed with it; empty: the usual one.
         term_to: Who gets SIGTERM: ``engine``, which ends its own, or the whole process ``group``.
         term_timeout_s: From SIGTERM to the kill.
         orphan_grace_s: The engine is stopped when no daemon has held the lock for this long.
@@ -35,6 +36,7 @@ class InstanceSpec:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     cwd: str = "/"
+    tmp: str = ""
     term_to: str = "engine"
     term_timeout_s: float = 20.0
     orphan_grace_s: float = 600.0
