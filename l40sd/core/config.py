@@ -119,6 +119,9 @@ class DaemonConfig:
     events_kept: int = option(
         1000, "events that `l40sctl events` can look back on", least=10, most=100_000, restart=True
     )
+    request_events_kept: int = option(
+        1000, "events about single requests that are kept besides, of each kind", least=10, most=100_000, restart=True
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +192,9 @@ class ProxyConfig:
         300.0, "a request that two workers died of is refused at once for this long; 0: never", least=0, most=86400
     )
     poison_limit: int = option(1000, "such requests remembered, as hashes", least=0, most=1_000_000)
+    failures_logged_per_minute: int = option(
+        60, "warnings about failed requests; further ones are counted; 0: none", least=0, most=100_000
+    )
     access_log: bool = option(default=False, doc="one line a request; costs more than the request itself")
 
 

@@ -13,8 +13,6 @@ import struct
 from math import inf
 from typing import cast
 
-import structlog
-
 from l40sd.adapters.chunked import ChunkedBody
 from l40sd.adapters.http import HeadTemplate, RequestHead, parse_request, plain_request, template_of
 from l40sd.adapters.requestbody import ModelMemory
@@ -31,9 +29,8 @@ AHEAD_LIMIT_BYTES = 65536
 DISCARD_LIMIT_BYTES = 65536  # a refused request's body is read to its end up to this; beyond, the connection is closed
 LINGER_S = 2.0  # for a refused client to read why before its connection is reset
 PARTING_S = 0.25  # for a request that is on its way on an idle connection, when nothing new shall come
+OUR_REASONS = (500, 503)  # 501 and 505 are for what a client asks
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-log = structlog.get_logger()
 
 bare_line_feed = re.compile(rb"(?<!\r)\n").search
 
@@ -180,7 +177,7 @@ class Client(asyncio.Protocol):
         if exchange is not None:
             exchange.broke(error)
             return
-        log.error("proxy.internal_error", request="", exc_info=error)
+        self._shared.failures.note_own("", error, self._shared.now_s)
         if self.is_closing:
             self.transport.abort()
         else:
@@ -471,8 +468,16 @@ class Client(asyncio.Protocol):
         return self._shared.metrics.text(self._shared.routes, len(self._shared.clients))
 
     def _count_and_refuse(self, refused: Refused, head: RequestHead) -> None:
-        self._shared.metrics.answered("", refused.status)
+        self._count(refused, head)
         self.refuse(refused, head)
+
+    def _count(self, refused: Refused, head: RequestHead | None) -> None:
+        """Count a request that is refused before a worker was looked for; for our reasons, it is told of as well."""
+        shared = self._shared
+        shared.metrics.answered("", refused.status)
+        if refused.status in OUR_REASONS:
+            request = head.request_id.decode() if head is not None else ""
+            shared.failures.note(refused.message, shared.now_s, lambda: {"request": request, "status": refused.status})
 
     def _answer(
         self,
@@ -493,7 +498,7 @@ class Client(asyncio.Protocol):
 
     def _answer_and_close(self, refused: Refused) -> None:
         """Refuse a connection whose further bytes have no meaning; let the client read why before it closes."""
-        self._shared.metrics.answered("", refused.status)
+        self._count(refused, self._head)
         fields = pages.error_fields(refused) + self._cors_fields(self._head)
         body = self._error_body(refused, self._head)
         self.transport.write(pages.answer(refused.status, body, fields=fields, close=True))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from l40sd.core.config import ProxyConfig
 from l40sd.core.cors import Cors
+from l40sd.services.proxy_failures import Failures
 from l40sd.services.proxy_metrics import Metrics
 from l40sd.services.proxy_poison import Poison
 from l40sd.services.proxy_upstream import Peer
@@ -35,6 +36,7 @@ class Shared:
         is_closing: No worker will come any more: nobody needs to wait for one.
         dials: The requests' tasks (a connection to a worker being made, a question about one); no others hold any.
         poison: Requests that workers died of.
+        failures: Tells of requests that failed.
     """
 
     config: ProxyConfig
@@ -53,6 +55,7 @@ class Shared:
     unread: "set[Client]" = field(default_factory=set)
     peers: dict[Route, Peer] = field(default_factory=dict)
     dials: set[asyncio.Task[None]] = field(default_factory=set)
+    failures: Failures = field(default_factory=lambda: Failures(0, 0.0))
     poison: Poison = field(default_factory=lambda: Poison(limit=0, kept_s=0.0))
 
     _secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))

@@ -334,7 +334,13 @@ async def test_it_is_slow_to_say_that_it_is_well() -> None:
 
 @pytest.mark.parametrize("is_stream", [True, False])
 @pytest.mark.parametrize(
-    ("fault", "last"), [("half-response", b""), ("bad-chunk", b"zz\r\nnot a chunk\r\n"), ("reset", None)]
+    ("fault", "last"),
+    [
+        ("half-response", b""),
+        ("half-event", b'"delta": {"content": "\xc3'),
+        ("bad-chunk", b"zz\r\nnot a chunk\r\n"),
+        ("reset", None),
+    ],
 )
 async def test_it_breaks_so_many_replies_and_no_more(fault: str, last: bytes | None, is_stream: bool) -> None:
     """Read byte by byte: a client library might mend, or miss, what is broken."""
