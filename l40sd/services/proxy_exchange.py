@@ -172,7 +172,7 @@ class Exchange:
             self._refuse(unknown_model(routes, self._name))
             return
         self._model = model
-        if self._shared.poison and self._is_refused_as_poison():
+        if self._shared.poison.lengths and self._is_refused_as_poison():
             return
         lease = routes.take(model)
         if lease is not None:
@@ -202,7 +202,7 @@ class Exchange:
     def _is_refused_as_poison(self) -> bool:
         """Refuse a request that workers died of; one that may be innocent goes on, and is known to have been aboard."""
         poison, body = self._shared.poison, memoryview(self._body)[self._body_at :]
-        if not poison.may_know(len(body)):
+        if len(body) not in poison.lengths:
             return False
         fingerprint = poison.fingerprint(self._target, body)
         entry = poison.known(fingerprint)
