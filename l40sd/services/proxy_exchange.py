@@ -595,6 +595,8 @@ class Exchange:
     def broke(self, error: Exception) -> None:
         """End a request that our own code fails on: with an answer while none has begun, and holding nothing."""
         if self._phase is Phase.ENDED:
+            if self._client.exchange is self:  # it holds nothing, and its client waits for an answer
+                self._client.reset()
             return
         if isinstance(error, Refused):
             self._refuse(error)
@@ -638,12 +640,14 @@ class Exchange:
     def _end(self, problem: str, status: int = 0, *, is_failed: bool = False) -> None:
         shared = self._shared
         status = self._reply.status if self._reply else status
-        if shared.config.access_log:
-            self._log(problem, status)
-        if is_failed:
-            shared.failures.note(problem, shared.now_s, lambda: self._account(status))
-        self._phase = Phase.ENDED
-        self._let_go()
+        try:
+            if shared.config.access_log:
+                self._log(problem, status)
+            if is_failed:
+                shared.failures.note(problem, shared.now_s, lambda: self._account(status))
+        finally:
+            self._phase = Phase.ENDED
+            self._let_go()
 
     def _let_go(self) -> None:
         """Hold nothing any more: no place in line, no dial, no connection, no lease."""
