@@ -317,10 +317,11 @@ class Processes:
                 os.close(pidfd)
                 raise CorruptError(f"{directory / 'run.json'}: pid {run.shim.pid} is not this instance's shim")
             await asyncio.sleep(FIRST_LOOK_S)  # one that is just ending has no environment any more
-        if engine is not None and run.engine.matches(engine) and engine.parent != run.shim.pid:
+        is_there = engine is not None and run.engine.matches(engine)
+        if engine is not None and is_there and engine.parent != run.shim.pid and _is_alive(run.shim):
             os.close(pidfd)
             raise CorruptError(f"{directory / 'run.json'}: pid {engine.pid} is not a child of its shim")
-        return pidfd, run.engine if engine is not None and run.engine.matches(engine) else None
+        return pidfd, run.engine if is_there else None
 
     async def _finish_off(self, directory: Path, adoption: Adoption, *, group: str, tmp: str) -> None:
         name = directory.name
