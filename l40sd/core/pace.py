@@ -37,8 +37,8 @@ def start_parallel(config: Config, inventory: Inventory, facts: Facts, wanted: S
        host's memory together, or nobody knows how large that is.
     3. Else the first reads a checkpoint and the others find it in the page cache: as many as CPUs and memory carry.
 
-    Measured: twelve llama.cpp (135M, in the page cache) on two busy CPUs are ready after 32 s when they start one by one,
-    20 s two by two, 16 s by fours, 11 s all at once; twelve simulated loads of 4 s after 28 s two by two and 7 s at once.
+    Measured on two busy CPUs: twelve llama.cpp workers (135M, in page cache) are ready after 32 s one by one, 20 s two
+    by two, 16 s by fours, 11 s all at once; twelve simulated loads of 4 s after 28 s two by two, 7 s all at once.
 
     A checkpoint of unknown size is taken to be as large as the memory of the GPUs that it is loaded to.
     """
