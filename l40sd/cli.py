@@ -31,7 +31,7 @@ from l40sd.cli_base import (
     save_picture,
     show_error,
 )
-from l40sd.cli_change import switch_pattern
+from l40sd.cli_change import restart, switch_pattern
 from l40sd.cli_config import config
 from l40sd.cli_doctor import doctor
 from l40sd.cli_follow import events, logs
@@ -40,6 +40,7 @@ from l40sd.cli_layout import patterns_view
 from l40sd.cli_status import status_view, worker_view
 from l40sd.cli_streams import NO_READER, abandon, settle
 from l40sd.cli_topology import topology
+from l40sd.cli_wait import wait
 from l40sd.client import UNREACHABLE, worker_path
 from l40sd.core.errors import L40sError
 from l40sd.core.messages import PatternView, Status, encode
@@ -103,6 +104,8 @@ def cli() -> None:
 
 
 cli.add_command(switch_pattern)
+cli.add_command(wait)
+cli.add_command(restart)
 cli.add_command(topology)
 cli.add_command(config)
 cli.add_command(doctor)
@@ -191,9 +194,6 @@ def _worker_command(verb: str, doing: str, text: str) -> None:
     cli.command(verb)(argument(common(click.pass_obj(command))))
 
 
-_worker_command(
-    "restart", "drains, then starts anew", "Drain each WORKER, stop it and start it anew; a drained one stays drained."
-)
 _worker_command("drain", "drains", "Send each WORKER no more requests until undrain; it stays up.")
 _worker_command("undrain", "receives requests again", "Send each drained WORKER requests again.")
 _worker_command("reset", "failures forgotten", "Forget each WORKER's failures and start it at once.")

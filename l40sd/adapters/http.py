@@ -24,21 +24,24 @@ _request = re.compile(rb"([A-Z]{1,20}+) ([!-~]++) HTTP/1\.([01])\r\n" + _fields)
 _special_in_request = re.compile(
     rb"\r\n((?i:c(?:onnection|ontent-length)|host|authorization|t(?:ransfer-encoding|e|railer)|expect"
     rb"|x-(?:request-id|api-key|l40s-worker|l40s-source)|keep-alive|proxy-(?:connection|authorization|authenticate)"
-    rb"|upgrade)):[ \t]*+([^\r\n]*+)"
+    rb"|upgrade|origin)):[ \t]*+([^\r\n]*+)"
 ).split
 _special_in_response = re.compile(
     rb"\r\n((?i:connection|keep-alive|proxy-(?:connection|authenticate|authorization)|t(?:e|railer)|upgrade"
-    rb"|x-(?:request-id|l40s-(?:worker|source)))):[ \t]*+([^\r\n]*+)"
+    rb"|x-(?:request-id|l40s-(?:worker|source))|access-control-[!-9;-~]++)):[ \t]*+([^\r\n]*+)"
 ).split
+_cross_origin = re.compile(rb"\r\n(?i:access-control-)[^\r\n]*+").finditer
 _reserved_in_trailer = re.compile(
     rb"(?i:c(?:onnection|ontent-(?:length|encoding|type|range))|t(?:e|railer|ransfer-encoding)|host|keep-alive|upgrade"
-    rb"|authorization|set-cookie|proxy-.*+|x-(?:request-id|l40s-.*+))"
+    rb"|authorization|set-cookie|access-control-.*+|proxy-.*+|x-(?:request-id|l40s-.*+))"
 ).fullmatch
 _length = re.compile(rb"\r\n(?i:content-length):[ \t]*+([0-9]++)").search
 _framing = re.compile(rb"\r\n(?i:content-length|transfer-encoding):").search
 _event_stream = re.compile(rb"\r\n(?i:content-type:[ \t]*+text/event-stream)").search
 _coding = re.compile(rb"\r\n(?i:transfer-encoding):([^\r\n]*+)").search
 _content_type = re.compile(rb"\r\n(?i:content-type):[ \t]*+([^\r\n]*+)").search
+_asked_method = re.compile(rb"\r\n(?i:access-control-request-method):").search
+_asked_fields = re.compile(rb"\r\n(?i:access-control-request-headers):[ \t]*+([^\r\n]*+)").search
 _request_id = re.compile(rb"[!-~]{1,%d}" % REQUEST_ID_LIMIT).fullmatch
 _host = re.compile(rb"(?:\[[0-9A-Fa-f:.]++\]|[!$%&'()*+,\-.0-9;=A-Z_a-z~]*+)(?::[0-9]*+)?[ \t]*+").fullmatch
 _absolute = re.compile(rb"https?://[^/?#]++", re.IGNORECASE).match
@@ -54,6 +57,7 @@ class RequestHead:
         request_id: The client's own, if it is sound; empty otherwise.
         hosts: How many Host fields there are.
         hop_by_hop: Further fields that Connection names.
+        origin: Of the web page that asks, for us alone: whether it may is not the engine's to say.
         fields: All other fields, each as ``CR LF name: value``.
     """
 
@@ -69,6 +73,7 @@ class RequestHead:
         "is_http10",
         "keep_alive",
         "method",
+        "origin",
         "request_id",
         "target",
     )
@@ -83,10 +88,22 @@ class RequestHead:
         self.expects_continue = False
         self.credential = b""
         self.request_id = b""
+        self.origin = b""
         self.hosts = 0
         self.hop_by_hop: list[bytes] = []
         self.fields = b""
         self._content_type: bytes | None = None  # looked for once: a head may serve many requests (HeadTemplate)
+
+    @property
+    def is_preflight(self) -> bool:
+        """Whether a browser asks if a web page may send a request."""
+        return self.method == b"OPTIONS" and bool(self.origin) and _asked_method(self.fields) is not None
+
+    @property
+    def asked_fields(self) -> bytes:
+        """Names of the fields that a web page wants to send."""
+        found = _asked_fields(self.fields)
+        return found[1].rstrip() if found else b""
 
     @property
     def content_type(self) -> bytes:
@@ -146,6 +163,7 @@ def plain_request(request: RequestHead, content_length: int = -1) -> bytes:
         request.fields,
         b"\r\nauthorization: Bearer " + request.credential if request.credential else b"",
         b"\r\nx-request-id: " + request.request_id if request.request_id else b"",
+        b"\r\norigin: " + request.origin if request.origin else b"",
         b"\r\ntransfer-encoding: chunked" if content_length < 0 else b"\r\ncontent-length: %d" % content_length,
         b"\r\n\r\n",
     ]
@@ -212,16 +230,19 @@ def format_request(
 
 
 class KnownReply:
-    """A kind of reply head that was parsed before: with a length, nothing to be taken out, and digits that may differ.
+    """A kind of reply head that was parsed before: with a length, and digits that may differ.
+
+    Nothing has to be taken out of it but what an engine says of CORS: llama.cpp does in every reply.
 
     Attributes:
         status: Neither 1xx, 204, 304 nor 5xx.
         line_end: Where the status line ends.
         alike: The head from the status line to the empty line, all digits zero.
         end: Its length.
+        passed_on: Where what is passed on behind the status line begins and ends; None: all of it.
     """
 
-    __slots__ = ("_length_at", "_length_end", "_start", "alike", "end", "line_end", "status")
+    __slots__ = ("_length_at", "_length_end", "_start", "alike", "end", "line_end", "passed_on", "status")
 
     def __init__(self, head: bytes, status: int, length_at: int, length_end: int) -> None:
         self.status = status
@@ -231,6 +252,14 @@ class KnownReply:
         self._start = head[:12]  # with the status: its digits may not differ
         self._length_at = length_at
         self._length_end = length_end
+        cuts = [field.span() for field in _cross_origin(head)]
+        begins = [self.line_end, *(end for _, end in cuts)]
+        ends = [*(start for start, _ in cuts), None]
+        self.passed_on = list(zip(begins, ends, strict=True)) if cuts else None
+
+    def rest_of(self, data: bytes) -> bytes:
+        """Return what is passed on behind the status line of a reply of this kind; slower than a slice."""
+        return b"".join([data[begin:end] for begin, end in self.passed_on or ((self.line_end, None),)])
 
     def is_whole(self, data: bytes) -> bool:
         """Return whether ``data`` is one whole reply with such a head."""
@@ -245,7 +274,9 @@ class KnownReply:
 def known_reply(head: bytes, response: "ResponseHead") -> KnownReply | None:
     """Return the kind of a head that llhttp found well-formed; None for one that has to be parsed each time."""
     found = _length(head)
-    is_plain = len(response.lines) == len(head) - 4 and b"x-l00s-" not in head.translate(_DIGITS_ALIKE).lower()
+    cross_origin = sum(field.end() - field.start() for field in _cross_origin(head))
+    is_plain = len(response.lines) + cross_origin == len(head) - 4
+    is_plain = is_plain and b"x-l00s-" not in head.translate(_DIGITS_ALIKE).lower()
     if found is None or not is_plain or response.is_chunked or head[:8] != b"HTTP/1.1":
         return None
     if found.end() - found.start(1) > LENGTH_DIGITS or not 200 <= response.status < 500:
@@ -293,7 +324,7 @@ class ResponseHead:
 
 
 def parse_response(head: bytes) -> ResponseHead:
-    """Return what a worker's response head says, hop-by-hop fields and the proxy's own taken out.
+    """Return what a worker's response head says, hop-by-hop fields, the proxy's own and those of CORS taken out.
 
     Framing fields stay, for the body is passed on as it is; a 204 has none (RFC 9110, 8.6). The version is ours: what a
     worker speaks is between it and us (RFC 9110, 2.5).
@@ -356,6 +387,10 @@ def _set_api_key(request: RequestHead, value: bytes) -> None:
     request.credential = request.credential or value.strip()
 
 
+def _set_origin(request: RequestHead, value: bytes) -> None:
+    request.origin += (b", " if request.origin else b"") + value.rstrip()  # several are none that is allowed
+
+
 def _set_request_id(request: RequestHead, value: bytes) -> None:
     if found := _request_id(value.rstrip()):
         request.request_id = found[0]
@@ -388,6 +423,7 @@ _HANDLERS: dict[bytes, Callable[[RequestHead, bytes], None]] = {
     b"x-api-key": _set_api_key,
     b"x-request-id": _set_request_id,
     b"expect": _expect,
+    b"origin": _set_origin,
 }  # the other special fields are dropped and say nothing
 
 

@@ -17,13 +17,29 @@ from l40sd.core.config import (
     is_external,
     slug,
 )
+from l40sd.core.cors import origin_problem
 from l40sd.core.model import ModelName, Pattern
 
 KeyPath = tuple[str | int, ...]
 """A key's place in the TOML tree: table names, then the key; numbers are places in an array."""
 
 PLACEHOLDERS = (
-    *("model", "name", "names", "host", "port", "tp", "pp", "ranks", "split", "gpus", "drain_s", "api_key", "python"),
+    *(
+        "model",
+        "name",
+        "names",
+        "host",
+        "port",
+        "tp",
+        "pp",
+        "ranks",
+        "split",
+        "gpus",
+        "drain_s",
+        "api_key",
+        "cache",
+        "python",
+    ),
 )
 """What ``{...}`` may stand for in an engine's command and env; core/launch.py fills them in."""
 
@@ -84,8 +100,9 @@ def _check_daemon(config: Config) -> Iterator[Problem]:
             what=f'no pattern "{daemon.pattern}"',
             hint=_nearest(daemon.pattern, patterns),
         )
-    for name in ("state_dir", "runtime_dir", "log_dir"):
-        if not PurePosixPath(getattr(daemon, name)).is_absolute():
+    for name in ("state_dir", "runtime_dir", "log_dir", "cache_dir"):
+        is_default = name == "cache_dir" and not daemon.cache_dir
+        if not is_default and not PurePosixPath(getattr(daemon, name)).is_absolute():
             yield Problem(path=("daemon", name), what="must be an absolute path")
     in_default_place = f"{daemon.runtime_dir}/control.sock"
     if problem := _socket_problem(daemon.control_socket or in_default_place):
@@ -105,6 +122,10 @@ def _check_proxy(config: Config) -> Iterator[Problem]:
             yield Problem(path=path, what=problem, hint=hint)
     for address in _twice([each for each in listen if not each.endswith(":0")]):
         yield Problem(path=path, what=f'"{address}" is there twice')
+    for origin in config.proxy.cors_origins:
+        what, hint = origin_problem(origin)
+        if what:
+            yield Problem(path=("proxy", "cors_origins"), what=what, hint=hint)
 
 
 def _check_workers(config: Config) -> Iterator[Problem]:

@@ -157,7 +157,9 @@ class Proxy:
         if self._shared is None:
             return
         self._shared.config = config
+        self._shared.set_origins(config.cors_origins)
         self._shared.tick_s = _tick_s(config)
+        self._shared.failures.configure(config.failures_logged_per_minute)
         self._shared.poison.configure(limit=config.poison_limit, kept_s=config.poison_refused_s)
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         affordable = max(1, (descriptors - DESCRIPTORS_KEPT) // 2)  # each client may need a connection to a worker
@@ -282,6 +284,7 @@ class Proxy:
             except Exception as error:  # noqa: BLE001 - the deadlines of all others hang on this timer
                 client.broke(error)
         shared.poison.sweep(now_s)
+        shared.failures.sweep(now_s)
         for client in list(shared.unread):
             client.look_for_hangup()
         self._routes.expire(now_s)

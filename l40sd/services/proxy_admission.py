@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from l40sd.adapters.http import RequestHead
+from l40sd.core.cors import Cors
 from l40sd.core.refused import Refused
 
 PASSED_ON = {
@@ -39,13 +40,16 @@ class Admission(NamedTuple):
     allowed: tuple[bytes, ...] = ()
 
 
-def admit(head: RequestHead, is_key: Callable[[bytes], bool], body_limit_bytes: int) -> Admission:
+def admit(head: RequestHead, is_key: Callable[[bytes], bool], cors: Cors | None, body_limit_bytes: int) -> Admission:
     """Decide in this order.
 
-    1. A path that is not ours: 404.
-    2. A method it does not have: 405, and OPTIONS is answered with those it has.
-    3. No valid key, except for pages that monitoring reads: 401.
-    4. A body that says it is larger than the limit: 413.
+    1. A browser's question for a web page, where some may use the endpoint: answered, whatever the path, so that the
+       page can read what its request is refused for; 403 for any other page.
+    2. A path that is not ours: 404.
+    3. A method it does not have: 405, and OPTIONS is answered with those it has.
+    4. A POST that browsers send for any page without asking: 403.
+    5. No valid key, except for pages that monitoring reads: 401.
+    6. A body that says it is larger than the limit: 413.
 
     Raises:
         Refused: One of these.
@@ -53,15 +57,42 @@ def admit(head: RequestHead, is_key: Callable[[bytes], bool], body_limit_bytes: 
     path = head.target.partition(b"?")[0]
     target = PASSED_ON.get(path) or (path if _passed_on_below(path) else b"")
     is_page = path in OPEN_PAGES or path == b"/v1/models" or path.startswith(b"/v1/models/")
-    if not target and not is_page and path != b"*":  # 1
-        raise Refused(404, "not_found", f"there is nothing at {path[:200].decode()}")
     methods = (b"POST", b"OPTIONS") if target else (b"GET", b"HEAD", b"OPTIONS")
-    if head.method not in methods:  # 2
+    if cors is not None and head.is_preflight:  # 1
+        cors.check_preflight(head.origin)
+        return Admission(allowed=methods if target or is_page else (b"GET", b"HEAD", b"POST", b"OPTIONS"))
+    if not target and not is_page and path != b"*":  # 2
+        raise Refused(404, "not_found", f"there is nothing at {path[:200].decode()}{_what_was_meant(path)}")
+    if head.method not in methods:  # 3
         raise Refused(405, "method_not_allowed", "this method is not for this path", b", ".join(methods).decode())
     if head.method == b"OPTIONS":
         return Admission(allowed=methods)
-    if path not in OPEN_PAGES and not is_key(head.credential):  # 3
+    if cors is not None:
+        cors.check_simple(head.origin, head.method, head.content_type)  # 4
+    if path not in OPEN_PAGES and not is_key(head.credential):  # 5
         raise Refused(401, "invalid_api_key", "a valid API key is needed: Authorization: Bearer KEY")
-    if head.content_length > body_limit_bytes:  # 4
+    if head.content_length > body_limit_bytes:  # 6
         raise Refused(413, "request_too_large", f"the body is larger than {body_limit_bytes} bytes")
     return Admission(target=target + head.target[len(path) :] if target else b"")
+
+
+_ENDS = {known.removeprefix(b"/v1"): known for known in (*PASSED_ON, b"/v1/models")}
+_KNOWN_BY_END = sorted(_ENDS.items(), key=lambda end: len(end[0]), reverse=True)
+
+
+def _what_was_meant(path: bytes) -> str:
+    """Return a hint for a path that is not ours; most come from a base URL with /v1 too few or too many."""
+    path = path.rstrip(b"/")
+    if path in (b"", b"/v1"):
+        return ": the API is below /v1, and /v1/models lists what is served"
+    if path.startswith(b"/api/"):
+        return ": Ollama's API is not spoken here; OpenAI's is, with a base URL that ends in /v1"
+    meant = next((known for end, known in _KNOWN_BY_END if path.endswith(end)), None)
+    if meant is None:
+        return ""
+    why = ""
+    if path == b"/v1" + meant:
+        why = " The base URL has one /v1 too many: Anthropic's libraries add theirs themselves"
+    elif meant == b"/v1" + path:
+        why = " The base URL for OpenAI's libraries ends in /v1"
+    return f"; did you mean {meant.decode()}?{why}"

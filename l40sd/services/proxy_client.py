@@ -13,11 +13,10 @@ import struct
 from math import inf
 from typing import cast
 
-import structlog
-
 from l40sd.adapters.chunked import ChunkedBody
 from l40sd.adapters.http import HeadTemplate, RequestHead, parse_request, plain_request, template_of
 from l40sd.adapters.requestbody import ModelMemory
+from l40sd.core.cors import preflight_fields
 from l40sd.core.dialects import dialect_of, error_body
 from l40sd.core.handed import HandedConnection, HandedExchange
 from l40sd.core.refused import Refused
@@ -30,9 +29,8 @@ AHEAD_LIMIT_BYTES = 65536
 DISCARD_LIMIT_BYTES = 65536  # a refused request's body is read to its end up to this; beyond, the connection is closed
 LINGER_S = 2.0  # for a refused client to read why before its connection is reset
 PARTING_S = 0.25  # for a request that is on its way on an idle connection, when nothing new shall come
+OUR_REASONS = (500, 503)  # 501 and 505 are for what a client asks
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-log = structlog.get_logger()
 
 bare_line_feed = re.compile(rb"(?<!\r)\n").search
 
@@ -51,12 +49,12 @@ class Client(asyncio.Protocol):
         "_models",
         "_parts",
         "_refused",
+        "_rules",
         "_scanned",
         "_shared",
         "_target",
         "_template",
         "_timeout_s",
-        "_valid_keys",
         "deadline_s",
         "exchange",
         "is_closing",
@@ -78,7 +76,7 @@ class Client(asyncio.Protocol):
         self._models = ModelMemory()
         self._template: HeadTemplate | None = None  # of a head that was admitted,
         self._known_target = b""  # for this target,
-        self._valid_keys: frozenset[bytes] = frozenset()  # when these were the keys
+        self._rules: object = None  # under these rules
         self._begin_request()
 
     def _begin_request(self) -> None:
@@ -179,7 +177,7 @@ class Client(asyncio.Protocol):
         if exchange is not None:
             exchange.broke(error)
             return
-        log.error("proxy.internal_error", request="", exc_info=error)
+        self._shared.failures.note_own("", error, self._shared.now_s)
         if self.is_closing:
             self.transport.abort()
         else:
@@ -226,12 +224,12 @@ class Client(asyncio.Protocol):
             self._shared.unread.discard(self)
             self._shared.loop.call_soon(self._proceed)
 
-    def refuse(self, refused: Refused, *, request_id: bytes = b"", target: bytes = b"") -> None:
-        """Answer the present request with an error and go on to the next; ``target`` where the head is not kept."""
+    def refuse(self, refused: Refused, head: RequestHead | None, *, request_id: bytes = b"") -> None:
+        """Answer the present request with an error and go on to the next."""
         fields = pages.error_fields(refused)
         if request_id:
             fields += b"x-request-id: %b\r\n" % request_id
-        self._answer(refused.status, self._error_body(refused, target), fields=fields)
+        self._answer(head, refused.status, self._error_body(refused, head), fields=fields)
 
     def close(self) -> None:
         """Close once everything is written."""
@@ -374,7 +372,7 @@ class Client(asyncio.Protocol):
     def _known_end(self, held: bytes) -> int:
         """Return where the head ends if it is one that was parsed and admitted on this connection before, else 0."""
         template = self._template
-        if template is None or self._valid_keys is not self._shared.key_digests:
+        if template is None or self._rules is not self._shared.rules:
             return 0
         end = template.end_in(held)
         return end if template.request.content_length <= self._shared.config.body_limit_bytes else 0
@@ -393,7 +391,7 @@ class Client(asyncio.Protocol):
         self.keep_alive = head.keep_alive
         config = self._shared.config
         try:
-            self._target, self._allowed = admit(head, self._shared.has_key, config.body_limit_bytes)
+            self._target, self._allowed = admit(head, self._shared.has_key, self._shared.cors, config.body_limit_bytes)
         except Refused as refused:
             if head.is_chunked or head.content_length > DISCARD_LIMIT_BYTES or head.expects_continue:
                 raise
@@ -403,7 +401,7 @@ class Client(asyncio.Protocol):
         else:
             self._missing = max(0, head.content_length)
         self._template = template_of(head, raw) if self._target else None
-        self._known_target, self._valid_keys = self._target, self._shared.key_digests
+        self._known_target, self._rules = self._target, self._shared.rules
 
     def _read_body(self) -> bool:
         """Take the body off what was read; return whether it is whole."""
@@ -430,9 +428,12 @@ class Client(asyncio.Protocol):
         head = self._head
         assert head is not None
         if self._refused is not None:
-            self._count_and_refuse(self._refused)
+            self._count_and_refuse(self._refused, head)
         elif self._allowed:
-            self._answer(204, b"", fields=b"allow: %b\r\n" % b", ".join(self._allowed))
+            fields = b"allow: %b\r\n" % b", ".join(self._allowed)
+            if self._shared.cors is not None and head.is_preflight:
+                fields += preflight_fields(self._allowed, head.asked_fields)
+            self._answer(head, 204, b"", fields=fields)
         elif self._target:
             parts = self._parts
             self._parts = []
@@ -444,7 +445,7 @@ class Client(asyncio.Protocol):
         try:
             name = self._models.name(body, head.content_type, body_at)
         except Refused as refused:
-            self._count_and_refuse(refused, target)
+            self._count_and_refuse(refused, head)
             return
         exchange = self.exchange = Exchange(self._shared, self, head, target, body, body_at, name)
         try:
@@ -459,19 +460,36 @@ class Client(asyncio.Protocol):
                 path, self._shared.routes, is_stopping=self._shared.is_stopping, metrics=self._metrics_text
             )
         except Refused as refused:
-            self._count_and_refuse(refused)
+            self._count_and_refuse(refused, head)
             return
-        self._answer(page.status, page.body, content_type=page.content_type)
+        self._answer(head, page.status, page.body, content_type=page.content_type)
 
     def _metrics_text(self) -> str:
         return self._shared.metrics.text(self._shared.routes, len(self._shared.clients))
 
-    def _count_and_refuse(self, refused: Refused, target: bytes = b"") -> None:
-        self._shared.metrics.answered("", refused.status)
-        self.refuse(refused, target=target)
+    def _count_and_refuse(self, refused: Refused, head: RequestHead) -> None:
+        self._count(refused, head)
+        self.refuse(refused, head)
 
-    def _answer(self, status: int, body: bytes, *, content_type: bytes = pages.JSON, fields: bytes = b"") -> None:
-        head_only = self._head is not None and self._head.method == b"HEAD"
+    def _count(self, refused: Refused, head: RequestHead | None) -> None:
+        """Count a request that is refused before a worker was looked for; for our reasons, it is told of as well."""
+        shared = self._shared
+        shared.metrics.answered("", refused.status)
+        if refused.status in OUR_REASONS:
+            request = head.request_id.decode() if head is not None else ""
+            shared.failures.note(refused.message, shared.now_s, lambda: {"request": request, "status": refused.status})
+
+    def _answer(
+        self,
+        head: RequestHead | None,
+        status: int,
+        body: bytes,
+        *,
+        content_type: bytes = pages.JSON,
+        fields: bytes = b"",
+    ) -> None:
+        head_only = head is not None and head.method == b"HEAD"
+        fields += self._cors_fields(head)
         close = not self.will_keep_alive()
         self.transport.write(
             pages.answer(status, body, content_type=content_type, fields=fields, close=close, head_only=head_only)
@@ -480,9 +498,10 @@ class Client(asyncio.Protocol):
 
     def _answer_and_close(self, refused: Refused) -> None:
         """Refuse a connection whose further bytes have no meaning; let the client read why before it closes."""
-        self._shared.metrics.answered("", refused.status)
-        fields = pages.error_fields(refused)
-        self.transport.write(pages.answer(refused.status, self._error_body(refused), fields=fields, close=True))
+        self._count(refused, self._head)
+        fields = pages.error_fields(refused) + self._cors_fields(self._head)
+        body = self._error_body(refused, self._head)
+        self.transport.write(pages.answer(refused.status, body, fields=fields, close=True))
         self.is_closing = True
         self._held = b""
         self._parts = []
@@ -490,11 +509,16 @@ class Client(asyncio.Protocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()  # closing now, with bytes unread, would reset the answer away
 
-    def _error_body(self, refused: Refused, target: bytes = b"") -> bytes:
+    def _error_body(self, refused: Refused, head: RequestHead | None) -> bytes:
         """Return an error in the shape of the path that was asked for, as far as one can be read."""
-        if not target:
-            target = self._head.target if self._head is not None else self._held.partition(b" ")[2].partition(b" ")[0]
+        target = head.target if head is not None else self._held.partition(b" ")[2].partition(b" ")[0]
         return error_body(dialect_of(target), refused)
+
+    def _cors_fields(self, head: RequestHead | None) -> bytes:
+        """Return what every reply says of the web pages that may read it, each as ``name: value CR LF``."""
+        cors = self._shared.cors
+        fields = b"" if cors is None or head is None else cors.reply_fields(head.origin)
+        return fields[2:] + b"\r\n" if fields else b""
 
     def _gone(self) -> None:
         self.is_closing = True

@@ -91,14 +91,14 @@ class Poison:
         """Return whether a body of this length may be in the table; without it nobody has to hash one."""
         return length in self._lengths
 
-    def note(self, fingerprint: Fingerprint, length: int, route: Route, now_s: float) -> None:
-        """Count an end of this route's worker against a request that it had not answered a byte of."""
+    def note(self, fingerprint: Fingerprint, length: int, route: Route, now_s: float) -> End:
+        """Count an end of this route's worker against a request that it had not answered a byte of; return that end."""
         end = self._latest.get(route)
         if end is None or end.serial != route.serial:
             end = self._latest[route] = End(route, route.serial)
         end.victims += 1
         if self._kept_s <= 0 or self._limit <= 0:
-            return
+            return end
         entry = self._entries.pop(fingerprint, None)
         if entry is None:
             entry = Entry(length, 0.0)
@@ -109,6 +109,7 @@ class Poison:
         self._entries[fingerprint] = entry
         while len(self._entries) > self._limit:
             self._drop(next(iter(self._entries)))
+        return end
 
     def forget(self, fingerprint: Fingerprint) -> None:
         """Take a request off the table that was answered after all."""

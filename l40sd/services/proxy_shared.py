@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from l40sd.core.config import ProxyConfig
+from l40sd.core.cors import Cors
+from l40sd.services.proxy_failures import Failures
 from l40sd.services.proxy_metrics import Metrics
 from l40sd.services.proxy_poison import Poison
 from l40sd.services.proxy_upstream import Peer
@@ -26,12 +28,15 @@ class Shared:
         connection_limit: Clients at once; what is configured, or less where file descriptors are few.
         key_digests: Of the API keys, made with a secret of this process: looking one up takes the same time whatever
             is asked for, as far as an attacker can choose it. Empty: everybody may ask.
+        cors: Which web pages may use the endpoint; None: nothing is said of it to browsers, and nothing refused.
+        rules: Another object whenever other requests may come in than before.
         unread: Clients that sent too far ahead to be read for now.
         peers: By route, made when first used.
         is_stopping: Nothing new is accepted; what is open ends.
         is_closing: No worker will come any more: nobody needs to wait for one.
         dials: The requests' tasks (a connection to a worker being made, a question about one); no others hold any.
         poison: Requests that workers died of.
+        failures: Tells of requests that failed.
     """
 
     config: ProxyConfig
@@ -40,6 +45,8 @@ class Shared:
     metrics: Metrics = field(default_factory=Metrics)
     connection_limit: int = 1
     key_digests: frozenset[bytes] = frozenset()
+    cors: Cors | None = None
+    rules: object = field(default_factory=object)
     now_s: float = 0.0
     tick_s: float = 0.5
     is_stopping: bool = False
@@ -48,6 +55,7 @@ class Shared:
     unread: "set[Client]" = field(default_factory=set)
     peers: dict[Route, Peer] = field(default_factory=dict)
     dials: set[asyncio.Task[None]] = field(default_factory=set)
+    failures: Failures = field(default_factory=lambda: Failures(0, 0.0))
     poison: Poison = field(default_factory=lambda: Poison(limit=0, kept_s=0.0))
 
     _secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
@@ -57,6 +65,12 @@ class Shared:
     def set_keys(self, keys: frozenset[bytes]) -> None:
         """Replace the API keys that clients may use."""
         self.key_digests = frozenset(self._digest(key) for key in keys)
+        self.rules = object()
+
+    def set_origins(self, origins: tuple[str, ...]) -> None:
+        """Replace the origins of web pages that may use the endpoint."""
+        self.cors = Cors(origins) if origins else None
+        self.rules = object()
 
     def has_key(self, credential: bytes) -> bool:
         """Return whether a client with this key may ask."""

@@ -4,10 +4,10 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from l40sd.adapters.process import logs
 from l40sd.adapters.process.birth import exec_failed, has_ended, identity_of, spawn_failed, start_shim
@@ -158,6 +158,10 @@ class Processes:
         if instance is not None:
             instance.clear()
         self._remove(self._instances_dir / instance_id)
+
+    def metas(self) -> list[Mapping[str, Any]]:
+        """Return what the makers of all instances that are not forgotten wrote down of them."""
+        return [instance.spec.meta for instance in self._instances.values()]
 
     def log_path(self, worker: str) -> Path:
         """Return where a worker's output goes; older output is beside it in ``.1``, ``.2``, ..."""
