@@ -6,6 +6,7 @@ from pathlib import Path
 
 from l40sd.core import configshow
 from l40sd.core.config import Config
+from l40sd.core.descriptors import needed
 from l40sd.core.messages import Check
 from l40sd.core.naming import natural
 from l40sd.services import preflight
@@ -85,12 +86,12 @@ def _provider(supervisor: Supervisor) -> Check:
 
 def _descriptors(config: Config) -> Check:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = min(DESCRIPTORS_EXPECTED, 2 * config.proxy.connection_limit + 256)
-    if soft < needed:
+    wanted = min(DESCRIPTORS_EXPECTED, needed(config.proxy.connection_limit))
+    if soft < wanted:
         return Check(
             name="descriptors",
             state=WARNING,
-            found=f"{soft} files may be open, {needed} are needed for proxy.connection_limit",
+            found=f"{soft} files may be open, {wanted} are needed for proxy.connection_limit",
             hint="LimitNOFILE= in the unit, or `ulimit -n`",
         )
     return Check(name="descriptors", state=OK, found=f"{soft} files may be open")

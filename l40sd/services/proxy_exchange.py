@@ -57,6 +57,7 @@ OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = structlog.get_logger()
 
+NO_DESCRIPTOR = "no file descriptor is left for a connection to a worker"
 CLOSING = "this host is being stopped"
 FAILURES = {
     Seen.CONNECT: FailureKind.CONNECT,
@@ -244,6 +245,9 @@ class Exchange:
 
     def _connect(self, peer: Peer) -> None:
         self._phase = Phase.CONNECTING
+        if not self._shared.make_room_for_upstream():
+            self._leave(Seen.OVERLOADED, NO_DESCRIPTOR)
+            return
         self._client.expect(self._shared.config.connect_timeout_s)
         self._start_task(self._dialling(peer))
 
@@ -266,7 +270,7 @@ class Exchange:
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
             self._dial = None
             if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
-                self._leave(Seen.OVERLOADED, "no file descriptor is left for a connection to a worker")
+                self._leave(Seen.OVERLOADED, NO_DESCRIPTOR)
             else:
                 self._leave_unconnected(f"no connection: {error}")
             return
@@ -433,6 +437,7 @@ class Exchange:
         self._reply = head
         self.latest = rest
         self._body = b""  # nothing can be repeated from here on
+        client.release_memory()
         self._first_byte_at_s = self._shared.loop.time()
         client.expect(self._shared.config.idle_timeout_s)
         write: Callable[[bytes], object] = client.transport.write
