@@ -16,7 +16,7 @@ import canned
 import pytest
 from fakecontrol import FakeControl, refusal, serving
 
-from l40sd import cli, cli_change, cli_status
+from l40sd import cli, cli_status, cli_wait
 from l40sd.core.messages import Check, LastEnd, LogPart, OperationStatus, encode
 
 HOST_FILES = Path(cli.__file__).parent / "sim" / "hosts"
@@ -288,6 +288,30 @@ def test_doctor_ends_with_1_when_something_failed(fake: FakeControl, capfd: pyte
     assert "hint: fetch it" in run.out
 
 
+def test_doctor_finds_what_it_can_where_no_daemon_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It said "no such socket" and nothing else, when there was most to ask."""
+    file = tmp_path / "l40sd.toml"
+    folders = "".join(f"{name}_dir = '{tmp_path / name}'\n" for name in ("state", "runtime", "log"))
+    head = f"[daemon]\n{folders}[host]\ninventory = 'l40s-8'\n[proxy]\nlisten = ['0.0.0.0:0']\n"
+    file.write_text(head + "[models.m]\nengine = 'llama-cpp'\nsource = '/none/m.gguf'\ncommand = []\n")
+    doctor = ["--socket", str(tmp_path / "none"), "doctor", "--config", str(file)]
+    assert cli.run(doctor) == 5
+    assert "failed  config  " in capfd.readouterr().out
+    file.write_text(head + "[models.m]\nengine = 'mine'\nsource = '/none/m.gguf'\n[engines.mine]\nbase = 'llama-cpp'\n")
+    assert cli.run([*doctor, "-o", "json"]) == 5
+    checks = {check["name"]: check for check in json.loads(capfd.readouterr().out)}
+    assert next(iter(checks)) == "daemon"
+    assert checks["config"]["state"] == "ok"
+    assert checks["access"]["found"] == "whoever reaches 0.0.0.0:0 may ask: there are no API keys"
+    assert checks["host"]["found"].startswith("8 GPUs, 2 NUMA nodes, from l40s-8")
+    assert checks["model m"]["state"] == "failed"
+    assert {"endpoint", "placement", "state_dir", "runtime_dir", "log_dir"} <= checks.keys()
+    file.write_text(head.replace("l40s-8", "l40s-9"))
+    assert cli.run(doctor) == 5
+    out = capfd.readouterr().out
+    assert "models: no model" in out
+
+
 # --- the change of a pattern --------------------------------------------------------------------------------------
 
 
@@ -300,10 +324,10 @@ def test_a_change_is_followed_to_its_end(fake: FakeControl, capfd: pytest.Captur
     run = Run(fake, capfd, "switch-pattern", "B")
     assert run.code == 0
     assert run.out == "pattern B: 6 of 6 workers ready after 12 s, never below 50 % of the ready capacity\n"
-    assert run.err.splitlines() == ["B: 2 of 6 ready: draining smollm2-gpu8", "B: 6 of 6 ready"]
+    assert run.err.splitlines() == ["pattern B: 2 of 6 ready: draining smollm2-gpu8", "pattern B: 6 of 6 ready"]
 
 
-@pytest.mark.parametrize("state", ["rolled_back", "failed", "replaced"])
+@pytest.mark.parametrize("state", ["rolled_back", "failed", "replaced", "incomplete"])
 def test_a_change_that_did_not_happen_ends_with_1_and_says_why(
     fake: FakeControl, capfd: pytest.CaptureFixture[str], state: str
 ) -> None:
@@ -313,6 +337,109 @@ def test_a_change_that_did_not_happen_ends_with_1_and_says_why(
     assert "smollm2-gpu0-1 did not load" in run.err
     run = Run(fake, capfd, "switch-pattern", "B", "-o", "json")
     assert (run.code, run.json["state"]) == (1, state)
+
+
+def test_the_direction_shown_is_the_one_it_takes(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    """Seen: "back to A" after each change from A that went well, and "going back to B" on the way back to A."""
+    assert cli_status.heading(ending("done")) == "pattern B"
+    assert cli_status.heading(ending("rolled_back")) == "back to A"
+    assert cli_status.operation_line(canned.OPERATION).plain.startswith("changing to pattern B: 2 of 6 ready")
+    back = replace(canned.OPERATION, state="rolling_back", why="smollm2-gpu0-1: exited")
+    assert cli_status.operation_line(back).plain.startswith("going back to A: 2 of 6 ready")
+    fake.answers["GET /v1/operations/op1"] = [(200, back), (200, ending("rolled_back", "smollm2-gpu0-1: exited"))]
+    assert "back to A: 2 of 6 ready" in Run(fake, capfd, "switch-pattern", "B").err
+
+
+def test_a_model_that_left_service_is_named_and_no_capacity_is_claimed(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Seen: "never below 100 % of the ready capacity" of a change after which a model was refused."""
+    fake.answers["GET /v1/operations/op1"] = (200, replace(ending("done"), leaving=("old",), lowest_ready=1.0))
+    run = Run(fake, capfd, "switch-pattern", "B")
+    assert run.out == "pattern B: 6 of 6 workers ready after 12 s; old left service\n"
+
+
+LEAVING = replace(
+    canned.PREVIEW,
+    leaving=("old",),
+    lowest_ready={},
+    replaces="the change to C that alice asked for (2 of 3 ready)",
+    expected_s=75.0,
+    waits_s={"smollm2": 40.0},
+    ends_within_s=3000.0,
+)
+
+
+def test_a_dry_run_says_who_leaves_how_long_it_takes_and_who_is_interrupted(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers["POST /v1/pattern"] = (200, LEAVING)
+    out = Run(fake, capfd, "switch-pattern", "B", "--dry-run").out
+    assert "! old leaves service: its requests are refused from then on\n" in out
+    assert "! it replaces the change to C that alice asked for (2 of 3 ready)\n" in out
+    assert "takes about 1 min 15 s by past loads" in out
+    assert "smollm2: no worker for about 40 s" in out
+    assert "over within 50 min" in out
+    fake.answers["POST /v1/pattern"] = (200, replace(LEAVING, expected_s=None, waits_s={}))
+    assert "not known yet" in Run(fake, capfd, "switch-pattern", "B", "--dry-run").out
+
+
+def test_without_a_terminal_nobody_is_asked_and_the_notes_are_told(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers["POST /v1/pattern"] = (202, {"operation": "op1", "notes": ["old leaves service with pattern B"]})
+    run = Run(fake, capfd, "switch-pattern", "B", "--no-wait")
+    assert (run.out, run.err) == ("op1\n", "! old leaves service with pattern B\n")
+    assert [json.loads(body)["dry_run"] for asked, body in fake.asked if asked.startswith("POST")] == [False]
+
+
+def test_an_operation_can_be_followed_by_its_id(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    """--no-wait printed an id that no command took."""
+    fake.answers["GET /v1/operations/op1"] = [(200, canned.OPERATION), (200, ending("done"))]
+    run = Run(fake, capfd, "wait", "op1")
+    assert (run.code, "6 of 6 workers ready" in run.out) == (0, True)
+    fake.answers["GET /v1/operations/op1"] = (200, ending("rolled_back", "it exited"))
+    assert Run(fake, capfd, "wait", "op1").code == 1
+    fake.answers["GET /v1/operations/op9"] = refusal(404, "unknown_operation", "there is no such operation")
+    assert Run(fake, capfd, "wait", "op9").code == 1
+
+
+def test_wait_without_an_id_follows_what_is_under_way(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    fake.answers["GET /v1/status"] = (200, replace(canned.STATUS, operation=None))
+    run = Run(fake, capfd, "wait")
+    assert (run.code, run.err) == (0, "nothing is under way\n")
+    fake.answers["GET /v1/status"] = (200, replace(canned.STATUS, operation=canned.OPERATION))
+    fake.answers["GET /v1/operations/op1"] = (200, ending("done"))
+    assert "6 of 6 workers ready" in Run(fake, capfd, "wait").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (("--all",), [0, 2, 4, 6, 8, 10]),
+        (("--model", "smollm2"), [0, 2, 4, 6, 8, 10]),
+        (("smollm2-gpu[02]-*", "smollm2-gpu2-3"), [0, 2]),
+    ],
+)
+def test_several_workers_are_restarted_one_after_the_other_by_the_daemon(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str], arguments: Sequence[str], meant: list[int]
+) -> None:
+    """Seen: restart of all workers told all of them at once, and nothing was left to serve."""
+    fake.answers["POST /v1/restart"] = (202, {"operation": "op1"})
+    fake.answers["GET /v1/operations/op1"] = (200, replace(ending("done"), kind="restart"))
+    run = Run(fake, capfd, "restart", *arguments)
+    assert run.out == "restart: 6 of 6 workers are back after 12 s, never below 50 % of the ready capacity\n"
+    [body] = [json.loads(body) for asked, body in fake.asked if asked == "POST /v1/restart"]
+    assert body["workers"] == [f"smollm2-gpu{n}-{n + 1}" for n in meant]
+
+
+def test_one_worker_or_now_is_told_at_once(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    for first in range(0, 12, 2):
+        fake.answers[f"POST /v1/workers/smollm2-gpu{first}-{first + 1}/restart"] = (202, {})
+    assert Run(fake, capfd, "restart", "smollm2-gpu0-1").code == 0
+    assert Run(fake, capfd, "restart", "--all", "--now").code == 0
+    assert len([asked for asked, _ in fake.asked if asked.endswith("/restart")]) == 7
+    assert Run(fake, capfd, "restart", "--model", "none").code == 4
 
 
 def test_no_wait_prints_the_operation(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
@@ -329,7 +456,7 @@ def test_a_timeout_leaves_the_change_running(fake: FakeControl, capfd: pytest.Ca
 def test_a_change_that_outlives_its_daemon_is_followed_at_the_next_one(
     fake: FakeControl, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli_change, "POLL_S", 0.0)
+    monkeypatch.setattr(cli_wait, "POLL_S", 0.0)
     unknown = refusal(404, "unknown_operation", "no operation op1")
     fake.answers["GET /v1/operations/op1"] = [(200, canned.OPERATION), unknown]
     carried_on = replace(canned.OPERATION, id="op2")
@@ -367,6 +494,9 @@ class Terminal:
     def read_until(self, wanted: str) -> None:
         while wanted not in self.text:
             self.text += os.read(self._ours, 65536).decode(errors="replace")
+
+    def write(self, text: str) -> None:
+        os.write(self._ours, text.encode())
 
     def end(self) -> int:
         """Read to the end; return the exit status."""
@@ -449,12 +579,27 @@ def test_following_goes_on_at_the_next_daemon(fake: FakeControl) -> None:
 
 
 def test_ctrl_c_leaves_a_change_running_and_says_so(fake: FakeControl) -> None:
+    fake.answers["POST /v1/pattern"] = [(200, canned.PREVIEW), (202, {"operation": "op1"})]
     fake.answers["GET /v1/operations/op1"] = (200, canned.OPERATION)
     terminal = Terminal(fake, "switch-pattern", "B")
     terminal.read_until("2/6")
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.end() == 130
     assert "goes on without this command" in terminal.text
+
+
+def test_a_person_is_asked_before_a_model_leaves_service(fake: FakeControl) -> None:
+    fake.answers["POST /v1/pattern"] = [(200, LEAVING), (202, {"operation": "op1"})]
+    fake.answers["GET /v1/operations/op1"] = (200, ending("done"))
+    terminal = Terminal(fake, "switch-pattern", "B", NO_COLOR="1")
+    terminal.read_until("[y/N]")
+    assert "old leaves service" in terminal.text
+    terminal.write("n\n")
+    assert terminal.end() == 1
+    assert [json.loads(body)["dry_run"] for asked, body in fake.asked if asked.startswith("POST")] == [True]
+    fake.answers["POST /v1/pattern"] = (202, {"operation": "op1"})
+    agreed = Terminal(fake, "switch-pattern", "B", "--yes", NO_COLOR="1")
+    assert agreed.end() == 0
 
 
 def test_watching_goes_on_over_a_daemon_that_is_away_until_ctrl_c(fake: FakeControl) -> None:
@@ -563,9 +708,35 @@ def test_config_check_tells_all_problems_without_a_daemon(tmp_path: Path, capfd:
 def test_config_check_reads_conf_d_and_approves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "l40sd.toml").write_text("[proxy]\n")
     (tmp_path / "conf.d").mkdir()
-    (tmp_path / "conf.d" / "10.toml").write_text("[models.m]\nsource = '/m'\n")
+    (tmp_path / "conf.d" / "10.toml").write_text("[models.m]\nsource = 'hub/m'\n")
     assert cli.run(["config", "check", str(tmp_path / "l40sd.toml")]) == 0
     assert "with 1 more from conf.d: good: 1 model, 0 patterns" in capfd.readouterr().out
+
+
+def test_config_check_finds_what_a_start_would(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A configuration that was "good" ended the daemon, or left every worker failed."""
+    file = tmp_path / "l40sd.toml"
+    text = (
+        "[daemon]\npattern = 'wide'\n[host]\ninventory = 'l40s-9'\n[proxy]\napi_keys_file = '/none/keys'\n"
+        "[models.m]\nengine = 'vllm'\nsource = '/none/m'\n[[patterns.wide.replicas]]\nmodel = 'm'\ntp = 16\n"
+    )
+    file.write_text(text)
+    assert cli.run(["config", "check", str(file)]) == 1
+    err = capfd.readouterr().err
+    assert "/none/keys: cannot be read: No such file or directory" in err
+    assert "cannot read host file 'l40s-9'" in err
+    assert "did you mean l40s-8?" in err
+    file.write_text(text.replace("l40s-9", "l40s-8").replace("api_keys_file = '/none/keys'\n", ""))
+    assert cli.run(["config", "check", str(file)]) == 1
+    err = capfd.readouterr().err
+    assert f"{file}: models.m.source: there is nothing at /none/m" in err
+    assert f"{file}: patterns.wide: pattern wide does not fit l40s-8 (bundled)" in err
+    (tmp_path / "m").mkdir()
+    mended = (("l40s-9", "l40s-8"), ("/none/m", str(tmp_path / "m")), ("tp = 16", "tp = 2"), ("api_keys_file", "#"))
+    for wrong, right in mended:
+        text = text.replace(wrong, right)
+    file.write_text(text)
+    assert cli.run(["config", "check", str(file)]) == 0
 
 
 def test_config_check_of_a_missing_file_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,11 @@ AWAY = inf
 """The load of a backend that may not be chosen."""
 
 
-def load_with_one_more(in_flight: int, weight: int) -> float:
+def load_with_one_more(in_flight: int, weight: float) -> float:
     """Return how busy a backend of this weight would be with one more request.
 
     Division rounds correctly, so equal fractions give equal numbers, and different ones different numbers as long as
-    weights stay below 2**26.
+    weights are whole and below 2**26; a weight is a fraction only while a backend's share grows.
     """
     return (in_flight + 1) / weight
 

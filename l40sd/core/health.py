@@ -1,14 +1,15 @@
 """Three questions about a worker: has it come up, may it receive requests, is it making tokens.
 
-Each has a tracker that is fed what was seen, with the time, and answers with a verdict. They ask different things on
-purpose. An engine that is slow to answer /health may be at the end of its strength and still deliver every token: it
-loses requests (readiness), not its life (progress). One whose /health says 200 may have hung an hour ago: /health of
-most engines is answered by a process that does none of the work.
+Each has a tracker that is fed what was seen, with the time, and answers with a verdict; core/fitness.py makes one of
+them. They ask different things on purpose. An engine that is slow to answer /health may be at the end of its strength
+and still deliver every token: it loses requests (readiness), not its life (progress). One whose /health says 200 may
+have hung an hour ago: /health of most engines is answered by a process that does none of the work.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from math import inf
 from statistics import median
 
 from l40sd.core.config import Config, HealthConfig
@@ -31,6 +32,16 @@ class ProbeResult:
     ok: bool
     status: int | None = None
     error: str = ""
+
+    @property
+    def says_no(self) -> bool:
+        """Whether the worker itself says that it cannot serve: a closed port, or an error of its own making."""
+        return self.error == REFUSED or (self.status is not None and self.status >= 500)
+
+    @property
+    def is_well(self) -> bool:
+        """Whether a question for a token was answered by a worker that is well: with it, or with a polite refusal."""
+        return self.ok or (self.status is not None and (400 <= self.status < 500 or self.status == 501))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,25 +145,29 @@ class Startup:
 
     def feed_health(self, result: ProbeResult, now_s: float) -> StartVerdict:
         """Take the answer to a health probe."""
-        self.reason = "" if result.ok else f"health: {result.error}"
+        self.reason = "" if result.ok else f"health: {result.error}{self._mend(result, _HEALTH_MENDS)}"
         if result.ok:
             self._reach(Stage.MODEL, now_s)
         elif result.error != REFUSED:
             self._reach(Stage.HEALTH, now_s)
         return self.check(now_s)
 
-    def feed_models(self, names: Collection[str], served_name: str, now_s: float) -> StartVerdict:
-        """Take the names that the engine lists; none when it did not answer."""
+    def feed_models(
+        self, names: Collection[str], served_name: str, now_s: float, result: ProbeResult = ProbeResult(ok=True)
+    ) -> StartVerdict:
+        """Take the names that the engine lists; none when it did not answer, and ``result`` says how."""
         if served_name in names:
             self.reason = ""
             self._reach(Stage.TOKEN, now_s)
+        elif not result.ok:
+            self.reason = f"list of models: {result.error}{self._mend(result, _MODELS_MENDS)}"
         else:
             self.reason = f"lists {', '.join(sorted(names)) or 'no model'}, not {served_name}"
         return self.check(now_s)
 
     def feed_token(self, result: ProbeResult, now_s: float) -> StartVerdict:
         """Take the answer to a request for one token."""
-        self.reason = "" if result.ok else f"first token: {result.error}"
+        self.reason = "" if result.ok else f"first token: {result.error}{self._mend(result, _KEY_MENDS)}"
         if result.ok or result.status in _CANNOT_BE_ASKED:
             self._reach(Stage.READY, now_s)
         return self.check(now_s)
@@ -186,6 +201,10 @@ class Startup:
             return 1.0
         return min(0.99, (now_s - self._started_s) / self._expected_s) if self._expected_s else None
 
+    def _mend(self, result: ProbeResult, mends: Mapping[int, str]) -> str:
+        text = mends.get(result.status or 0, "")
+        return f" ({text.format(health=self.probes.health_path, models=self.probes.models_path)})" if text else ""
+
     def _reach(self, stage: Stage, now_s: float) -> None:
         if stage is Stage.MODEL and not self.probes.models_path:
             stage = Stage.TOKEN
@@ -194,6 +213,18 @@ class Startup:
         if stage > self.stage:
             self.stage, self._progress_s = stage, now_s
 
+
+_ANOTHER_KEY = (
+    "it wants another API key than the worker's: leave keys out of args and command, and give it"
+    " {{api_key}} in env; external workers: endpoint_key"
+)
+_KEY_MENDS: Mapping[int, str] = {401: _ANOTHER_KEY, 403: _ANOTHER_KEY}
+_MODELS_MENDS: Mapping[int, str] = {**_KEY_MENDS, 404: "it has no {models}: its API is elsewhere, e.g. below a prefix"}
+_HEALTH_MENDS: Mapping[int, str] = {
+    **_KEY_MENDS,
+    404: "it has no {health}: set health_path of its [engines] entry, or leave out what moves its API",
+}
+"""By the status of an answer: what is behind it, and what mends it."""
 
 _CANNOT_BE_ASKED = frozenset({400, 404, 405, 422, 501})
 """Answers of an engine that does not complete text (embeddings, rerank): it is up, and has no token to give."""
@@ -230,7 +261,7 @@ class Readiness:
         return self._turn()
 
     def trip(self) -> Turn:
-        """Take it out at once: a request has just found the port closed."""
+        """Take it out at once: a request has just failed, and the worker itself says that it cannot serve."""
         self._streak = 0
         return self._turn() if self.is_ready else Turn.NONE
 
@@ -251,6 +282,10 @@ class Pace(StrEnum):
     STALLED = "stalled"
 
 
+CANARY_GAP = 0.75
+"""Least time between two canaries, in probe intervals; below 1, for looks are not that regular."""
+
+
 class Progress:
     """Whether a worker that has work makes tokens, and one that has none still can.
 
@@ -258,44 +293,64 @@ class Progress:
 
     1. The counters moved: all is well, whatever else is slow. While no scrape answers, replies that the proxy
        received stand in for them.
-    2. Busy (requests running or waiting, as the engine says; as it last said while no scrape answers): hung after
-       ``stall_timeout_s`` without a move.
+    2. Busy (requests running or waiting, as the engine says; as it last said while no scrape answers and it has
+       requests of ours): hung after ``stall_timeout_s`` without a move.
     3. It never told its counters and has our requests: it cannot be judged; the proxy's deadlines end them.
     4. Idle by its own account, even if we hold leases (a client that reads slowly; a gauge that froze): after
        ``canary_interval_s`` without a move it is asked for one token.
-       Hung when that does not come in its time, or fails twice; unless it became busy meanwhile, which is case 2.
+
+    The canary is also asked for by ``suspect``, busy or not, when a request has just failed:
+
+    5. A token, a polite refusal (an embedding engine), or counters that moved meanwhile: all is well.
+    6. An error of its own making (5xx but 503): twice without a move in between is a hang, whatever else it claims.
+    7. No answer, or 503, proves nothing against an engine that is busy or cannot be judged: it has real work to do.
+       Against one that is idle, no answer in time is a hang; any other failure is one when it comes twice.
+
+    At most one canary is under way, and each is answered once, so that no answer is taken for another's. ``is_stalled``
+    is the verdict as it stands: it goes only when something has moved or a canary was answered.
 
     Only time in which somebody looked is counted: after a pause of the daemon the worker is not to blame.
     """
 
     __slots__ = (
+        "_asked_at_s",
         "_canary_moved",
-        "_canary_s",
         "_canary_still_s",
-        "_canary_timeout_s",
         "_failures",
         "_fed_s",
+        "_gap_s",
         "_interval_s",
+        "_is_asked",
         "_is_busy",
+        "_leases",
         "_replies",
         "_stall_s",
         "_still_s",
         "_tokens",
+        "is_stalled",
     )
 
     def __init__(self, config: HealthConfig, *, now_s: float) -> None:
         self._stall_s = config.stall_timeout_s
         self._interval_s = config.canary_interval_s
-        self._canary_timeout_s = config.canary_timeout_s
         self._fed_s = now_s
         self._still_s = 0.0
         self._is_busy = False
+        self._leases = 0
         self._tokens: float | None = None
         self._replies: float | None = None
-        self._canary_s: float | None = None
+        self._is_asked = False
+        self._asked_at_s = -inf
+        self._gap_s = CANARY_GAP * config.probe_interval_s
         self._canary_still_s = 0.0
         self._canary_moved = False
         self._failures = 0
+        self.is_stalled = False
+
+    @property
+    def is_doubted(self) -> bool:
+        """Whether the latest canary failed and nothing has moved since: it is worth another one now."""
+        return self.is_stalled or self._failures > 0
 
     def feed(self, counters: Counters | None, *, leases: int, replies: float, now_s: float) -> Pace:
         """Take one scrape.
@@ -309,30 +364,55 @@ class Progress:
             ``CANARY_DUE`` exactly once a canary: send it now and give its result to ``feed_canary``.
         """
         looked_s = min(now_s - self._fed_s, self._stall_s / 4)
-        self._fed_s = now_s
+        self._fed_s, self._leases = now_s, leases
         if self._has_moved(counters, replies):
             self._moved()
         else:
             self._still_s += looked_s
         self._note_load(counters)
-        if self._is_busy:
+        if self._is_busy:  # 2
+            self.is_stalled = self.is_stalled or self._still_s >= self._stall_s
             return Pace.STALLED if self._still_s >= self._stall_s else Pace.FINE
-        if self._tokens is None and leases:
+        if self._cannot_be_judged():  # 3
             self._still_s = 0.0
             return Pace.FINE
-        return self._ask(now_s)
+        is_due = self.is_doubted or (self._interval_s and self._still_s >= self._interval_s)  # 4
+        return self.suspect(now_s) if is_due else Pace.FINE
+
+    def suspect(self, now_s: float) -> Pace:
+        """Have it asked for one token now, whatever its counters say.
+
+        ``FINE`` while a canary is under way, or right after one: two that failed within a moment are one mishap, and
+        are not to cost a restart.
+        """
+        if self._is_asked or now_s - self._asked_at_s < self._gap_s:
+            return Pace.FINE
+        self._is_asked, self._asked_at_s = True, now_s
+        self._canary_still_s, self._canary_moved = self._still_s, False
+        return Pace.CANARY_DUE
 
     def feed_canary(self, result: ProbeResult) -> Pace:
-        """Take the answer to the one-token request."""
-        self._canary_s = None
-        refused_politely = result.status is not None and 400 <= result.status < 500
-        if result.ok or refused_politely or self._canary_moved:
+        """Take the answer to the one-token request that ``CANARY_DUE`` asked for."""
+        assert self._is_asked, "nobody asked for this canary"
+        self._is_asked = False
+        if result.is_well or self._canary_moved:  # 5
             self._moved()
             return Pace.FINE
-        if self._is_busy:
+        is_error = result.status is not None and result.status >= 500 and result.status != 503
+        if not is_error and (self._is_busy or self._cannot_be_judged()):  # 7
             return Pace.FINE
-        self._failures += 1
-        return Pace.STALLED if result.error == TIMEOUT or self._failures >= 2 else Pace.FINE
+        self._failures += 1  # 6, 7
+        self.is_stalled = self.is_stalled or result.error == TIMEOUT or self._failures >= 2
+        return Pace.STALLED if self.is_stalled else Pace.FINE
+
+    def excuse(self) -> None:
+        """Forget the silence so far: it was somebody else's fault."""
+        self._still_s = self._canary_still_s = 0.0
+        self._failures = 0
+        self.is_stalled = False
+
+    def _cannot_be_judged(self) -> bool:
+        return self._tokens is None and self._leases > 0
 
     def _has_moved(self, counters: Counters | None, replies: float) -> bool:
         tokens = counters.tokens if counters else None
@@ -345,23 +425,18 @@ class Progress:
         return moved
 
     def _moved(self) -> None:
-        self._still_s = self._canary_still_s = 0.0
-        self._failures = 0
+        self.excuse()
         self._canary_moved = True
 
     def _note_load(self, counters: Counters | None) -> None:
         if counters is None or (counters.running is None and counters.waiting is None):
+            # What it said when it last said something holds while we see it have work. A worker whose metrics broke
+            # while it was busy was restarted for the silence of the idle hours after it.
+            self._is_busy = self._is_busy and self._leases > 0
             return
-        asked = self._canary_s is not None  # the canary is a running request, too, but not one to wait 120 s for
+        asked = self._is_asked  # the canary is a running request, too, but not one to wait 120 s for
         is_busy = (counters.running or 0) + (counters.waiting or 0) > asked
         if is_busy and not self._is_busy:
             self._still_s = self._still_s - self._canary_still_s if asked else 0.0
+            self._canary_still_s = 0.0  # taken off once, however often the gauge turns while the canary is out
         self._is_busy = is_busy
-
-    def _ask(self, now_s: float) -> Pace:
-        if self._canary_s is not None and now_s - self._canary_s < 2 * self._canary_timeout_s:
-            return Pace.FINE  # under way; one that nobody answered for twice its time was lost on our side
-        if not self._interval_s or self._still_s < self._interval_s:
-            return Pace.FINE
-        self._canary_s, self._canary_still_s, self._canary_moved = now_s, self._still_s, False
-        return Pace.CANARY_DUE

@@ -317,9 +317,11 @@ def decide_restart(
     now_s: float,
     jitter: float,
     limits: RestartLimits,
+    is_excused: bool = False,
 ) -> Verdict:
     """Return when a failed worker is tried again, or that it is not.
 
+    0. It ended with a request that had been the end of another worker: that counted there. Again at once.
     1. Healthy for long enough: the record starts anew.
     2. So many starts in a row that fail alike, or so many failures within an hour: no further try.
     3. A worker that was ready: at once, then ``backoff_first_s`` doubling to its limit.
@@ -329,7 +331,10 @@ def decide_restart(
         ready_for_s: How long it had been ready; None when it never was.
         now_s: Monotonic.
         jitter: -1 to 1, stretches the delay by up to a tenth so that twelve workers do not return as one.
+        is_excused: A request that ends workers ended it, and its first one was counted.
     """
+    if is_excused:  # 0
+        return Verdict(record=record, delay_s=0.0)
     if ready_for_s is not None and ready_for_s >= limits.healthy_after_s:  # 1
         record = Record()
     never_ready = ready_for_s is None

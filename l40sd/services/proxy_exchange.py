@@ -42,6 +42,7 @@ from l40sd.core.retrypolicy import DEATHS_LIMIT, TABLE, Next, Seen, decide
 from l40sd.services.proxy_breaks import end_of_stream, ended_whole
 from l40sd.services.proxy_metrics import CLIENT_GONE
 from l40sd.services.proxy_pages import no_worker, refused_as_poison, unknown_model
+from l40sd.services.proxy_poison import End
 from l40sd.services.proxy_shared import Shared
 from l40sd.services.proxy_upstream import ABORTED, Countdown, Peer, Tail, Unchunk, Upstream, says_aborted
 from l40sd.services.routes import FailureKind, Lease, Route, Waiter
@@ -56,6 +57,7 @@ OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = structlog.get_logger()
 
+NO_DESCRIPTOR = "no file descriptor is left for a connection to a worker"
 CLOSING = "this host is being stopped"
 FAILURES = {
     Seen.CONNECT: FailureKind.CONNECT,
@@ -97,6 +99,7 @@ class Exchange:
         "_countdown",
         "_dial",
         "_died",
+        "_earlier",
         "_fingerprint",
         "_first_byte_at_s",
         "_head",
@@ -111,6 +114,7 @@ class Exchange:
         "_tail",
         "_target",
         "_tried",
+        "_tries",
         "_tries_left",
         "_upstream",
         "_waiter",
@@ -139,10 +143,12 @@ class Exchange:
         self._request_id = head.request_id or shared.make_request_id()
         self._started_at_s = shared.loop.time()
         self._first_byte_at_s = 0.0
+        self._tries = 0  # workers asked, or connected to in vain
         self._tries_left = shared.config.retries
         self._tried: tuple[int, ...] = ()  # serials of routes that failed
         self._barred: tuple[int, ...] = ()  # those of them that it cannot be tried on again
         self._died: tuple[str, ...] = ()  # workers that ended with it and had not answered a byte of it
+        self._earlier: End | None = None  # the latest of their ends
         self._fingerprint = b""  # once one has
         self._was_stale = False  # the present worker closed a kept connection over it
         self._model = ModelName("")
@@ -202,9 +208,10 @@ class Exchange:
         entry = poison.known(fingerprint)
         if entry is None:
             return False
-        self._fingerprint, self._died = fingerprint, entry.workers
-        if entry.is_poison:
-            self._refuse(refused_as_poison(self._died, entry.until_s - self._shared.now_s))
+        now_s = self._shared.now_s
+        self._fingerprint, self._died, self._earlier = fingerprint, entry.workers(now_s), entry.ends[-1]
+        if entry.is_poison(now_s):
+            self._refuse(refused_as_poison(self._died, entry.until_s - now_s))
             return True
         return False
 
@@ -226,6 +233,7 @@ class Exchange:
 
     def _use(self, lease: Lease) -> None:
         self._lease = lease
+        self._tries += 1
         self._was_stale = False
         shared = self._shared
         peer = shared.peer(lease.route)
@@ -238,6 +246,9 @@ class Exchange:
 
     def _connect(self, peer: Peer) -> None:
         self._phase = Phase.CONNECTING
+        if not self._shared.make_room_for_upstream():
+            self._leave(Seen.OVERLOADED, NO_DESCRIPTOR)
+            return
         self._client.expect(self._shared.config.connect_timeout_s)
         self._start_task(self._dialling(peer))
 
@@ -260,7 +271,7 @@ class Exchange:
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
             self._dial = None
             if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
-                self._leave(Seen.OVERLOADED, "no file descriptor is left for a connection to a worker")
+                self._leave(Seen.OVERLOADED, NO_DESCRIPTOR)
             else:
                 self._leave_unconnected(f"no connection: {error}")
             return
@@ -305,6 +316,7 @@ class Exchange:
         match following:
             case Next.SAME:
                 self._was_stale = True
+                self._tries += 1
                 self._tries_left = max(0, self._tries_left - 1)  # it may have been read: it counts where it can
                 self._connect(self._shared.peer(route))
                 return True
@@ -354,7 +366,10 @@ class Exchange:
         poison, body = self._shared.poison, memoryview(self._body)[self._body_at :]
         if not self._fingerprint:
             self._fingerprint = poison.fingerprint(self._target, body)
-        poison.note(self._fingerprint, len(body), route, self._shared.now_s)
+        now_s, earlier = self._shared.now_s, self._earlier
+        self._earlier = poison.note(self._fingerprint, len(body), route, now_s)
+        if earlier is not None:
+            self._shared.routes.excuse(route.backend.worker, earlier.route, earlier.serial, now_s)
         self._died = (*self._died, route.backend.worker)
 
     def _count_retry(self, route: Route) -> None:
@@ -423,6 +438,7 @@ class Exchange:
         self._reply = head
         self.latest = rest
         self._body = b""  # nothing can be repeated from here on
+        client.release_memory()
         self._first_byte_at_s = self._shared.loop.time()
         client.expect(self._shared.config.idle_timeout_s)
         write: Callable[[bytes], object] = client.transport.write
@@ -536,7 +552,7 @@ class Exchange:
         words = end_of_stream(self._reply, self._target, seen, refused, upstream, takes_chunks=takes_chunks)
         if words is not None:
             self._client.transport.write(words)
-        self._end(f"cut: {why}")
+        self._end(f"cut: {why}", is_failed=True)
         if words is not None:
             self._client.close()  # without the last chunk
         else:
@@ -583,10 +599,10 @@ class Exchange:
         if isinstance(error, Refused):
             self._refuse(error)
             return
-        log.error("proxy.internal_error", request=self._request_id.decode(), exc_info=error)
+        self._shared.failures.note_own(self._request_id.decode(), error, self._shared.now_s)
         what = f"l40sd failed on this request: {type(error).__name__}"
         if self._phase is Phase.REPLYING:
-            self._end(what)
+            self._end(what, is_failed=True)
             self._client.reset()
         else:
             self._refuse(Refused(500, "internal_error", f"{what}; its log has the rest"))
@@ -610,17 +626,22 @@ class Exchange:
         metrics = self._shared.metrics
         metrics.answered(self._model, self._reply.status)
         metrics.timed(self._model, self._first_byte_at_s - self._started_at_s, now_s - self._started_at_s)
-        self._end("")
+        is_failed = self._reply.status >= 500
+        self._end(f"{self.worker} answered so" if is_failed else "", is_failed=is_failed)
         self._client.finished()
 
     def _refuse(self, refused: Refused) -> None:
         self._shared.metrics.answered(self._model, refused.status)
-        self._end(refused.message, refused.status)
+        self._end(refused.message, refused.status, is_failed=refused.status >= 500)
         self._client.refuse(refused, self._head, request_id=self._request_id)
 
-    def _end(self, problem: str, status: int = 0) -> None:
-        if self._shared.config.access_log:
-            self._log(problem, self._reply.status if self._reply else status)
+    def _end(self, problem: str, status: int = 0, *, is_failed: bool = False) -> None:
+        shared = self._shared
+        status = self._reply.status if self._reply else status
+        if shared.config.access_log:
+            self._log(problem, status)
+        if is_failed:
+            shared.failures.note(problem, shared.now_s, lambda: self._account(status))
         self._phase = Phase.ENDED
         self._let_go()
 
@@ -740,7 +761,7 @@ class Exchange:
         exchange._request_id = handed.request_id
         exchange._started_at_s = handed.started_at_s
         exchange._asked_at_s = handed.asked_at_s
-        exchange._tries_left = handed.tries_left
+        exchange._tries, exchange._tries_left = 1, handed.tries_left
         exchange._died = handed.died
         exchange._model = handed.model
         exchange._lease = shared.routes.hold(handed.backend)
@@ -792,15 +813,17 @@ class Exchange:
         self._let_go()
 
     def _log(self, problem: str, status: int) -> None:
-        log.info(
-            "proxy.request",
-            request=self._request_id.decode(),
-            model=self._model or self._name[:LOGGED_LIMIT],
-            path=self._target[:LOGGED_LIMIT].decode(),
-            worker=self.worker,
-            status=status,
-            tries=len(self._tried) + 1,
-            first_byte_s=round(self._first_byte_at_s - self._started_at_s, 4) if self._first_byte_at_s else None,
-            duration_s=round(self._shared.loop.time() - self._started_at_s, 4),
-            problem=problem,
-        )
+        log.info("proxy.request", **self._account(status), problem=problem)
+
+    def _account(self, status: int) -> dict[str, object]:
+        """Return what a log says of a request that ends."""
+        return {
+            "request": self._request_id.decode(),
+            "model": self._model or self._name[:LOGGED_LIMIT],
+            "path": self._target[:LOGGED_LIMIT].decode(),
+            "worker": self.worker,
+            "status": status,
+            "tries": self._tries,
+            "first_byte_s": round(self._first_byte_at_s - self._started_at_s, 4) if self._first_byte_at_s else None,
+            "duration_s": round(self._shared.loop.time() - self._started_at_s, 4),
+        }

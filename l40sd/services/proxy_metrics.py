@@ -145,6 +145,12 @@ def _route_lines(routes: Routes) -> Iterator[str]:
         ("worker_served_total", "counter", "Requests answered below 500.", [(x, t.served) for x, _, t in workers]),
         ("worker_failures_total", "counter", "Requests failed.", [(x, t.failed) for x, _, t in workers]),
         ("worker_retries_total", "counter", "Requests taken elsewhere.", [(x, t.retried) for x, _, t in workers]),
+        (
+            "worker_ejections_total",
+            "counter",
+            "Times out for failed requests.",
+            [(x, t.ejected) for x, _, t in workers],
+        ),
     ):
         yield from _family(f"l40sd_{name}", kind, text, samples)
 

@@ -16,10 +16,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from l40sd.core.balancer import AWAY, choose, load_with_one_more
 from l40sd.core.model import Backend as Backend
 from l40sd.core.model import ListedModel, ModelName, WorkerId
+from l40sd.core.outliers import Counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,9 @@ class FailureKind(StrEnum):
     IDLE = "idle"  # silence for idle_timeout_s within a reply
 
 
+WITHIN_REPLY = (FailureKind.CUT, FailureKind.IDLE)
+
+
 @dataclass(slots=True)
 class Tally:
     """What a worker did since the daemon started, over all its instances."""
@@ -52,12 +57,25 @@ class Tally:
     served: int = 0
     failed: int = 0
     retried: int = 0
+    broken: int = 0  # of those served, replies that broke off
+    ejected: int = 0
 
 
 class Route:
     """One backend that may receive requests, and the requests on it. Changed by ``Routes`` and ``Lease`` only."""
 
-    __slots__ = ("backend", "failing", "in_flight", "is_open", "line", "place", "serial", "tally")
+    __slots__ = (
+        "backend",
+        "failing",
+        "in_flight",
+        "is_failing",
+        "is_open",
+        "line",
+        "place",
+        "serial",
+        "tally",
+        "weight",
+    )
 
     def __init__(self, backend: Backend, serial: int, line: "Line", tally: Tally) -> None:
         self.backend = backend
@@ -68,6 +86,8 @@ class Route:
         self.place = 0  # in the line's routes and loads, while open
         self.is_open = True
         self.failing = 0  # failures in a row
+        self.weight: float = backend.weight  # what of the backend's weight it is given at present
+        self.is_failing = False  # kept although requests fail on it
 
 
 class Lease:
@@ -89,6 +109,7 @@ class Lease:
         """Count a failure that is the backend's, and tell its owner."""
         self.route.failing += 1
         self.route.tally.failed += 1
+        self.route.tally.broken += kind in WITHIN_REPLY
         if self.route.is_open and self._routes.on_failure is not None:  # a drained or stopped worker may fail
             self._routes.on_failure(self.route.backend.worker, kind)
 
@@ -100,10 +121,18 @@ class Lease:
             route.in_flight -= 1
             assert route.in_flight >= 0, "a lease was counted twice"
             line = route.line
-            if route.is_open:
-                line.loads[route.place] = load_with_one_more(route.in_flight, route.backend.weight)
+            if route.is_open and not line.is_even:
+                line.loads[route.place] = load_with_one_more(route.in_flight, route.weight)
             if line.waiters or not route.is_open or self._routes.is_draining:
                 self._routes.released(route)
+
+
+class Excuse(NamedTuple):
+    """A request that ended a worker had ended one before: this one, if it has left the routes since."""
+
+    earlier: Route
+    serial: int
+    at_s: float
 
 
 TurnCallback = Callable[[Lease | None], None]
@@ -130,10 +159,13 @@ class Line:
     """One model: its routes, and those who wait for one. First in, first out among those who can be served.
 
     Attributes:
+        loads: Of each route, with one request more. Where ``is_even``, the requests that it was given instead: a worker
+            that fails at once has the least in flight and would get nearly all of them.
+        turn: Where to look first among equals.
         listed: What the engine said of the model that was added last.
     """
 
-    __slots__ = ("entry", "is_in_catalog", "listed", "loads", "model", "routes", "turn", "waiters")
+    __slots__ = ("entry", "is_even", "is_in_catalog", "listed", "loads", "model", "routes", "turn", "waiters")
 
     def __init__(self, model: ModelName) -> None:
         self.model = model
@@ -141,15 +173,17 @@ class Line:
         self.is_in_catalog = False
         self.listed: ListedModel | None = None
         self.routes: list[Route] = []
-        self.loads: list[float] = []  # of each of them, with one request more
-        self.turn = 0  # where to look first among equals
+        self.loads: list[float] = []
+        self.is_even = False
+        self.turn = 0
         self.waiters: deque[Waiter] = deque()
 
     def seat(self) -> None:
-        """Number the routes after one came or went."""
+        """Number the routes after one came, went or is weighed anew."""
         for place, route in enumerate(self.routes):
             route.place = place
-        self.loads = [load_with_one_more(route.in_flight, route.backend.weight) for route in self.routes]
+        self.is_even = any(route.is_failing for route in self.routes)
+        self.loads = [load_with_one_more(0 if self.is_even else route.in_flight, route.weight) for route in self.routes]
 
 
 class Routes:
@@ -175,6 +209,7 @@ class Routes:
         self._names: dict[str, Line] = {}
         self._routes: dict[WorkerId, list[Route]] = {}  # the open one, and closed ones with leases
         self._tallies: dict[WorkerId, Tally] = {}
+        self._excuses: dict[WorkerId, Excuse] = {}
         self._drains: dict[WorkerId, list[asyncio.Future[None]]] = {}
         self._serial = 0
 
@@ -216,7 +251,7 @@ class Routes:
             routes.append(route)
         route.is_open = True
         route.serial = self._serial  # new, so that requests which tried it before may try it again
-        route.failing = 0
+        route.failing, route.is_failing, route.weight = 0, False, backend.weight
         route.backend = backend  # what its engine says now
         line.listed = backend.listed or line.listed
         line.routes.append(route)
@@ -239,8 +274,21 @@ class Routes:
             routes.append(route)
         route.in_flight += 1
         if route.is_open:
-            line.loads[route.place] = load_with_one_more(route.in_flight, route.backend.weight)
+            line.seat()
         return Lease(self, route)
+
+    def weigh(self, worker: WorkerId, *, share: float, is_failing: bool) -> None:
+        """Give a worker this part of its weight, above 0 to 1, or say that requests fail on it although it is kept.
+
+        While one of a model's is kept so, all of them get the same share of the requests. Unknown workers are ignored.
+        """
+        route = self.open_route(worker)
+        if route is None:
+            return
+        weight = route.backend.weight * share
+        if (route.weight, route.is_failing) != (weight, is_failing):
+            route.weight, route.is_failing = weight, is_failing
+            route.line.seat()
 
     def remove(self, worker: WorkerId) -> None:
         """Let a worker receive no further request; those on it go on. Unknown workers are ignored."""
@@ -255,6 +303,27 @@ class Routes:
         self.remove(worker)
         if self.on_given_up is not None and self.in_flight(worker):
             self.on_given_up(worker, why, is_hung)
+
+    def excuse(self, worker: WorkerId, earlier: Route, serial: int, now_s: float) -> None:
+        """Note that this worker ended, or is about to, with a request that had been the end of another one.
+
+        Args:
+            earlier: The other one's route,
+            serial: and its serial then.
+        """
+        self._excuses[worker] = Excuse(earlier, serial, now_s)
+
+    def take_excuse(self, worker: WorkerId, since_s: float) -> str:
+        """Return which worker's end counts for this one's; empty: its own does. Asked once for each end.
+
+        Args:
+            since_s: What was noted before is about something else.
+        """
+        excuse = self._excuses.pop(worker, None)
+        if excuse is None or excuse.at_s < since_s:
+            return ""
+        has_left = not excuse.earlier.is_open or excuse.earlier.serial != excuse.serial
+        return excuse.earlier.backend.worker if has_left else ""
 
     # What they may ask
 
@@ -279,6 +348,11 @@ class Routes:
         """Return the requests that failed on a worker since one was answered well; 0 for one not routed to."""
         route = self.open_route(worker)
         return route.failing if route else 0
+
+    def counts(self, worker: WorkerId) -> Counts:
+        """Return what requests saw of a worker."""
+        tally = self.tally(worker)
+        return Counts(good=tally.served - tally.broken, failed=tally.failed, in_row=self.failures_in_row(worker))
 
     def tally(self, worker: WorkerId) -> Tally:
         """Return what a worker did since the daemon started."""
@@ -336,7 +410,10 @@ class Routes:
         line.turn = place + 1
         route = line.routes[place]
         route.in_flight += 1
-        line.loads[place] = load_with_one_more(route.in_flight, route.backend.weight)
+        if line.is_even:
+            line.loads[place] += 1 / route.weight
+        else:
+            line.loads[place] = load_with_one_more(route.in_flight, route.weight)
         return Lease(self, route)
 
     def wait(

@@ -1,6 +1,6 @@
 """What all workers share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -8,18 +8,26 @@ import structlog
 from l40sd.adapters.ports import PortPool
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Processes
-from l40sd.core.model import ModelFacts, ModelName
+from l40sd.adapters.workerkeys import WorkerKeys
+from l40sd.core.model import ModelFacts, ModelName, WorkerId
+from l40sd.core.outliers import Peer
 from l40sd.services.host import Host
 from l40sd.services.routes import Routes
 
 
 @dataclass(slots=True, kw_only=True)
 class Tools:
-    """The parts that a worker works with. ``changed`` tells the supervisor that an observation is new."""
+    """The parts that a worker works with.
+
+    Attributes:
+        changed: Tells the supervisor that an observation is new.
+        peers: Returns the other live workers of a worker's model.
+    """
 
     host: Host
     processes: Processes
     ports: PortPool
+    keys: WorkerKeys
     prober: Prober
     routes: Routes
     facts: Mapping[ModelName, ModelFacts]
@@ -28,3 +36,4 @@ class Tools:
     base_env: Mapping[str, str]
     log: structlog.stdlib.BoundLogger
     changed: Callable[[], None] = lambda: None
+    peers: Callable[[WorkerId], Sequence[Peer]] = lambda _: ()

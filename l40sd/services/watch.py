@@ -1,11 +1,12 @@
-"""Asks one process how it is, and posts what core/health.py makes of the answers.
+"""Asks one process how it is; core/health.py and core/fitness.py say what the answers come to.
 
 Two jobs, one after the other: ``startup`` until it has made a token, then ``follow`` for as long as it lives.
 """
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -14,10 +15,15 @@ from l40sd.adapters.clock import now_s
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Instance
 from l40sd.core.config import HealthConfig
-from l40sd.core.health import TIMEOUT, Pace, ProbeResult, Progress, Readiness, Stage, Startup, StartVerdict, Turn
+from l40sd.core.fitness import Fitness, Look
+from l40sd.core.health import TIMEOUT, ProbeResult, Stage, Startup, StartVerdict
 from l40sd.core.launch import Launch
 from l40sd.core.lifecycle import Event
 from l40sd.core.model import ListedModel
+from l40sd.core.outliers import Counts, Peer
+
+LOOKS_PER_INTERVAL = 4
+"""Looks at a worker on which requests go on failing, in one ``probe_interval_s``."""
 
 HUNG = "hung"
 """What the failure of a worker is filed under that makes no tokens."""
@@ -31,9 +37,10 @@ class Post(Protocol):
 
 
 class Watch:
-    """The three questions, asked of one process.
+    """The questions, asked of one process.
 
     Attributes:
+        fitness: What is made of the answers once it has come up.
         listed: What its engine says of the model, once it was asked; None: nothing.
     """
 
@@ -49,6 +56,8 @@ class Watch:
         log_path: Path,
         leases: Callable[[], int],
         replies: Callable[[], int],
+        counts: Callable[[], Counts],
+        peers: Callable[[], Sequence[Peer]],
     ) -> None:
         self._launch = launch
         self._target = (launch.host, launch.port, launch.probes, launch.api_key)
@@ -58,6 +67,9 @@ class Watch:
         self._log_path = log_path
         self._leases = leases
         self._replies = replies
+        self._counts = counts
+        self._peers = peers
+        self.fitness = Fitness(config, now_s=now_s())
         self._suspected = asyncio.Event()
         self._doubt = asyncio.Lock()
         self._doubted_s = -math.inf
@@ -82,7 +94,8 @@ class Watch:
         return self._startup.fraction(now_s())
 
     def suspect(self) -> None:
-        """Look now: a request has failed on it."""
+        """Look now: a request has failed on it. What requests see of it is judged before this returns."""
+        self.judge_requests()
         self._suspected.set()
 
     async def is_ending(self) -> bool:
@@ -124,9 +137,9 @@ class Watch:
             case Stage.PORT | Stage.HEALTH:
                 startup.feed_health(await self._health(), now_s())
             case Stage.MODEL:
-                models = await self._prober.models(*self._target, self._config.probe_timeout_s)
+                result, models = await self._prober.models(*self._target, self._config.probe_timeout_s)
                 self.listed = next((model for model in models if model.id == launch.served_name), None)
-                startup.feed_models([model.id for model in models], launch.served_name, now_s())
+                startup.feed_models([model.id for model in models], launch.served_name, now_s(), result)
             case Stage.TOKEN:
                 timeout_s = max(self._config.canary_timeout_s, self._config.probe_timeout_s)
                 startup.feed_token(await self._one_token(timeout_s), now_s())
@@ -137,63 +150,65 @@ class Watch:
         activity = await asyncio.to_thread(activity_of, self._instance.engine_pid, self._log_path)
         return startup.feed_activity(activity, now_s())
 
-    async def follow(self, post: Post) -> None:
-        """Probe readiness and progress for as long as the worker lives.
+    async def follow(self, post: Post, heed: Callable[[], None]) -> None:
+        """Look at readiness, progress and requests for as long as the worker lives; ``heed`` is called after each.
 
-        1. Readiness: the health probe, ``fall`` and ``rise``.
-        2. Progress: the engine's counters; when they prove nothing, one token as a canary, which runs beside the
-           probes because it may take its time.
-        3. Suspected (a request failed on it): probe now. A closed port takes it out at once, and one token is asked
-           for, because an engine's front may say 200 while what is behind it is dead.
+        A canary runs beside the looks because it may take its time. Suspected (a request failed on it): look now, and
+        from then on at most ``LOOKS_PER_INTERVAL`` times in an interval, for a worker may fail a thousand a second.
         """
-        readiness = Readiness(fall=self._config.fall, rise=self._config.rise)
-        progress = Progress(self._config, now_s=now_s())
         async with asyncio.TaskGroup() as canaries:
-            canary: asyncio.Task[None] | None = None
             while True:
                 began_s = now_s()
-                was_suspected = self._suspected.is_set()
+                is_suspected = self._suspected.is_set()
                 self._suspected.clear()
-                pace = await self._look(readiness, progress, post, was_suspected=was_suspected)
-                if (pace is Pace.CANARY_DUE or was_suspected) and (canary is None or canary.done()):
-                    canary = canaries.create_task(self._canary(progress, post))
-                try:
-                    # From the start of one look to the next: probes that time out must not make the looks rarer.
-                    async with asyncio.timeout(max(0.0, self._config.probe_interval_s - (now_s() - began_s))):
+                if await self._look(is_suspected=is_suspected):
+                    canaries.create_task(self._canary(post, heed))
+                await self._draw(post, heed)
+                # From the start of one look to the next: probes that time out must not make the looks rarer.
+                interval_s = self._config.probe_interval_s
+                least_s = interval_s / LOOKS_PER_INTERVAL if is_suspected else 0.0
+                await asyncio.sleep(max(0.0, least_s - (now_s() - began_s)))
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(max(0.0, interval_s - (now_s() - began_s))):
                         await self._suspected.wait()
-                except TimeoutError:
-                    continue
 
-    async def _look(self, readiness: Readiness, progress: Progress, post: Post, *, was_suspected: bool) -> Pace:
+    async def _look(self, *, is_suspected: bool) -> bool:
         replies = self._replies()
-        result, counters = await asyncio.gather(
+        health, counters = await asyncio.gather(
             self._health(), self._prober.counters(*self._target, self._config.probe_timeout_s)
         )
-        if result.error == TIMEOUT and self._replies() != replies:  # 4
-            result = ProbeResult(ok=True)
-        is_closed = result.error == "refused"
-        turn = readiness.trip() if is_closed and was_suspected else readiness.feed(result)  # 1, 3
-        if turn is Turn.FELL:
-            post(Event.FELL, f"health: {result.error}")
-        elif turn is Turn.ROSE:
-            post(Event.ROSE)
-        pace = progress.feed(counters, leases=self._leases(), replies=self._replies(), now_s=now_s())  # 2
-        if pace is Pace.STALLED:
-            await self._stalled(
-                post, f"no token for {self._config.stall_timeout_s:.0f} s although requests are running"
-            )
-        return pace
+        look = Look(
+            health=health,
+            counters=counters,
+            leases=self._leases(),
+            replies=self._replies(),
+            replied_meanwhile=self._replies() != replies,
+            is_suspected=is_suspected,
+        )
+        is_canary_due = self.fitness.feed(look, now_s())
+        self.judge_requests()
+        return is_canary_due
 
-    async def _canary(self, progress: Progress, post: Post) -> None:
-        result = await self._one_token(self._config.canary_timeout_s)
-        if progress.feed_canary(result) is Pace.STALLED:
-            await self._stalled(post, f"idle, and one token did not come: {result.error}")
+    async def _canary(self, post: Post, heed: Callable[[], None]) -> None:
+        is_reached = self._instance is None or await self._is_to_blame()
+        self.fitness.feed_canary(await self._one_token(self._config.canary_timeout_s), now_s())
+        if not is_reached:  # when it was asked; by now it may be, and the silence before that is still no evidence
+            self.fitness.progress.excuse()
+        await self._draw(post, heed)
 
-    async def _stalled(self, post: Post, reason: str) -> None:
-        if self._instance is None:
-            post(Event.FELL, reason)  # somebody else's to restart
-        elif await self._is_to_blame():
-            post(Event.STALLED, reason, kind=HUNG)
+    async def _draw(self, post: Post, heed: Callable[[], None]) -> None:
+        """Draw the consequences: one that is hung is restarted, unless it is somebody else's to restart."""
+        stalled = self.fitness.stalled
+        if stalled and self._instance is not None:
+            if await self._is_to_blame():
+                post(Event.STALLED, stalled, kind=HUNG)
+                return
+            self.fitness.progress.excuse()
+        heed()
+
+    def judge_requests(self) -> None:
+        """Judge the worker by what requests have seen of it so far."""
+        self.fitness.feed_requests(self._counts(), self._peers(), now_s())
 
     async def _is_to_blame(self) -> bool:
         """Return whether silence speaks against the worker: not while this host does not even reach itself.
@@ -206,4 +221,6 @@ class Watch:
         return await self._prober.health(*self._target, self._config.probe_timeout_s)
 
     async def _one_token(self, timeout_s: float) -> ProbeResult:
+        if not self._launch.probes.token_path:  # a script of one's own: what can be asked is how it is
+            return await self._health()
         return await self._prober.one_token(*self._target, self._launch.served_name, timeout_s)

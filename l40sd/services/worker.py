@@ -8,7 +8,6 @@ now reached are cancelled: ``JOBS_IN`` says which remain.
 
 import asyncio
 import random
-import secrets
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,10 +36,11 @@ from l40sd.core.lifecycle import (
 )
 from l40sd.core.messages import LastEnd
 from l40sd.core.model import WorkerId
+from l40sd.core.outliers import Peer, Standing
 from l40sd.core.plan import Observed, Wanted
 from l40sd.services.ends import End, end_of, last_end_of
 from l40sd.services.gpus import wait_until_free
-from l40sd.services.making import launch_of, refuse_misconfigured, spec_of
+from l40sd.services.making import launch_of, refuse_misconfigured, spec_of, with_cache
 from l40sd.services.past import TOLD, Past
 from l40sd.services.routes import Backend
 from l40sd.services.tools import Tools
@@ -61,6 +61,8 @@ JOBS_IN: Mapping[Phase, frozenset[str]] = {
 ROUTED_ONCE = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
 """Phases of a process that may have requests and is not being stopped."""
 UNKILLABLE = "SIGKILL has not ended it: its GPUs stay out of use until it is gone"
+EXIT_SEEN_WITHIN_S = 10.0
+"""From a request's broken connection to the word that the worker's whole process tree is gone."""
 MAILBOX = 256
 PAST_LOADS = 20
 JOB_AGAIN_S = 1.0
@@ -254,6 +256,21 @@ class Worker:
         """A request failed on this worker: have a look now rather than at the next interval."""
         if self.watch is not None:
             self.watch.suspect()
+            self._heed()
+
+    def as_peer(self) -> Peer | None:
+        """Return this worker as its equals are measured against it; None while it does not live or shall not serve."""
+        if self.watch is None or self.phase not in (Phase.READY, Phase.UNREADY) or self.goal is not Goal.SERVE:
+            return None
+        return Peer(is_routed=self.phase is Phase.READY, failed_share=self.watch.fitness.outlier.failed_share)
+
+    @property
+    def concern(self) -> str:
+        """What is wrong with a worker that serves nevertheless; empty when all is well."""
+        outlier = self.watch.fitness.outlier if self.watch is not None and self.phase is Phase.READY else None
+        if outlier is None or outlier.standing is not Standing.KEPT:
+            return ""
+        return f"{outlier.explain()}; it is kept: too few workers of {self.wanted.placement.model} would be left"
 
     async def is_ending(self) -> bool:
         """Return whether its process, or its health, says that it ends: an engine whose core died answers 500 first."""
@@ -283,6 +300,37 @@ class Worker:
                 for job in self._jobs.values():
                     job.cancel()
 
+    # -- what the watch makes of it --------------------------------------------------------------------------------
+
+    def _heed(self) -> None:
+        """Follow the watch's verdict: routed to or not, and with which share. Called as often as there is one."""
+        if self.watch is None:
+            return
+        fitness = self.watch.fitness
+        event = fitness.turn(self.phase)
+        if event is not None and event is not self._told:
+            self._told = event
+            self.post(event, fitness.objection)
+        if self.phase is Phase.UNREADY and fitness.objection:
+            self.reason = fitness.objection
+        if self.phase is Phase.READY:
+            is_kept = bool(self.concern)
+            self._tools.routes.weigh(self.id, share=fitness.outlier.weight_share(now_s()), is_failing=is_kept)
+            if is_kept != self._was_kept:
+                self._was_kept = is_kept
+                self._report_kept()
+
+    def _report_kept(self) -> None:
+        keys = {"model": self.wanted.placement.model}
+        if self.concern:
+            self._log.warning("worker.failing", reason=self.concern, **keys)
+        else:
+            self._log.info("worker.failing_no_more", **keys)
+
+    _told: Event | None = None
+    """The verdict that is in the mailbox; not to be posted twice."""
+    _was_kept: bool = False
+
     # -- events ----------------------------------------------------------------------------------------------------
 
     def _handle(self, happening: Happening) -> None:
@@ -291,6 +339,8 @@ class Worker:
         1. What a failure is filed under is decided by what came first: a hung worker that is then killed hung.
         2. The goal may change where the phase does not.
         """
+        if happening.event is self._told:
+            self._told = None
         after = step(self.phase, self.goal, happening.event)
         if after is None:
             self._log.debug("worker.late_event", phase=self.phase, happened=happening.event)
@@ -343,7 +393,7 @@ class Worker:
                 assert self.process is not None
                 self._log.info("worker.ready", address=self._address(), after_s=self._load_s(), **keys)
             case Phase.UNREADY:
-                self._log.warning("worker.unready", **keys)
+                self._report_unready(keys)
             case Phase.BACKOFF:
                 keys["delay_s"] = round(max(0.0, (self.next_start_at_s or 0.0) - now_s()), 1)
                 self._log.warning("worker.backoff", last_lines=list(self.last_lines), **keys)
@@ -358,6 +408,14 @@ class Worker:
             case _:
                 self._log.info(f"worker.{self.phase}", **keys)
 
+    def _report_unready(self, keys: dict[str, Any]) -> None:
+        outlier = self.watch.fitness.outlier if self.watch is not None else None
+        if outlier is None or outlier.standing is not Standing.OUT:
+            self._log.warning("worker.unready", **keys)
+            return
+        self._tools.routes.tally(self.id).ejected += 1
+        self._log.warning("worker.ejected", for_s=round(max(0.0, outlier.out_until_s - now_s()), 1), **keys)
+
     # -- actions ---------------------------------------------------------------------------------------------------
 
     def _act(self, action: Action, happening: Happening) -> None:
@@ -371,12 +429,13 @@ class Worker:
                 self._begin_watch()
             case Action.ADD_ROUTE:
                 self._add_route()
+                self._heed()  # of a drain taken back: what was found meanwhile counts
             case Action.REMOVE_ROUTE:
                 self._tools.routes.remove(self.id)
             case Action.WATCH:
                 assert self.watch is not None
                 self._note_up()
-                self._start_job("follow", partial(self.watch.follow, self.post))
+                self._start_job("follow", partial(self.watch.follow, self.post, self._heed))
             case Action.DRAIN:
                 self._start_job("drain", self._drain)
             case Action.TERMINATE:
@@ -437,9 +496,10 @@ class Worker:
                 self.post(Event.BLOCKED, holder)
                 return
             port = self._tools.ports.take()
-            key = secrets.token_urlsafe(24)
+            key = self._tools.keys.of(self.model.name)
             launch = launch_of(self.wanted.placement, self.config, self._tools, port=port.port, api_key=key)
             self.process = Process(launch=launch, port=port)
+            launch = await with_cache(launch, self.config, self._tools)
             spec = spec_of(launch, self.wanted, self.config, self._tools)
             self.process.instance = await self._tools.processes.spawn(spec, workers.spawn_timeout_s)
         except L40sError as error:
@@ -464,6 +524,8 @@ class Worker:
             log_path=self._tools.processes.log_path(self.id),
             leases=lambda: self._tools.routes.in_flight(self.id),
             replies=lambda: self._tools.routes.served(self.id),
+            counts=lambda: self._tools.routes.counts(self.id),
+            peers=lambda: self._tools.peers(self.id),
         )
         self._start_job("startup", partial(self.watch.startup, self.post))
 
@@ -561,6 +623,7 @@ class Worker:
         if ready_for_s is None:
             self.failed_starts += 1
         self.restarts += 1
+        earlier = self._excuse()
         verdict = decide_restart(
             self.record,
             kind=failure.kind or "exit",
@@ -569,9 +632,12 @@ class Worker:
             now_s=now_s(),
             jitter=random.uniform(-1, 1),
             limits=restart_limits(self.config.workers),
+            is_excused=bool(earlier),
         )
         self.record = verdict.record
         self.reason = failure.reason or failure.kind
+        if earlier:
+            self.reason += f"; with a request that had ended {earlier} before, where it counts"
         if failure is not happening and happening.log_says:  # it hung, say: what it said when it was stopped
             self.reason += f"; its log: {happening.log_says}"
         if verdict.delay_s is None:
@@ -581,6 +647,12 @@ class Worker:
             self.phase = Phase.WAITING
         else:
             self._retry_in(verdict.delay_s)
+
+    def _excuse(self) -> str:
+        """Return the worker that was ended before by the request that ended this one; empty: none is known."""
+        workers = self.config.workers
+        within_s = EXIT_SEEN_WITHIN_S + workers.term_timeout_s + workers.kill_timeout_s
+        return self._tools.routes.take_excuse(self.id, now_s() - within_s)
 
     def _retry_in(self, delay_s: float) -> None:
         self.next_start_at_s = now_s() + delay_s

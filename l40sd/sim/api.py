@@ -12,7 +12,7 @@ from l40sd.sim.faults import Faults
 from l40sd.sim.wire import Reply, Request, read_request
 
 DEFAULT_TOKENS = 16
-BREAKS = ("half-response", "bad-chunk", "reset")
+BREAKS = ("half-response", "half-event", "bad-chunk", "reset")
 """Faults that break a reply. A request may bring one along, ``"simulate": NAME``: it strikes this request whichever
 worker has it and however often it is tried, and no other."""
 
@@ -149,7 +149,7 @@ class Api:
         if self._has_died():
             await reply.error(500, "EngineCore encountered an issue.", "EngineDeadError")
             return
-        if self._faults.strikes("error"):
+        if self._faults.strikes("error") or (tokens > 1 and self._faults.strikes("error-but-one")):
             await reply.error(500, "failed, as told", "internal_error")
             return
         broken = next((name for name in BREAKS if asked.get("simulate") == name or self._faults.strikes(name)), "")
@@ -303,6 +303,9 @@ async def _break(reply: Reply, how: str) -> None:
     match how:
         case "bad-chunk":
             await reply.bad_chunk()
+            reply.leave()
+        case "half-event":
+            await reply.half_event()
             reply.leave()
         case "reset":
             reply.reset()

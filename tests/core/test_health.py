@@ -56,6 +56,21 @@ def test_a_start_goes_through_port_health_model_and_token() -> None:
     assert (start.reason, start.check(99_999)) == ("", StartVerdict.READY)
 
 
+def test_a_start_that_cannot_succeed_names_the_setting_that_mends_it() -> None:
+    """ "lists no model" was said of an engine with another key, and a bare status of one whose health is elsewhere."""
+    start = starting()
+    start.feed_health(ProbeResult(ok=False, status=404, error="status 404"), 1001)
+    assert start.reason.startswith("health: status 404 (it has no /health: set health_path of its [engines] entry")
+    start.feed_health(OK, 1002)
+    start.feed_models([], "llama", 1003, ProbeResult(ok=False, status=401, error="status 401"))
+    assert "list of models: status 401 (it wants another API key" in start.reason
+    assert "{api_key} in env" in start.reason
+    start.feed_models([], "llama", 1004, ProbeResult(ok=False, error="timeout"))
+    assert start.reason == "list of models: timeout"
+    start.feed_models([], "llama", 1005)
+    assert start.reason == "lists no model, not llama"
+
+
 def test_an_engine_without_a_list_or_a_token_is_not_asked_for_one() -> None:
     assert starting(probes=ENGINES["torchrun"].probes).feed_health(OK, 1001) is StartVerdict.READY
     only_token = replace(ENGINES["vllm"].probes, models_path="")
@@ -309,7 +324,7 @@ def test_one_canary_refused_with_an_error_is_asked_again_and_two_are_a_hang() ->
     assert progress.feed_canary(BROKEN) is Pace.STALLED
 
 
-@pytest.mark.parametrize("status", [400, 404, 429])
+@pytest.mark.parametrize("status", [400, 404, 429, 501])
 def test_an_engine_with_no_token_to_give_is_not_hung(status: int) -> None:
     progress = watching()
     for _ in range(5):
@@ -353,10 +368,71 @@ def test_the_canary_can_be_switched_off() -> None:
     assert {progress.feed(idle(5), leases=0, replies=0, now_s=now_s) for now_s in range(0, 1000, 2)} == {Pace.FINE}
 
 
-def test_a_canary_whose_answer_was_lost_is_asked_again() -> None:
+def test_a_canary_of_suspicion_that_fails_twice_is_a_hang_whatever_moved_before_it_was_asked() -> None:
+    """A worker that answered every request with 500 stayed ready for ever: the first scrape counts as a move, and the
+    canary of suspicion, which nobody had asked this tracker for, was taken for well because of it."""
     progress = watching()
-    due = until(progress, idle(5), Pace.CANARY_DUE, since=0)
-    assert until(progress, idle(5), Pace.CANARY_DUE, since=due + 2) <= 120
+    progress.feed(idle(1), leases=0, replies=0, now_s=2)
+    assert progress.suspect(2) is Pace.CANARY_DUE
+    assert progress.feed_canary(BROKEN) is Pace.FINE
+    assert progress.suspect(2.5) is Pace.FINE, "two within a moment are one mishap"
+    assert progress.feed(idle(1), leases=0, replies=0, now_s=4) is Pace.CANARY_DUE, "asked again at the next look"
+    assert progress.feed_canary(BROKEN) is Pace.STALLED
+
+
+def test_an_answer_to_one_canary_is_not_taken_for_anothers() -> None:
+    """A canary of suspicion was under way when the regular one came due: its answer zeroed the regular one."""
+    progress = watching()
+    assert progress.suspect(0) is Pace.CANARY_DUE
+    assert progress.suspect(2) is Pace.FINE
+    seen = {progress.feed(idle(1), leases=0, replies=0, now_s=now_s) for now_s in range(0, 300, 2)}
+    assert seen == {Pace.FINE}, "none is due while one is under way"
+    progress.feed_canary(OK)
+    with pytest.raises(AssertionError, match="nobody asked"):
+        progress.feed_canary(OK)
+
+
+def test_an_engine_that_claims_to_be_busy_and_answers_one_token_with_500_twice_is_hung() -> None:
+    """The core is dead and its gauges stand where they stood: 120 s of errors for what two answers say."""
+    progress = watching()
+    progress.feed(busy(10), leases=4, replies=0, now_s=0)
+    for now_s in (2, 4):
+        assert progress.suspect(now_s) is Pace.CANARY_DUE
+        pace = progress.feed_canary(BROKEN)
+        progress.feed(busy(10), leases=4, replies=0, now_s=now_s)
+    assert pace is Pace.STALLED
+
+
+@pytest.mark.parametrize("answer", [TIMEOUT, LOADING, REFUSED], ids=["timeout", "503", "no connection"])
+def test_no_answer_to_a_canary_proves_nothing_against_an_engine_that_has_work(answer: ProbeResult) -> None:
+    for counters in (busy(10), None):  # None: it never told its counters
+        progress = watching()
+        for now_s in range(0, 100, 2):
+            assert progress.feed(counters, leases=1, replies=0, now_s=now_s) is Pace.FINE
+            assert progress.suspect(now_s) is Pace.CANARY_DUE
+            assert progress.feed_canary(answer) is Pace.FINE
+            assert not progress.is_stalled
+
+
+def test_a_hang_is_over_when_a_canary_is_answered() -> None:
+    progress = watching()
+    progress.feed(idle(1), leases=0, replies=0, now_s=0)
+    progress.suspect(0)
+    assert progress.feed_canary(TIMEOUT) is Pace.STALLED
+    assert progress.feed(idle(1), leases=0, replies=0, now_s=2) is Pace.CANARY_DUE, "asked again at once"
+    assert progress.feed_canary(OK) is Pace.FINE
+    assert not progress.is_stalled
+
+
+def test_an_engine_whose_metrics_broke_while_it_was_busy_is_idle_once_it_has_nothing_of_ours() -> None:
+    """It was restarted after 120 s without a request, for a gauge that nobody could read any more."""
+    progress = watching()
+    progress.feed(busy(10), leases=1, replies=0, now_s=0)
+    for now_s in range(2, 1000, 2):
+        pace = progress.feed(None, leases=0, replies=1, now_s=now_s)
+        assert pace is not Pace.STALLED
+        if pace is Pace.CANARY_DUE:
+            progress.feed_canary(OK)
 
 
 scrapes = st.one_of(

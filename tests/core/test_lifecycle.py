@@ -207,6 +207,27 @@ def test_ten_healthy_minutes_clear_the_record() -> None:
     assert record.streak == 1
 
 
+@pytest.mark.parametrize("ready_for_s", [0.5, 20.0, 700.0])
+def test_a_worker_that_ended_with_a_request_that_ends_workers_has_nothing_on_its_record(ready_for_s: float) -> None:
+    """Six calls of one poisoned request put a host of eight GPUs into quarantine until somebody reset it."""
+    before, _ = fail(Record(), at_s=0.0, ready_for_s=20)
+    record = before
+    for n in range(20):
+        verdict = decide_restart(
+            record,
+            kind="exit 1",
+            ready_for_s=ready_for_s,
+            is_oom=False,
+            now_s=float(n),
+            jitter=0.0,
+            limits=LIMITS,
+            is_excused=True,
+        )
+        record = verdict.record
+        assert verdict.delay_s == 0.0
+    assert record == before
+
+
 def test_out_of_memory_waits_longer() -> None:
     plain = decide_restart(Record(streak=1), kind="oom", ready_for_s=30, is_oom=False, now_s=0, jitter=0, limits=LIMITS)
     oom = decide_restart(Record(streak=1), kind="oom", ready_for_s=30, is_oom=True, now_s=0, jitter=0, limits=LIMITS)

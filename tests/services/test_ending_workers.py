@@ -111,3 +111,25 @@ async def test_no_request_is_lost_to_an_engine_that_answers_500_until_it_has_end
     assert set(statuses) == {200}
     status = await site.status()
     assert status.proxy.retried > 0
+
+
+async def test_a_request_that_ends_workers_ends_two_and_counts_once(site_of: SiteOf) -> None:
+    """One poisoned request ended nine engines, and six of them put a host into quarantine until somebody reset it."""
+    args = 'args = ["--tokens-per-s", "40", "--fault", "poison"]'
+    config = TWO.replace('args = ["--tokens-per-s", "40"]', args).replace("count = 2", "count = 4")
+    site = site_of(config.replace("[workers]", "[workers]\nquarantine_per_hour = 1"))
+    await site.start()
+    before = await site.until_ready("two", PATIENCE_S)
+    for _ in range(3):
+        status, text, _ = await ask(site, text="a poisoned one")
+        assert (status, json.loads(text)["error"]["code"]) in ((502, "worker_failed"), (502, "poison_request"))
+    assert json.loads(text)["error"]["code"] == "poison_request"
+    after = await site.until(
+        lambda s: sorted(w.phase for w in s.workers) == ["quarantined", "ready", "ready", "ready"], "back", PATIENCE_S
+    )
+    pids = {w.id: w.pid for w in before.workers}
+    assert sum(w.pid == pids[w.id] for w in after.workers) == 2, "two were never asked"
+    exited = [event.data for event in await site.events() if event.event == "worker.exited"]
+    assert len(exited) == 1
+    assert "with a request that had ended toy-" in exited[0]["reason"]
+    assert (await ask(site, text="another one"))[0] == 200

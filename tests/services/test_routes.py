@@ -61,6 +61,21 @@ def test_a_backend_makes_its_model_known_without_a_catalog() -> None:
     assert routes.resolve("chat") is None
 
 
+def test_an_end_is_excused_once_and_only_by_a_worker_that_has_left_the_routes() -> None:
+    routes = Routes()
+    routes.add(backend("a"))
+    earlier = taken(routes).route
+    routes.excuse(WorkerId("b"), earlier, earlier.serial, 10.0)
+    assert routes.take_excuse(WorkerId("b"), 0.0) == "", "a is still there: it had only closed a connection"
+    routes.remove(WorkerId("a"))
+    routes.excuse(WorkerId("b"), earlier, earlier.serial, 10.0)
+    assert routes.take_excuse(WorkerId("c"), 0.0) == ""
+    assert routes.take_excuse(WorkerId("b"), 0.0) == "a"
+    assert routes.take_excuse(WorkerId("b"), 0.0) == ""
+    routes.excuse(WorkerId("b"), earlier, earlier.serial, 10.0)
+    assert routes.take_excuse(WorkerId("b"), 11.0) == "", "it was about an end before this one"
+
+
 def test_wide_replicas_get_more() -> None:
     routes = Routes()
     routes.add(backend("narrow", weight=1))
@@ -316,3 +331,46 @@ class AnyOrder(RuleBasedStateMachine):
 
 AnyOrder.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)
 TestAnyOrder = AnyOrder.TestCase
+
+
+def test_a_worker_whose_share_grows_gets_what_its_share_is() -> None:
+    routes = Routes()
+    routes.add(backend("well"))
+    routes.add(backend("back"))
+    routes.weigh(WorkerId("back"), share=0.25, is_failing=False)
+    for _ in range(10):
+        taken(routes)
+    assert (routes.in_flight(WorkerId("well")), routes.in_flight(WorkerId("back"))) == (8, 2)
+    routes.weigh(WorkerId("back"), share=1.0, is_failing=False)
+    for _ in range(6):
+        taken(routes)
+    assert (routes.in_flight(WorkerId("well")), routes.in_flight(WorkerId("back"))) == (8, 8)
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(1, 30), (2, 20)])
+def test_a_worker_that_fails_at_once_and_is_kept_gets_no_more_than_its_share(weight: int, expected: int) -> None:
+    """Of three workers two failed: one was out, and the other, always the least busy, took nearly all requests."""
+    routes = Routes()
+    routes.add(backend("well", weight=weight))
+    routes.add(backend("failing"))
+    routes.weigh(WorkerId("failing"), share=1.0, is_failing=True)
+    on_failing = 0
+    for _ in range(60):
+        lease = taken(routes)
+        if lease.route.backend.worker == "failing":
+            lease.release()  # it answers at once; the other one's requests go on
+            on_failing += 1
+    assert on_failing == expected
+    routes.weigh(WorkerId("failing"), share=1.0, is_failing=False)
+    assert taken(routes).route.backend.worker == "failing", "the least busy one again"
+
+
+def test_a_reply_that_broke_off_was_no_good_one() -> None:
+    routes = Routes()
+    routes.add(backend("a"))
+    for kind in (FailureKind.CUT, FailureKind.IDLE):
+        lease = taken(routes)
+        lease.answered()
+        lease.failed(kind)
+    taken(routes).failed(FailureKind.STATUS)
+    assert (routes.counts(WorkerId("a")).good, routes.counts(WorkerId("a")).failed) == (0, 3)
