@@ -47,13 +47,13 @@ class Prober:
 
     async def models(
         self, host: str, port: int, probes: Probes, api_key: str, timeout_s: float
-    ) -> tuple[ListedModel, ...]:
-        """Return the models that the worker serves, aliases too where it lists them; none when it gives no list."""
+    ) -> tuple[ProbeResult, tuple[ListedModel, ...]]:
+        """Return how it answered, and the models that it serves, aliases too where it lists them."""
         result, body = await self._ask("GET", host, port, probes.models_path, api_key, timeout_s)
         listed = _json(body).get("data") if result.ok else None
         if not isinstance(listed, list):
-            return ()
-        return tuple(_listed(model) for model in listed if isinstance(model, dict) and "id" in model)
+            return result, ()
+        return result, tuple(_listed(model) for model in listed if isinstance(model, dict) and "id" in model)
 
     async def one_token(
         self, host: str, port: int, probes: Probes, api_key: str, model: str, timeout_s: float
@@ -167,12 +167,13 @@ def _json(body: bytes) -> Mapping[str, Any]:
 
 
 def _listed(model: Mapping[str, Any]) -> ListedModel:
-    owner = model.get("owned_by")
+    owner, meta = model.get("owned_by"), model.get("meta")
+    of_a_slot = meta.get("n_ctx") if isinstance(meta, Mapping) else None  # llama.cpp: what one request may have
     return ListedModel(
         id=str(model["id"]),
         created=_count(model.get("created")),
         owned_by=owner[:OWNER_LIMIT] if isinstance(owner, str) else "",
-        max_model_len=_count(model.get("max_model_len")),
+        max_model_len=_count(model.get("max_model_len")) or _count(of_a_slot),
     )
 
 

@@ -181,7 +181,19 @@ class ProxyConfig:
     )
     head_limit_bytes: int = option(32768, "request head, then 431", least=1024, most=1 << 20)
     body_limit_bytes: int = option(64 << 20, "request body, then 413", least=1024, most=1 << 32)
+    body_memory_bytes: int = option(
+        1 << 30,
+        "all request bodies under way, then 503; at least one of body_limit_bytes fits",
+        least=1 << 20,
+        most=1 << 40,
+    )
     connection_limit: int = option(20000, "client connections at once, then 503", least=1, most=1_000_000)
+    address_connection_limit: int = option(
+        0,
+        "of them from one address (IPv6: one /64), then 429; 0: three quarters of connection_limit",
+        least=0,
+        most=1_000_000,
+    )
     handover_timeout_s: float = option(
         1.0, "an upgrade: for connections to reach a point where they can be handed over", least=0.05, most=60
     )
