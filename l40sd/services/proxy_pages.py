@@ -51,7 +51,7 @@ def error_fields(refused: Refused) -> bytes:
 
 def _fields_of(refused: Refused) -> bytes:
     match refused.status:
-        case 503:
+        case 503 | 429:
             return b"retry-after: %d\r\n" % RETRY_AFTER_S
         case 401:
             return b"www-authenticate: Bearer\r\n"
