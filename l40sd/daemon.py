@@ -28,7 +28,7 @@ from l40sd.core.config import Config
 from l40sd.core.configfile import Loaded, load
 from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.core.errors import ConfigError, L40sError
-from l40sd.core.trust import distrust
+from l40sd.core.trust import distrust, unusable
 from l40sd.services.events import Events
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import CatalogEntry, Routes
@@ -187,9 +187,4 @@ def prepare_directories(config: Config) -> None:
             if why or not os.access(directory, os.W_OK | os.X_OK):
                 raise PermissionError(13, why or "not writable")
         except OSError as error:
-            raise L40sError(
-                f"cannot be used: {error.strerror}",
-                where=f"daemon.{key} = {str(directory)!r}",
-                hint=f"make it user {os.geteuid()}'s alone (chown, chmod go-w), or name another in the configuration",
-                code="bad_config",
-            ) from error
+            raise unusable(key, str(directory), error.strerror, own=os.geteuid()) from error
