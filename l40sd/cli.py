@@ -31,7 +31,7 @@ from l40sd.cli_base import (
     save_picture,
     show_error,
 )
-from l40sd.cli_change import switch_pattern
+from l40sd.cli_change import restart, switch_pattern
 from l40sd.cli_config import config
 from l40sd.cli_follow import events, logs
 from l40sd.cli_grid import Window
@@ -39,6 +39,7 @@ from l40sd.cli_layout import patterns_view
 from l40sd.cli_status import checks_view, status_view, worker_view
 from l40sd.cli_streams import NO_READER, abandon, settle
 from l40sd.cli_topology import topology
+from l40sd.cli_wait import wait
 from l40sd.client import UNREACHABLE, worker_path
 from l40sd.core.errors import L40sError
 from l40sd.core.messages import Check, PatternView, Status, encode
@@ -102,6 +103,8 @@ def cli() -> None:
 
 
 cli.add_command(switch_pattern)
+cli.add_command(wait)
+cli.add_command(restart)
 cli.add_command(topology)
 cli.add_command(config)
 cli.add_command(events)
@@ -189,9 +192,6 @@ def _worker_command(verb: str, doing: str, text: str) -> None:
     cli.command(verb)(argument(common(click.pass_obj(command))))
 
 
-_worker_command(
-    "restart", "drains, then starts anew", "Drain each WORKER, stop it and start it anew; a drained one stays drained."
-)
 _worker_command("drain", "drains", "Send each WORKER no more requests until undrain; it stays up.")
 _worker_command("undrain", "receives requests again", "Send each drained WORKER requests again.")
 _worker_command("reset", "failures forgotten", "Forget each WORKER's failures and start it at once.")

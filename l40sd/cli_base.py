@@ -46,6 +46,11 @@ class Session:
         """The reader is a program."""
         return self.output == "json"
 
+    @property
+    def is_asking(self) -> bool:
+        """A person is there who can be asked: nothing is piped, and no program reads."""
+        return not self.is_json and sys.stdin.isatty() and self.err.is_terminal
+
     def show(self, value: Any, view: RenderableType) -> None:
         """Print data: ``value`` as one line of JSON for a program, ``view`` for a person."""
         if self.is_json:

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from l40sd.cli_grid import Column, Flow, Grid, Row
-from l40sd.cli_status import GIB, numbers, percent
+from l40sd.cli_status import GIB, numbers, percent, span
 from l40sd.core.messages import ChangePreview, GroupView, PatternView, Topology
 
 LINK_STYLES = {"NV": "bold green", "PIX": "green", "PXB": "cyan", "PHB": "blue", "NODE": "yellow", "SYS": "red"}
@@ -104,11 +104,29 @@ def preview_view(preview: ChangePreview) -> RenderableType:
     parts += [Text("")]
     if preview.kept:
         parts.append(Flow([f"not touched: {preview.kept[0]}", *preview.kept[1:]], between=", "))
+    parts += [Text(f"! {line}", style="bold yellow") for line in warnings_of(preview)]
     for model, share in preview.lowest_ready.items():
         style = "green" if share >= 0.5 else "yellow" if share > 0 else "bold red"
         parts.append(Text.assemble(f"{model}: never below ", (percent(share), style), " of its ready capacity"))
+    parts += [Text(line) for line in _times(preview)] if preview.steps else []
     parts += [Text(f"! {warning}", style="yellow") for warning in preview.warnings]
     return Group(*parts)
+
+
+def warnings_of(preview: ChangePreview) -> list[str]:
+    """Return what others would notice of the change: models without a worker from then on, a change that it ends."""
+    lines = [f"{model} leaves service: its requests are refused from then on" for model in preview.leaving]
+    return [*lines, f"it replaces {preview.replaces}"] if preview.replaces else lines
+
+
+def _times(preview: ChangePreview) -> list[str]:
+    """Return how long it would take, how long callers would wait, and when it is over at the latest."""
+    if preview.expected_s is None:
+        lines = ["how long it takes is not known yet: not every model of it has been loaded on this host"]
+    else:
+        lines = [f"takes about {span(preview.expected_s)} by past loads, and what open requests need to end"]
+    lines += [f"{model}: no worker for about {span(s)}, its requests wait" for model, s in preview.waits_s.items()]
+    return [*lines, f"over within {span(preview.ends_within_s)}, whatever happens: all its steps' own deadlines"]
 
 
 def _difference(preview: ChangePreview) -> RenderableType:
@@ -137,7 +155,7 @@ def _steps(preview: ChangePreview) -> RenderableType:
                 Text(step.action, style=ACTION_STYLES.get(step.action.split()[0], "")),
                 step.worker,
                 numbers(step.gpus),
-                percent(step.ready_after),
+                "-" if step.ready_after is None else percent(step.ready_after),
             ),
             [Text(step.note, style="dim")] if step.note else [],
         )

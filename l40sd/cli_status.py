@@ -95,14 +95,27 @@ def worker_view(worker: WorkerStatus) -> RenderableType:
     return Group(*parts)
 
 
+def heading(operation: OperationStatus) -> str:
+    """Return what it is about, in the direction that it takes."""
+    if operation.kind == "restart":
+        return "restart"
+    is_back = operation.state in ("rolling_back", "rolled_back")
+    return f"back to {operation.previous}" if is_back else f"pattern {operation.pattern}"
+
+
 def operation_line(operation: OperationStatus) -> Text:
-    """Return a pattern change in one line."""
-    verb = "going back to" if operation.state == "rolling_back" else "changing to"
-    line = Text(f"{verb} {operation.pattern}", style="bold cyan")
+    """Return a pattern change or a rolling restart in one line."""
+    verbs = {"running": "changing to ", "rolling_back": "going "}
+    line = Text("" if operation.kind == "restart" else verbs.get(operation.state, ""), style="bold cyan")
+    line.append(heading(operation))
     line.append(f": {operation.done} of {operation.total} ready", style="not bold")
     if operation.step:
         line.append(f" · {operation.step}", style="not bold")
     line.append(f" · lowest {percent(operation.lowest_ready)} · {span(operation.duration_s)}", style="not bold")
+    if operation.by:
+        line.append(f" · by {operation.by}", style="not bold")
+    if operation.ends_within_s:
+        line.append(f" · over within {span(operation.ends_within_s)}", style="not bold dim")
     if operation.why:
         line.append(f" · {operation.why}", style="yellow")
     return line

@@ -29,6 +29,7 @@ from l40sd.core.configfile import Loaded, load
 from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.core.errors import ConfigError, L40sError
 from l40sd.core.model import Outlook
+from l40sd.core.trust import distrust
 from l40sd.services.events import Events
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import CatalogEntry, Routes
@@ -59,7 +60,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
         click.echo(f"{path}: good")
         return
     handover.hold_signals()  # until there is somebody to answer them: a stop in mid start is a stop of the workers too
-    events = Events(loaded.config.daemon.events_kept)
+    events = Events(loaded.config.daemon.events_kept, loaded.config.daemon.request_events_kept)
     log.configure(loaded.config.daemon.log_level, on_event=events.add)
     try:
         ending = run_to_its_end(path, loaded, events)
@@ -172,18 +173,20 @@ def prepare_directories(config: Config) -> None:
     """Make the daemon's directories.
 
     Raises:
-        L40sError: One cannot be made or written to.
+        L40sError: One cannot be made or written to, or others may: what they put there would be taken for our own.
     """
     for key in ("state_dir", "runtime_dir", "log_dir"):
         directory = Path(getattr(config.daemon, key))
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if not os.access(directory, os.W_OK | os.X_OK):
-                raise PermissionError(13, "not writable")
+            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            found = directory.stat()
+            why = distrust(owner=found.st_uid, mode=found.st_mode, own=os.geteuid())
+            if why or not os.access(directory, os.W_OK | os.X_OK):
+                raise PermissionError(13, why or "not writable")
         except OSError as error:
             raise L40sError(
                 f"cannot be used: {error.strerror}",
                 where=f"daemon.{key} = {str(directory)!r}",
-                hint=f"create it, owned by user {os.geteuid()}, or name another directory in the configuration",
+                hint=f"make it user {os.geteuid()}'s alone (chown, chmod go-w), or name another in the configuration",
                 code="bad_config",
             ) from error

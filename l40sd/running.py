@@ -25,6 +25,7 @@ from l40sd.adapters.ports import PortPool
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Processes
 from l40sd.adapters.store import Store
+from l40sd.adapters.workerkeys import WorkerKeys
 from l40sd.core import configshow
 from l40sd.core.config import Config, in_force
 from l40sd.core.configfile import Loaded, load
@@ -93,6 +94,7 @@ async def run_workers(
             host=host,
             processes=processes,
             ports=PortPool(workers.host, workers.port_first, workers.port_last),
+            keys=WorkerKeys(Path(config.daemon.state_dir) / "worker-keys"),
             prober=prober,
             routes=routes,
             facts=await host.facts(config),

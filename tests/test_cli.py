@@ -16,7 +16,7 @@ import canned
 import pytest
 from fakecontrol import FakeControl, refusal, serving
 
-from l40sd import cli, cli_change, cli_status
+from l40sd import cli, cli_status, cli_wait
 from l40sd.core.messages import Check, LastEnd, LogPart, OperationStatus, encode
 
 HOST_FILES = Path(cli.__file__).parent / "sim" / "hosts"
@@ -300,10 +300,10 @@ def test_a_change_is_followed_to_its_end(fake: FakeControl, capfd: pytest.Captur
     run = Run(fake, capfd, "switch-pattern", "B")
     assert run.code == 0
     assert run.out == "pattern B: 6 of 6 workers ready after 12 s, never below 50 % of the ready capacity\n"
-    assert run.err.splitlines() == ["B: 2 of 6 ready: draining smollm2-gpu8", "B: 6 of 6 ready"]
+    assert run.err.splitlines() == ["pattern B: 2 of 6 ready: draining smollm2-gpu8", "pattern B: 6 of 6 ready"]
 
 
-@pytest.mark.parametrize("state", ["rolled_back", "failed", "replaced"])
+@pytest.mark.parametrize("state", ["rolled_back", "failed", "replaced", "incomplete"])
 def test_a_change_that_did_not_happen_ends_with_1_and_says_why(
     fake: FakeControl, capfd: pytest.CaptureFixture[str], state: str
 ) -> None:
@@ -313,6 +313,109 @@ def test_a_change_that_did_not_happen_ends_with_1_and_says_why(
     assert "smollm2-gpu0-1 did not load" in run.err
     run = Run(fake, capfd, "switch-pattern", "B", "-o", "json")
     assert (run.code, run.json["state"]) == (1, state)
+
+
+def test_the_direction_shown_is_the_one_it_takes(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    """Seen: "back to A" after each change from A that went well, and "going back to B" on the way back to A."""
+    assert cli_status.heading(ending("done")) == "pattern B"
+    assert cli_status.heading(ending("rolled_back")) == "back to A"
+    assert cli_status.operation_line(canned.OPERATION).plain.startswith("changing to pattern B: 2 of 6 ready")
+    back = replace(canned.OPERATION, state="rolling_back", why="smollm2-gpu0-1: exited")
+    assert cli_status.operation_line(back).plain.startswith("going back to A: 2 of 6 ready")
+    fake.answers["GET /v1/operations/op1"] = [(200, back), (200, ending("rolled_back", "smollm2-gpu0-1: exited"))]
+    assert "back to A: 2 of 6 ready" in Run(fake, capfd, "switch-pattern", "B").err
+
+
+def test_a_model_that_left_service_is_named_and_no_capacity_is_claimed(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Seen: "never below 100 % of the ready capacity" of a change after which a model was refused."""
+    fake.answers["GET /v1/operations/op1"] = (200, replace(ending("done"), leaving=("old",), lowest_ready=1.0))
+    run = Run(fake, capfd, "switch-pattern", "B")
+    assert run.out == "pattern B: 6 of 6 workers ready after 12 s; old left service\n"
+
+
+LEAVING = replace(
+    canned.PREVIEW,
+    leaving=("old",),
+    lowest_ready={},
+    replaces="the change to C that alice asked for (2 of 3 ready)",
+    expected_s=75.0,
+    waits_s={"smollm2": 40.0},
+    ends_within_s=3000.0,
+)
+
+
+def test_a_dry_run_says_who_leaves_how_long_it_takes_and_who_is_interrupted(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers["POST /v1/pattern"] = (200, LEAVING)
+    out = Run(fake, capfd, "switch-pattern", "B", "--dry-run").out
+    assert "! old leaves service: its requests are refused from then on\n" in out
+    assert "! it replaces the change to C that alice asked for (2 of 3 ready)\n" in out
+    assert "takes about 1 min 15 s by past loads" in out
+    assert "smollm2: no worker for about 40 s" in out
+    assert "over within 50 min" in out
+    fake.answers["POST /v1/pattern"] = (200, replace(LEAVING, expected_s=None, waits_s={}))
+    assert "not known yet" in Run(fake, capfd, "switch-pattern", "B", "--dry-run").out
+
+
+def test_without_a_terminal_nobody_is_asked_and_the_notes_are_told(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers["POST /v1/pattern"] = (202, {"operation": "op1", "notes": ["old leaves service with pattern B"]})
+    run = Run(fake, capfd, "switch-pattern", "B", "--no-wait")
+    assert (run.out, run.err) == ("op1\n", "! old leaves service with pattern B\n")
+    assert [json.loads(body)["dry_run"] for asked, body in fake.asked if asked.startswith("POST")] == [False]
+
+
+def test_an_operation_can_be_followed_by_its_id(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    """--no-wait printed an id that no command took."""
+    fake.answers["GET /v1/operations/op1"] = [(200, canned.OPERATION), (200, ending("done"))]
+    run = Run(fake, capfd, "wait", "op1")
+    assert (run.code, "6 of 6 workers ready" in run.out) == (0, True)
+    fake.answers["GET /v1/operations/op1"] = (200, ending("rolled_back", "it exited"))
+    assert Run(fake, capfd, "wait", "op1").code == 1
+    fake.answers["GET /v1/operations/op9"] = refusal(404, "unknown_operation", "there is no such operation")
+    assert Run(fake, capfd, "wait", "op9").code == 1
+
+
+def test_wait_without_an_id_follows_what_is_under_way(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    fake.answers["GET /v1/status"] = (200, replace(canned.STATUS, operation=None))
+    run = Run(fake, capfd, "wait")
+    assert (run.code, run.err) == (0, "nothing is under way\n")
+    fake.answers["GET /v1/status"] = (200, replace(canned.STATUS, operation=canned.OPERATION))
+    fake.answers["GET /v1/operations/op1"] = (200, ending("done"))
+    assert "6 of 6 workers ready" in Run(fake, capfd, "wait").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (("--all",), [0, 2, 4, 6, 8, 10]),
+        (("--model", "smollm2"), [0, 2, 4, 6, 8, 10]),
+        (("smollm2-gpu[02]-*", "smollm2-gpu2-3"), [0, 2]),
+    ],
+)
+def test_several_workers_are_restarted_one_after_the_other_by_the_daemon(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str], arguments: Sequence[str], meant: list[int]
+) -> None:
+    """Seen: restart of all workers told all of them at once, and nothing was left to serve."""
+    fake.answers["POST /v1/restart"] = (202, {"operation": "op1"})
+    fake.answers["GET /v1/operations/op1"] = (200, replace(ending("done"), kind="restart"))
+    run = Run(fake, capfd, "restart", *arguments)
+    assert run.out == "restart: 6 of 6 workers are back after 12 s, never below 50 % of the ready capacity\n"
+    [body] = [json.loads(body) for asked, body in fake.asked if asked == "POST /v1/restart"]
+    assert body["workers"] == [f"smollm2-gpu{n}-{n + 1}" for n in meant]
+
+
+def test_one_worker_or_now_is_told_at_once(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
+    for first in range(0, 12, 2):
+        fake.answers[f"POST /v1/workers/smollm2-gpu{first}-{first + 1}/restart"] = (202, {})
+    assert Run(fake, capfd, "restart", "smollm2-gpu0-1").code == 0
+    assert Run(fake, capfd, "restart", "--all", "--now").code == 0
+    assert len([asked for asked, _ in fake.asked if asked.endswith("/restart")]) == 7
+    assert Run(fake, capfd, "restart", "--model", "none").code == 4
 
 
 def test_no_wait_prints_the_operation(fake: FakeControl, capfd: pytest.CaptureFixture[str]) -> None:
@@ -329,7 +432,7 @@ def test_a_timeout_leaves_the_change_running(fake: FakeControl, capfd: pytest.Ca
 def test_a_change_that_outlives_its_daemon_is_followed_at_the_next_one(
     fake: FakeControl, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli_change, "POLL_S", 0.0)
+    monkeypatch.setattr(cli_wait, "POLL_S", 0.0)
     unknown = refusal(404, "unknown_operation", "no operation op1")
     fake.answers["GET /v1/operations/op1"] = [(200, canned.OPERATION), unknown]
     carried_on = replace(canned.OPERATION, id="op2")
@@ -367,6 +470,9 @@ class Terminal:
     def read_until(self, wanted: str) -> None:
         while wanted not in self.text:
             self.text += os.read(self._ours, 65536).decode(errors="replace")
+
+    def write(self, text: str) -> None:
+        os.write(self._ours, text.encode())
 
     def end(self) -> int:
         """Read to the end; return the exit status."""
@@ -449,12 +555,27 @@ def test_following_goes_on_at_the_next_daemon(fake: FakeControl) -> None:
 
 
 def test_ctrl_c_leaves_a_change_running_and_says_so(fake: FakeControl) -> None:
+    fake.answers["POST /v1/pattern"] = [(200, canned.PREVIEW), (202, {"operation": "op1"})]
     fake.answers["GET /v1/operations/op1"] = (200, canned.OPERATION)
     terminal = Terminal(fake, "switch-pattern", "B")
     terminal.read_until("2/6")
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.end() == 130
     assert "goes on without this command" in terminal.text
+
+
+def test_a_person_is_asked_before_a_model_leaves_service(fake: FakeControl) -> None:
+    fake.answers["POST /v1/pattern"] = [(200, LEAVING), (202, {"operation": "op1"})]
+    fake.answers["GET /v1/operations/op1"] = (200, ending("done"))
+    terminal = Terminal(fake, "switch-pattern", "B", NO_COLOR="1")
+    terminal.read_until("[y/N]")
+    assert "old leaves service" in terminal.text
+    terminal.write("n\n")
+    assert terminal.end() == 1
+    assert [json.loads(body)["dry_run"] for asked, body in fake.asked if asked.startswith("POST")] == [True]
+    fake.answers["POST /v1/pattern"] = (202, {"operation": "op1"})
+    agreed = Terminal(fake, "switch-pattern", "B", "--yes", NO_COLOR="1")
+    assert agreed.end() == 0
 
 
 def test_watching_goes_on_over_a_daemon_that_is_away_until_ctrl_c(fake: FakeControl) -> None:

@@ -1,7 +1,8 @@
 """A checkpoint on this machine's disk -> what it says of itself.
 
-Reads a Hugging Face folder (config.json, *.safetensors), a GGUF file's header, or the local cache of a hub id. Never
-asks a network. What cannot be read is unknown: the engine will say what it lacks. Blocking: call from a thread.
+Reads a checkpoint's folder (config.json or params.json, *.safetensors), a GGUF file's header, or the local cache of a
+hub id. Never asks a network. What cannot be read is unknown: the engine will say what it lacks. Blocking: call from a
+thread.
 """
 
 import json
@@ -11,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from l40sd.core.checkpoint import count, numbers_of, weights_of
 from l40sd.core.model import ModelFacts
 
-CONFIG_LIMIT_BYTES = 4 << 20
+JSON_LIMIT_BYTES = 64 << 20
+"""An index names every tensor: 15 MB for a mixture of many experts, the largest known."""
 GGUF_KEYS_LIMIT = 10_000
 GGUF_HEADER_LIMIT_BYTES = 64 << 20
 """A header holds the tokenizer's vocabulary too: 5 to 15 MB for 150,000 tokens. Beyond this it is no model of ours."""
@@ -34,7 +37,7 @@ def read_model_facts(source: str, *, cache: Path | None = None) -> ModelFacts:
         path = snapshot
     try:
         return _folder_facts(path) if path.is_dir() else _file_facts(path)
-    except (OSError, ValueError, RecursionError):  # the latter: JSON nested beyond reason
+    except (OSError, ValueError):
         return ModelFacts()
 
 
@@ -61,33 +64,35 @@ def _snapshot(hub_id: str, cache: Path) -> Path | None:
     return max(versions, key=lambda path: path.stat().st_mtime, default=None)
 
 
-# -- Hugging Face folders ---------------------------------------------------------------------------------------------
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def _folder_facts(folder: Path) -> ModelFacts:
-    weights = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin")) or list(folder.glob("*.gguf"))
-    config = folder / "config.json"
-    table = _json(config) if config.is_file() else {}
-    nested = table.get("text_config") or table.get("llm_config")  # models that also see or hear
-    text = {**table, **nested} if isinstance(nested, Mapping) else table
-    return ModelFacts(
-        attention_heads=_count(text, "num_attention_heads", "n_head", "num_heads"),
-        kv_heads=_count(text, "num_key_value_heads", "num_kv_heads"),
-        layers=_count(text, "num_hidden_layers", "n_layer", "num_layers"),
-        size_bytes=sum(file.stat().st_size for file in weights) or None,
-    )
+    heads, kv_heads, layers = numbers_of(_json(folder / "config.json"), _json(folder / "params.json"))
+    return ModelFacts(attention_heads=heads, kv_heads=kv_heads, layers=layers, size_bytes=_size_of(folder) or None)
+
+
+def _size_of(folder: Path) -> int:
+    """Return the bytes of a folder's weights; a file that is there under two names counts once."""
+    files = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
+    maps = (_json(folder / index).get("weight_map") for index in INDEXES if index in files)
+    indexed = next((set(map(str, each.values())) for each in maps if isinstance(each, Mapping)), set())
+    weights = weights_of({name: status.st_size for name, status in files.items()}, indexed)
+    return sum({(files[name].st_dev, files[name].st_ino): files[name].st_size for name in weights}.values())
 
 
 def _json(file: Path) -> Mapping[str, Any]:
-    if file.stat().st_size > CONFIG_LIMIT_BYTES:
+    """Return a file's table; empty where there is none, or none that makes sense."""
+    try:
+        if file.stat().st_size > JSON_LIMIT_BYTES:
+            return {}
+        table = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):  # the latter: JSON nested beyond reason
         return {}
-    table = json.loads(file.read_bytes())
     return table if isinstance(table, Mapping) else {}
-
-
-def _count(table: Mapping[str, Any], *keys: str) -> int | None:
-    values = (table.get(key) for key in keys)
-    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
 
 
 # -- GGUF -------------------------------------------------------------------------------------------------------------
@@ -104,9 +109,9 @@ def _file_facts(file: Path) -> ModelFacts:
         table = _gguf_table(stream)
     kind = table.get("general.architecture", "")
     return ModelFacts(
-        attention_heads=_count(table, f"{kind}.attention.head_count"),
-        kv_heads=_count(table, f"{kind}.attention.head_count_kv"),
-        layers=_count(table, f"{kind}.block_count"),
+        attention_heads=count(table, f"{kind}.attention.head_count"),
+        kv_heads=count(table, f"{kind}.attention.head_count_kv"),
+        layers=count(table, f"{kind}.block_count"),
         size_bytes=size,
     )
 

@@ -47,13 +47,13 @@ class Prober:
 
     async def models(
         self, host: str, port: int, probes: Probes, api_key: str, timeout_s: float
-    ) -> tuple[ListedModel, ...]:
-        """Return the models that the worker serves, aliases too where it lists them; none when it gives no list."""
+    ) -> tuple[ProbeResult, tuple[ListedModel, ...]]:
+        """Return how it answered, and the models that it serves, aliases too where it lists them."""
         result, body = await self._ask("GET", host, port, probes.models_path, api_key, timeout_s)
         listed = _json(body).get("data") if result.ok else None
         if not isinstance(listed, list):
-            return ()
-        return tuple(_listed(model) for model in listed if isinstance(model, dict) and "id" in model)
+            return result, ()
+        return result, tuple(_listed(model) for model in listed if isinstance(model, dict) and "id" in model)
 
     async def one_token(
         self, host: str, port: int, probes: Probes, api_key: str, model: str, timeout_s: float

@@ -89,6 +89,9 @@ class DaemonConfig:
     state_dir: str = option("/var/lib/l40sd", "what is wanted, kept over reboots", restart=True)
     runtime_dir: str = option("/run/l40sd", "instances, lock and control socket; gone after a reboot", restart=True)
     log_dir: str = option("/var/log/l40sd", "the workers' output", restart=True)
+    cache_dir: str = option(
+        "", "what engines compile, a folder for each model and shape; empty: cache in state_dir", later=NEXT_START
+    )
     control_socket: str = option("", "empty: control.sock in runtime_dir", restart=True)
     control_group: str = option(
         "l40sd", "group that may use the control socket; ignored where it does not exist", restart=True
@@ -115,6 +118,9 @@ class DaemonConfig:
     )
     events_kept: int = option(
         1000, "events that `l40sctl events` can look back on", least=10, most=100_000, restart=True
+    )
+    request_events_kept: int = option(
+        1000, "events about single requests that are kept besides, of each kind", least=10, most=100_000, restart=True
     )
 
 
@@ -175,7 +181,19 @@ class ProxyConfig:
     )
     head_limit_bytes: int = option(32768, "request head, then 431", least=1024, most=1 << 20)
     body_limit_bytes: int = option(64 << 20, "request body, then 413", least=1024, most=1 << 32)
+    body_memory_bytes: int = option(
+        1 << 30,
+        "all request bodies under way, then 503; at least one of body_limit_bytes fits",
+        least=1 << 20,
+        most=1 << 40,
+    )
     connection_limit: int = option(20000, "client connections at once, then 503", least=1, most=1_000_000)
+    address_connection_limit: int = option(
+        0,
+        "of them from one address (IPv6: one /64), then 429; 0: three quarters of connection_limit",
+        least=0,
+        most=1_000_000,
+    )
     handover_timeout_s: float = option(
         1.0, "an upgrade: for connections to reach a point where they can be handed over", least=0.05, most=60
     )
@@ -186,6 +204,9 @@ class ProxyConfig:
         300.0, "a request that two workers died of is refused at once for this long; 0: never", least=0, most=86400
     )
     poison_limit: int = option(1000, "such requests remembered, as hashes", least=0, most=1_000_000)
+    failures_logged_per_minute: int = option(
+        60, "warnings about failed requests; further ones are counted; 0: none", least=0, most=100_000
+    )
     access_log: bool = option(default=False, doc="one line a request; costs more than the request itself")
 
 
@@ -232,6 +253,13 @@ class WorkersConfig:
     )
     quarantine_per_hour: int = option(6, "restarts within an hour, then the same", least=1, most=1000)
     healthy_after_s: float = option(600.0, "healthy for this long clears the record of failures", least=0, most=86400)
+    cache_limit_bytes: int = option(
+        20 << 30,
+        "what engines compiled and nobody has used for longest goes above this; 0: no cache",
+        least=0,
+        most=1 << 50,
+        later=NEXT_START,
+    )
     log_file_bytes: int = option(
         16 << 20, "size of one file of a worker's output", least=4096, most=1 << 34, later=NEXT_START
     )
@@ -309,6 +337,7 @@ class EngineConfig:
         "",
         "who gets SIGTERM: engine (the process that ends its others), or the whole process group; empty: as built in",
         choices=("", "engine", "group"),
+        later=NEXT_START,
     )
     term_timeout_s: float = option(0.0, "0: [workers] term_timeout_s", least=0, most=3600, later=NEXT_START)
 

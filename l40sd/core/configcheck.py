@@ -24,7 +24,22 @@ KeyPath = tuple[str | int, ...]
 """A key's place in the TOML tree: table names, then the key; numbers are places in an array."""
 
 PLACEHOLDERS = (
-    *("model", "name", "names", "host", "port", "tp", "pp", "ranks", "split", "gpus", "drain_s", "api_key", "python"),
+    *(
+        "model",
+        "name",
+        "names",
+        "host",
+        "port",
+        "tp",
+        "pp",
+        "ranks",
+        "split",
+        "gpus",
+        "drain_s",
+        "api_key",
+        "cache",
+        "python",
+    ),
 )
 """What ``{...}`` may stand for in an engine's command and env; core/launch.py fills them in."""
 
@@ -85,8 +100,9 @@ def _check_daemon(config: Config) -> Iterator[Problem]:
             what=f'no pattern "{daemon.pattern}"',
             hint=_nearest(daemon.pattern, patterns),
         )
-    for name in ("state_dir", "runtime_dir", "log_dir"):
-        if not PurePosixPath(getattr(daemon, name)).is_absolute():
+    for name in ("state_dir", "runtime_dir", "log_dir", "cache_dir"):
+        is_default = name == "cache_dir" and not daemon.cache_dir
+        if not is_default and not PurePosixPath(getattr(daemon, name)).is_absolute():
             yield Problem(path=("daemon", name), what="must be an absolute path")
     in_default_place = f"{daemon.runtime_dir}/control.sock"
     if problem := _socket_problem(daemon.control_socket or in_default_place):

@@ -71,7 +71,7 @@ class Engine:
     Attributes:
         command: Its command line, with ``{placeholders}``; empty: somebody else runs it.
         options: Further arguments, each under its condition, in this order.
-        env: Environment, with ``{placeholders}``; an entry made of an empty API key is left out.
+        env: Environment, with ``{placeholders}``; an entry made of an empty API key, or of no cache, is left out.
         term_to: Who is told to stop; the others are told once it is gone.
         term_timeout_s: What a clean exit of an idle engine may take, where the config's usual time may be too short.
         ends_streams: Every whole stream ends with its API's last event (``[DONE]``, ``message_stop``).
@@ -94,7 +94,12 @@ class Engine:
         return not self.command
 
 
+# What torch compiles goes where it is private and bounded. By default it is below TMPDIR and gone with the run, or in
+# the home directory for ever.
+_COMPILERS = {"TORCHINDUCTOR_CACHE_DIR": "{cache}/inductor", "TRITON_CACHE_DIR": "{cache}/triton"}
+
 # vLLM 0.32.0.
+# - Up to at least 0.26 a compiled model's hash takes in VLLM_API_KEY: another key, another 16 to 27 s of compilation.
 # - While it loads the port is closed; 503 from /health means that EngineCore reported its end. /health stays 200 while
 #   EngineCore hangs and while a draining server finishes its streams.
 # - --shutdown-timeout 0, its default, ends open streams at SIGTERM as if they were complete (finish_reason "abort",
@@ -120,7 +125,7 @@ _VLLM = Engine(
         (When.SEVERAL_GPUS, ("--distributed-executor-backend", "mp")),
         (When.NO_PEER_ACCESS, ("--disable-custom-all-reduce",)),
     ),
-    env={"VLLM_API_KEY": "{api_key}", "VLLM_NO_USAGE_STATS": "1"},
+    env={"VLLM_API_KEY": "{api_key}", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": "{cache}/vllm", **_COMPILERS},
     ends_streams=True,
     probes=Probes(
         running_metric="vllm:num_requests_running",
@@ -149,7 +154,7 @@ _SGLANG = Engine(
         (When.API_KEY, ("--api-key", "{api_key}")),
         (When.NO_PEER_ACCESS, ("--disable-custom-all-reduce",)),
     ),
-    env={"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},
+    env={"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0", **_COMPILERS},
     ends_streams=True,
     probes=Probes(
         running_metric="sglang:num_running_reqs",
@@ -169,6 +174,7 @@ _TENSORRT_LLM = Engine(
         *("trtllm-serve", "{model}", "--served_model_name", "{name}", "--host", "{host}", "--port", "{port}"),
         *("--tp_size", "{tp}", "--pp_size", "{pp}", "--no-telemetry"),
     ),
+    env=_COMPILERS,
     ends_streams=True,
     probes=Probes(
         metrics_path="/prometheus/metrics",

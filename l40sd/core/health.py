@@ -6,7 +6,7 @@ and still deliver every token: it loses requests (readiness), not its life (prog
 have hung an hour ago: /health of most engines is answered by a process that does none of the work.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from math import inf
@@ -145,25 +145,29 @@ class Startup:
 
     def feed_health(self, result: ProbeResult, now_s: float) -> StartVerdict:
         """Take the answer to a health probe."""
-        self.reason = "" if result.ok else f"health: {result.error}"
+        self.reason = "" if result.ok else f"health: {result.error}{self._mend(result, _HEALTH_MENDS)}"
         if result.ok:
             self._reach(Stage.MODEL, now_s)
         elif result.error != REFUSED:
             self._reach(Stage.HEALTH, now_s)
         return self.check(now_s)
 
-    def feed_models(self, names: Collection[str], served_name: str, now_s: float) -> StartVerdict:
-        """Take the names that the engine lists; none when it did not answer."""
+    def feed_models(
+        self, names: Collection[str], served_name: str, now_s: float, result: ProbeResult = ProbeResult(ok=True)
+    ) -> StartVerdict:
+        """Take the names that the engine lists; none when it did not answer, and ``result`` says how."""
         if served_name in names:
             self.reason = ""
             self._reach(Stage.TOKEN, now_s)
+        elif not result.ok:
+            self.reason = f"list of models: {result.error}{self._mend(result, _MODELS_MENDS)}"
         else:
             self.reason = f"lists {', '.join(sorted(names)) or 'no model'}, not {served_name}"
         return self.check(now_s)
 
     def feed_token(self, result: ProbeResult, now_s: float) -> StartVerdict:
         """Take the answer to a request for one token."""
-        self.reason = "" if result.ok else f"first token: {result.error}"
+        self.reason = "" if result.ok else f"first token: {result.error}{self._mend(result, _KEY_MENDS)}"
         if result.ok or result.status in _CANNOT_BE_ASKED:
             self._reach(Stage.READY, now_s)
         return self.check(now_s)
@@ -197,6 +201,10 @@ class Startup:
             return 1.0
         return min(0.99, (now_s - self._started_s) / self._expected_s) if self._expected_s else None
 
+    def _mend(self, result: ProbeResult, mends: Mapping[int, str]) -> str:
+        text = mends.get(result.status or 0, "")
+        return f" ({text.format(health=self.probes.health_path, models=self.probes.models_path)})" if text else ""
+
     def _reach(self, stage: Stage, now_s: float) -> None:
         if stage is Stage.MODEL and not self.probes.models_path:
             stage = Stage.TOKEN
@@ -205,6 +213,18 @@ class Startup:
         if stage > self.stage:
             self.stage, self._progress_s = stage, now_s
 
+
+_ANOTHER_KEY = (
+    "it wants another API key than the worker's: leave keys out of args and command, and give it"
+    " {{api_key}} in env; external workers: endpoint_key"
+)
+_KEY_MENDS: Mapping[int, str] = {401: _ANOTHER_KEY, 403: _ANOTHER_KEY}
+_MODELS_MENDS: Mapping[int, str] = {**_KEY_MENDS, 404: "it has no {models}: its API is elsewhere, e.g. below a prefix"}
+_HEALTH_MENDS: Mapping[int, str] = {
+    **_KEY_MENDS,
+    404: "it has no {health}: set health_path of its [engines] entry, or leave out what moves its API",
+}
+"""By the status of an answer: what is behind it, and what mends it."""
 
 _CANNOT_BE_ASKED = frozenset({400, 404, 405, 422, 501})
 """Answers of an engine that does not complete text (embeddings, rerank): it is up, and has no token to give."""

@@ -9,9 +9,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from urllib.parse import urlsplit
 
+from l40sd.core.caches import folder_of
 from l40sd.core.config import Config, ModelConfig
 from l40sd.core.cpus import format_cpu_list
 from l40sd.core.engines import Engine, Probes, TermTo, When, resolve
@@ -39,6 +40,7 @@ class Launch:
         term_to: Who gets SIGTERM.
         term_timeout_s: From SIGTERM to the kill.
         fingerprint: Same fingerprint, same process: covers argv, env and probes with port and key left out.
+        cache: The folder for what the engine compiles, where it is told of one; else empty.
         pinning: What numactl was told, or would be told on a live host; for display.
     """
 
@@ -55,6 +57,7 @@ class Launch:
     fingerprint: str
     pinning: str = ""
     term_to: TermTo = TermTo.ENGINE
+    cache: str = ""
     ends_streams: bool = False
 
 
@@ -74,8 +77,8 @@ def build(
        condition holds, the model's own arguments.
     3. Environment, later wins: the group's GPUs and how they may talk, the engine's, that of all workers, what the
        operator says for this engine, the model's.
-    4. The fingerprint is taken of the same lines with the port's and the key's placeholders left unfilled, so
-       it is equal for every port and key, and after every restart of the daemon.
+    4. The fingerprint is taken of the same lines with the port's and the key's placeholders left unfilled and without
+       the caches' places, so it is equal for every port, key and place, and after every restart of the daemon.
 
     Args:
         port: Where the worker will listen; 0 when only the fingerprint is wanted.
@@ -100,7 +103,7 @@ def build(
     shape = _shape(placement, config, inventory)
     takes_key = any("{api_key}" in part for part in (*_template(engine, {When.API_KEY}), *engine.env.values()))
 
-    def lines(port_text: str, key: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    def lines(port_text: str, key: str, *, caching: bool) -> tuple[tuple[str, ...], dict[str, str]]:
         conditions = shape | ({When.API_KEY} if key else set())
         values = _values(placement, config, model, port_text, key, python)
         where = f"engines.{engine.name}"
@@ -110,7 +113,7 @@ def build(
             **{
                 name: _fill(text, values, f"{where}.env.{name}")
                 for name, text in engine.env.items()
-                if key or "{api_key}" not in text
+                if (key or "{api_key}" not in text) and (caching or "{cache}" not in text)
             },
             **_everywhere(config, engine),
             **model.env,
@@ -118,8 +121,10 @@ def build(
         prefix = pinning if inventory.is_live else ()
         return (*prefix, *argv, *model.args), {name: value for name, value in env.items() if value}
 
-    argv, env = lines(str(port), api_key if takes_key else "")
-    unfilled = lines("{port}", "{api_key}" if takes_key else "")
+    caching = config.workers.cache_limit_bytes > 0
+    argv, env = lines(str(port), api_key if takes_key else "", caching=caching)
+    unfilled = lines("{port}", "{api_key}" if takes_key else "", caching=False)
+    takes_cache = caching and any("{cache}" in text for text in engine.env.values())
     return Launch(
         worker=placement.worker,
         engine=engine.name,
@@ -134,8 +139,15 @@ def build(
         fingerprint=_fingerprint(*unfilled, engine.probes),
         pinning=" ".join(pinning),
         term_to=engine.term_to,
+        cache=folder_of(placement, config) if takes_cache else "",
         ends_streams=engine.ends_streams,
     )
+
+
+def without_cache(launch: Launch) -> Launch:
+    """Return the launch for an engine that keeps what it compiles where it likes."""
+    env = {name: value for name, value in launch.env.items() if not value.startswith(f"{launch.cache}/")}
+    return replace(launch, env=env, cache="")
 
 
 def program_of(launch: Launch) -> str:
@@ -293,6 +305,7 @@ def _values(
         "gpus": ",".join(placement.gpus),
         "drain_s": str(max(1, round(config.workers.drain_timeout_s))),
         "api_key": api_key,
+        "cache": folder_of(placement, config),
         "python": python,
     }
 

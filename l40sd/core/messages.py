@@ -108,9 +108,10 @@ class ProxyStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperationStatus:
-    """A pattern change under way or ended.
+    """A pattern change, or a rolling restart, under way or ended.
 
     Attributes:
+        kind: ``change`` or ``restart``.
         state: ``running``, ``done``, ``incomplete`` (in place but for some workers, which are tried again as ever),
             ``rolling_back``, ``rolled_back``, ``replaced`` or ``failed``.
         done: Workers of the pattern that it is at that are ready; ``total``: of how many.
@@ -118,6 +119,7 @@ class OperationStatus:
         why: For anything but ``running`` and ``done``.
         ends_within_s: It has ended after so many seconds from now, whatever happens.
         leaving: Models that it takes out of service.
+        by: Who asked for it: a user's name.
     """
 
     id: str
@@ -132,6 +134,8 @@ class OperationStatus:
     duration_s: float = 0.0
     ends_within_s: float = 0.0
     leaving: tuple[str, ...] = ()
+    kind: str = "change"
+    by: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,12 +237,16 @@ class Topology:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeStep:
-    """One step of a pattern change, in order; ``ready_after`` is the share of capacity ready when it is done."""
+    """One step of a pattern change, in order.
+
+    Attributes:
+        ready_after: The share of capacity ready when it is done, of models that are there before and after; None: none.
+    """
 
     action: str
     worker: str
     gpus: tuple[int, ...]
-    ready_after: float
+    ready_after: float | None
     note: str = ""
 
 
@@ -315,6 +323,22 @@ class PatternRequest:
     name: str
     dry_run: bool = False
     force: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """Reply to what is done over a while; ``notes``: what whoever asked should know, in sentences."""
+
+    operation: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartRequest:
+    """Body of ``POST /v1/restart``; ``now``: all at once, whatever capacity is left."""
+
+    workers: tuple[str, ...]
+    now: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,7 @@ class Change:
         forward_s: After so long everything goes back, or the change ends as it is.
         back_s: After so long on the way back it ends as it is.
         leaving: Models that are out of service when it has ended.
+        by: Who asked for it: a user's name; empty: a reload.
         turned_at_s: When everything began to go back; None: it does not.
     """
 
@@ -51,6 +52,7 @@ class Change:
     forward_s: float
     back_s: float
     leaving: tuple[ModelName, ...] = ()
+    by: str = ""
     state: str = "running"
     why: str = ""
     step: str = ""
@@ -97,6 +99,7 @@ class Change:
             duration_s=now_s() - self.began_at_s,
             ends_within_s=max(0.0, self.ends_in_s) if self.state in UNDER_WAY else 0.0,
             leaving=() if self.turned_at_s is not None else self.leaving,
+            by=self.by,
         )
 
     def journal(self) -> dict[str, Any]:
@@ -112,6 +115,7 @@ class Change:
             "state": self.state,
             "why": self.why,
             "leaving": list(self.leaving),
+            "by": self.by,
             "boot_id": boot_id(),
             "began_at_s": self.began_at_s,
             "turned_at_s": self.turned_at_s,
@@ -140,6 +144,7 @@ class Change:
             forward_s=float(journal.get("forward_s") or UNKNOWN_BOUND_S),
             back_s=float(journal.get("back_s") or UNKNOWN_BOUND_S),
             leaving=tuple(ModelName(str(model)) for model in journal.get("leaving", [])),
+            by=str(journal.get("by", "")),
             state=state,
             why=str(journal.get("why", "")),
             began_at_s=began_at_s,

@@ -29,7 +29,17 @@ from aiohttp import web
 from l40sd import __version__
 from l40sd.adapters.process import Position
 from l40sd.core.errors import L40sError
-from l40sd.core.messages import Check, ErrorBody, LogPart, PatternRequest, Status, decode, encode
+from l40sd.core.messages import (
+    Accepted,
+    Check,
+    ErrorBody,
+    LogPart,
+    PatternRequest,
+    RestartRequest,
+    Status,
+    decode,
+    encode,
+)
 from l40sd.services import report
 from l40sd.services.events import Events, Wanted
 from l40sd.services.supervisor import Supervisor
@@ -146,6 +156,7 @@ class Control:
             web.get("/v1/metrics", self._metrics),
             web.get("/v1/events", self._follow_events),
             web.post("/v1/pattern", self._apply),
+            web.post("/v1/restart", self._restart),
             web.get("/v1/operations/{id}", self._operation),
             web.post("/v1/reload", self._reload),
             web.post("/v1/upgrade", self._upgrade),
@@ -278,9 +289,25 @@ class Control:
         want = self._supervisor.design(wish.name, self._supervisor.config, force=wish.force)
         if wish.dry_run:
             return _json(report.change_preview(want, self._supervisor))
-        operation = self._supervisor.apply(want)
+        notes = report.notes_on(want, self._supervisor)
+        operation = self._supervisor.apply(want, user_of(request))
         await self._supervisor.write_down()  # what is accepted is not lost with this daemon
-        return _json({"operation": operation.id}, 202)
+        return _json(Accepted(operation=operation.id, notes=notes), 202)
+
+    async def _restart(self, request: web.Request) -> web.Response:
+        try:
+            wish = decode(RestartRequest, await request.read())
+        except msgspec.MsgspecError as error:
+            raise L40sError(f"not a restart request: {error}", code="bad_request") from error
+        if not wish.now:
+            operation = self._supervisor.restart(wish.workers, user_of(request))
+            await self._supervisor.write_down()
+            return _json(Accepted(operation=operation.id), 202)
+        for name in wish.workers:
+            self._supervisor.worker(name)  # every name is checked before the first worker is touched
+        for name in wish.workers:
+            self._supervisor.command(name, "restart")
+        return _json(Accepted(operation=""), 202)
 
     async def _reload(self, request: web.Request) -> web.Response:
         return _json({"changed": await self._doors.reload(_flag(request, "forget_gpus"))})
@@ -336,6 +363,15 @@ def peer_of(request: web.Request) -> tuple[int, int]:
         return -1, 0
     pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return uid, pid
+
+
+def user_of(request: web.Request) -> str:
+    """Return the name of the user at the other end; their number where nobody has it."""
+    uid, _ = peer_of(request)
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
 
 
 def may_control(uid: int, group: str) -> bool:

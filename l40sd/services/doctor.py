@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from l40sd.core.config import Config
+from l40sd.core.descriptors import needed
 from l40sd.core.errors import L40sError
 from l40sd.core.launch import build, program_of
 from l40sd.core.messages import Check
@@ -114,12 +115,12 @@ def _links(supervisor: Supervisor) -> Check:
 
 def _descriptors(config: Config) -> Check:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = min(DESCRIPTORS_EXPECTED, 2 * config.proxy.connection_limit + 256)
-    if soft < needed:
+    wanted = min(DESCRIPTORS_EXPECTED, needed(config.proxy.connection_limit))
+    if soft < wanted:
         return Check(
             name="descriptors",
             state=WARNING,
-            found=f"{soft} files may be open, {needed} are needed for proxy.connection_limit",
+            found=f"{soft} files may be open, {wanted} are needed for proxy.connection_limit",
             hint="LimitNOFILE= in the unit, or `ulimit -n`",
         )
     return Check(name="descriptors", state=OK, found=f"{soft} files may be open")

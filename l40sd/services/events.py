@@ -2,14 +2,18 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from heapq import merge
+from itertools import takewhile
 from typing import Any
 
 from l40sd.adapters.clock import wall_time_iso
 from l40sd.adapters.eventfile import EventFile
 from l40sd.core.messages import Event
+
+REQUEST_EVENTS = ("proxy.request", "proxy.request_failed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +40,18 @@ class Wanted:
 class Events:
     """A ring of events. A follower that reads too slowly loses the oldest, and sees that by the gap in ``seq``.
 
-    The numbers go on from one daemon to the next, and the ring begins with what is remembered of the last one's.
+    The numbers go on from one daemon to the next, and the ring begins with what is remembered of the last one's. What
+    happens to single requests (``REQUEST_EVENTS``) has rings of its own and is not remembered: a busy minute of it
+    would push out the story of a week.
+
+    Args:
+        kept: Events kept.
+        requests_kept: Events kept besides, of each of ``REQUEST_EVENTS``.
     """
 
-    def __init__(self, kept: int) -> None:
+    def __init__(self, kept: int, requests_kept: int = 1000) -> None:
         self._ring: deque[Event] = deque(maxlen=kept)
+        self._of_requests: dict[str, deque[Event]] = {name: deque(maxlen=requests_kept) for name in REQUEST_EVENTS}
         self._seq = 0
         self._file: EventFile | None = None
         self._more = asyncio.Event()
@@ -51,13 +62,13 @@ class Events:
         Before anybody follows: what has happened since this daemon started is numbered anew.
         """
         last = max((event.seq for event in former), default=0)
-        own = [replace(event, seq=event.seq + last) for event in self._ring]
-        self._seq += last
-        self._ring.clear()
-        self._ring.extend([*former, *own])
         self._file = file
-        for event in own:
-            file.append(event)
+        self._seq += last
+        for ring in (self._ring, *self._of_requests.values()):
+            own = [replace(event, seq=event.seq + last) for event in ring]
+            ring.clear()
+            ring.extend([*former, *own] if ring is self._ring else own)
+            self._remember(own)
 
     def close(self) -> None:
         """Write down what is not yet on disk."""
@@ -69,18 +80,25 @@ class Events:
         """Append one event; the log hands them in, info and above."""
         self._seq += 1
         happened = Event(seq=self._seq, time=wall_time_iso(), level=level, event=event, data=dict(data))
-        self._ring.append(happened)
-        if self._file is not None:
-            self._file.append(happened)
+        self._of_requests.get(event, self._ring).append(happened)
+        self._remember([happened])
         self._more.set()
         self._more = asyncio.Event()
+
+    def _remember(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if self._file is not None and event.event not in REQUEST_EVENTS:
+                self._file.append(event)
 
     def since(self, seq: int) -> list[Event]:
         """Return the events after ``seq`` that are still kept, oldest first.
 
         A number that is still to come was another life's, whose events were lost: then all of them.
         """
-        return [event for event in self._ring if event.seq > seq or seq > self._seq]
+        rings = (self._ring, *self._of_requests.values())
+        return list(
+            merge(*(_after(ring, -1 if seq > self._seq else seq) for ring in rings), key=lambda event: event.seq)
+        )
 
     def last(self, wanted: Wanted, count: int | None = None) -> list[Event]:
         """Return the latest ``count`` events that are wanted, or all, oldest first."""
@@ -99,3 +117,8 @@ class Events:
                 seq = event.seq
                 if wanted.has(event):
                     yield event
+
+
+def _after(ring: deque[Event], seq: int) -> list[Event]:
+    """Return a ring's events after ``seq``, oldest first; costs what is returned, not what is kept."""
+    return list(takewhile(lambda event: event.seq > seq, reversed(ring)))[::-1]

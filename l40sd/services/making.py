@@ -1,8 +1,12 @@
 """What a worker's process is made of (launch, environment, write-ahead record), and what forbids making it."""
 
+import asyncio
 import secrets
 import shutil
+from pathlib import Path
 
+from l40sd.adapters import caches
+from l40sd.adapters.clock import wall_time_s
 from l40sd.adapters.process import InstanceSpec
 from l40sd.core import launch as launching
 from l40sd.core.config import Config
@@ -55,6 +59,24 @@ def refuse_misconfigured(wanted: Wanted, config: Config, tools: Tools) -> None:
             )
 
 
+async def with_cache(launch: Launch, config: Config, tools: Tools) -> Launch:
+    """Return the launch with the folder in place for what its engine compiles; without one where there can be none."""
+    if not launch.cache:
+        return launch
+    in_use = {str(meta["cache"]) for meta in tools.processes.metas() if meta.get("cache")}
+    why = await asyncio.to_thread(
+        caches.prepare,
+        Path(launch.cache),
+        limit_bytes=config.workers.cache_limit_bytes,
+        in_use={Path(each).name for each in in_use},
+        now_s=wall_time_s(),
+    )
+    if not why:
+        return launch
+    tools.log.warning("worker.no_cache", worker=launch.worker, reason=why)
+    return launching.without_cache(launch)
+
+
 def spec_of(launch: Launch, wanted: Wanted, config: Config, tools: Tools) -> InstanceSpec:
     """Return the write-ahead record; ``meta`` is what the next daemon needs to adopt the process."""
     worker, workers = wanted.placement.worker, config.workers
@@ -75,6 +97,7 @@ def spec_of(launch: Launch, wanted: Wanted, config: Config, tools: Tools) -> Ins
             "port": launch.port,
             "api_key": launch.api_key,
             "fingerprint": wanted.fingerprint,
+            "cache": launch.cache,
             "placement": plain(wanted.placement),
         },
     )

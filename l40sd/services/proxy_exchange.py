@@ -57,6 +57,7 @@ OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = structlog.get_logger()
 
+NO_DESCRIPTOR = "no file descriptor is left for a connection to a worker"
 CLOSING = "this host is being stopped"
 NOTHING_COMES = "none is on its way"
 FAILURES = {
@@ -114,6 +115,7 @@ class Exchange:
         "_tail",
         "_target",
         "_tried",
+        "_tries",
         "_tries_left",
         "_upstream",
         "_waiter",
@@ -142,6 +144,7 @@ class Exchange:
         self._request_id = head.request_id or shared.make_request_id()
         self._started_at_s = shared.loop.time()
         self._first_byte_at_s = 0.0
+        self._tries = 0  # workers asked, or connected to in vain
         self._tries_left = shared.config.retries
         self._tried: tuple[int, ...] = ()  # serials of routes that failed
         self._barred: tuple[int, ...] = ()  # those of them that it cannot be tried on again
@@ -239,6 +242,7 @@ class Exchange:
 
     def _use(self, lease: Lease) -> None:
         self._lease = lease
+        self._tries += 1
         self._was_stale = False
         shared = self._shared
         peer = shared.peer(lease.route)
@@ -251,6 +255,9 @@ class Exchange:
 
     def _connect(self, peer: Peer) -> None:
         self._phase = Phase.CONNECTING
+        if not self._shared.make_room_for_upstream():
+            self._leave(Seen.OVERLOADED, NO_DESCRIPTOR)
+            return
         self._client.expect(self._shared.config.connect_timeout_s)
         self._start_task(self._dialling(peer))
 
@@ -273,7 +280,7 @@ class Exchange:
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
             self._dial = None
             if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
-                self._leave(Seen.OVERLOADED, "no file descriptor is left for a connection to a worker")
+                self._leave(Seen.OVERLOADED, NO_DESCRIPTOR)
             else:
                 self._leave_unconnected(f"no connection: {error}")
             return
@@ -318,6 +325,7 @@ class Exchange:
         match following:
             case Next.SAME:
                 self._was_stale = True
+                self._tries += 1
                 self._tries_left = max(0, self._tries_left - 1)  # it may have been read: it counts where it can
                 self._connect(self._shared.peer(route))
                 return True
@@ -439,6 +447,7 @@ class Exchange:
         self._reply = head
         self.latest = rest
         self._body = b""  # nothing can be repeated from here on
+        client.release_memory()
         self._first_byte_at_s = self._shared.loop.time()
         client.expect(self._shared.config.idle_timeout_s)
         write: Callable[[bytes], object] = client.transport.write
@@ -552,7 +561,7 @@ class Exchange:
         words = end_of_stream(self._reply, self._target, seen, refused, upstream, takes_chunks=takes_chunks)
         if words is not None:
             self._client.transport.write(words)
-        self._end(f"cut: {why}")
+        self._end(f"cut: {why}", is_failed=True)
         if words is not None:
             self._client.close()  # without the last chunk
         else:
@@ -599,10 +608,10 @@ class Exchange:
         if isinstance(error, Refused):
             self._refuse(error)
             return
-        log.error("proxy.internal_error", request=self._request_id.decode(), exc_info=error)
+        self._shared.failures.note_own(self._request_id.decode(), error, self._shared.now_s)
         what = f"l40sd failed on this request: {type(error).__name__}"
         if self._phase is Phase.REPLYING:
-            self._end(what)
+            self._end(what, is_failed=True)
             self._client.reset()
         else:
             self._refuse(Refused(500, "internal_error", f"{what}; its log has the rest"))
@@ -626,17 +635,22 @@ class Exchange:
         metrics = self._shared.metrics
         metrics.answered(self._model, self._reply.status)
         metrics.timed(self._model, self._first_byte_at_s - self._started_at_s, now_s - self._started_at_s)
-        self._end("")
+        is_failed = self._reply.status >= 500
+        self._end(f"{self.worker} answered so" if is_failed else "", is_failed=is_failed)
         self._client.finished()
 
     def _refuse(self, refused: Refused) -> None:
         self._shared.metrics.answered(self._model, refused.status)
-        self._end(refused.message, refused.status)
+        self._end(refused.message, refused.status, is_failed=refused.status >= 500)
         self._client.refuse(refused, self._head, request_id=self._request_id)
 
-    def _end(self, problem: str, status: int = 0) -> None:
-        if self._shared.config.access_log:
-            self._log(problem, self._reply.status if self._reply else status)
+    def _end(self, problem: str, status: int = 0, *, is_failed: bool = False) -> None:
+        shared = self._shared
+        status = self._reply.status if self._reply else status
+        if shared.config.access_log:
+            self._log(problem, status)
+        if is_failed:
+            shared.failures.note(problem, shared.now_s, lambda: self._account(status))
         self._phase = Phase.ENDED
         self._let_go()
 
@@ -756,7 +770,7 @@ class Exchange:
         exchange._request_id = handed.request_id
         exchange._started_at_s = handed.started_at_s
         exchange._asked_at_s = handed.asked_at_s
-        exchange._tries_left = handed.tries_left
+        exchange._tries, exchange._tries_left = 1, handed.tries_left
         exchange._died = handed.died
         exchange._model = handed.model
         exchange._lease = shared.routes.hold(handed.backend)
@@ -808,15 +822,17 @@ class Exchange:
         self._let_go()
 
     def _log(self, problem: str, status: int) -> None:
-        log.info(
-            "proxy.request",
-            request=self._request_id.decode(),
-            model=self._model or self._name[:LOGGED_LIMIT],
-            path=self._target[:LOGGED_LIMIT].decode(),
-            worker=self.worker,
-            status=status,
-            tries=len(self._tried) + 1,
-            first_byte_s=round(self._first_byte_at_s - self._started_at_s, 4) if self._first_byte_at_s else None,
-            duration_s=round(self._shared.loop.time() - self._started_at_s, 4),
-            problem=problem,
-        )
+        log.info("proxy.request", **self._account(status), problem=problem)
+
+    def _account(self, status: int) -> dict[str, object]:
+        """Return what a log says of a request that ends."""
+        return {
+            "request": self._request_id.decode(),
+            "model": self._model or self._name[:LOGGED_LIMIT],
+            "path": self._target[:LOGGED_LIMIT].decode(),
+            "worker": self.worker,
+            "status": status,
+            "tries": self._tries,
+            "first_byte_s": round(self._first_byte_at_s - self._started_at_s, 4) if self._first_byte_at_s else None,
+            "duration_s": round(self._shared.loop.time() - self._started_at_s, 4),
+        }

@@ -50,7 +50,7 @@ def error_fields(refused: Refused) -> bytes:
 
 def _fields_of(refused: Refused) -> bytes:
     match refused.status:
-        case 503:
+        case 503 | 429:
             return b"retry-after: %d\r\n" % refused.retry_after_s
         case 401:
             return b"www-authenticate: Bearer\r\n"

@@ -10,7 +10,7 @@ import msgspec
 from l40sd.adapters.process import Adoption, ExitRecord, Instance, InstanceSpec
 from l40sd.core.config import Config, ModelConfig
 from l40sd.core.errors import DoesNotFit, L40sError
-from l40sd.core.messages import restore
+from l40sd.core.messages import OperationStatus, restore
 from l40sd.core.model import GpuId, Layout, ModelName, Placement, WorkerId
 from l40sd.core.placement import part_of
 from l40sd.core.plan import Wanted
@@ -18,6 +18,7 @@ from l40sd.core.topology import NvmlGpu
 from l40sd.services.change import Change, Want
 from l40sd.services.ends import end_of
 from l40sd.services.past import Past, read
+from l40sd.services.rolling import Roll
 from l40sd.services.tools import Tools
 from l40sd.services.worker import Worker
 
@@ -30,6 +31,8 @@ class Recalled:
         trouble: A sentence for the operator when not all of what was wanted is possible any more.
         drained: Workers that rest by the operator's wish.
         floor: The baseline of a change that ended incomplete.
+        roll: A rolling restart that is not over.
+        ended: How the latest operations ended.
     """
 
     want: Want
@@ -38,6 +41,8 @@ class Recalled:
     trouble: str = ""
     drained: set[WorkerId] = field(default_factory=set)
     floor: Mapping[ModelName, int] = field(default_factory=dict)
+    roll: Roll | None = None
+    ended: tuple[OperationStatus, ...] = ()
 
 
 class Design(Protocol):
@@ -90,6 +95,7 @@ async def recall(
     _remember(recalled, pasts, config, tools)  # 5
     recalled.drained = _drained(state.get("drained"), recalled, tools)  # 6
     recalled.floor = _floor(state.get("floor"))
+    recalled.roll, recalled.ended = _roll(state.get("roll")), _ended(state.get("ended"))
     for worker_id in recalled.drained & workers.keys():
         workers[worker_id].rest()
     if recalled.change is not None and isinstance(journal, dict) and "created" not in journal:  # of an older l40sd
@@ -241,6 +247,20 @@ def _floor(stored: Any) -> Mapping[ModelName, int]:
         return restore(dict[ModelName, int], stored or {})
     except msgspec.ValidationError:  # a change that ended long ago: it goes on without a floor
         return {}
+
+
+def _roll(stored: Any) -> Roll | None:
+    try:
+        return Roll.resumed(stored) if isinstance(stored, dict) else None
+    except (KeyError, TypeError, ValueError):  # of another l40sd: nobody waits for it any more
+        return None
+
+
+def _ended(stored: Any) -> tuple[OperationStatus, ...]:
+    try:
+        return restore(tuple[OperationStatus, ...], stored or ())
+    except msgspec.ValidationError:
+        return ()
 
 
 def _drained(stored: Any, recalled: Recalled, tools: Tools) -> set[WorkerId]:

@@ -84,7 +84,7 @@ def status(
 ) -> Status:
     """Return everything of `l40sctl status`."""
     tools = supervisor.tools
-    change = supervisor.change
+    change, roll = supervisor.change, supervisor.roll
     return Status(
         version=__version__,
         host=tools.host.inventory.host,
@@ -92,7 +92,7 @@ def status(
         is_live=tools.host.inventory.is_live,
         uptime_s=now_s() - began_at_s,
         pattern=supervisor.want.pattern,
-        operation=supervisor.operations.get(change.id) if change else None,
+        operation=supervisor.operations.get(change.id) if change else roll.status() if roll else None,
         provider=tools.processes.provider,
         provider_note=tools.processes.note,
         workers=tuple(worker_status(w, supervisor) for w in _in_order(supervisor)),
@@ -158,7 +158,7 @@ def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:
                 action="start and prove" if s.order.do is Do.START else "drain and stop",
                 worker=s.order.worker,
                 gpus=tuple(number[g] for g in gpus_of[s.order.worker] if g in number),
-                ready_after=min(s.ready.values(), default=1.0),
+                ready_after=min(s.ready.values(), default=None),
                 note=s.order.why,
             )
             for s in shown
@@ -171,7 +171,34 @@ def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:
         expected_s=played.duration_s if is_known else None,
         waits_s={str(model): wait_s for model, wait_s in played.waits_s.items()} if is_known else {},
         ends_within_s=change.ends_in_s,
+        replaces=under_way(supervisor),
     )
+
+
+def notes_on(want: Want, supervisor: Supervisor) -> tuple[str, ...]:
+    """Return what whoever asks for this want should know, when it is done at once: see ``ChangePreview``."""
+    leaving = supervisor.change_to(want).leaving
+    replaced = under_way(supervisor)
+    return (
+        *([f"{', '.join(leaving)} leaves service with pattern {want.pattern}"] if leaving else ()),
+        *([f"this replaces {replaced}"] if replaced else ()),
+    )
+
+
+def under_way(supervisor: Supervisor) -> str:
+    """Return what is under way, and by whom, in one clause; empty when nothing is."""
+    change, roll = supervisor.change, supervisor.roll
+    now = supervisor.operations.get(change.id) if change else roll.status() if roll else None
+    if now is None:
+        return ""
+    match now.kind, now.state:
+        case "restart", _:
+            what = "a rolling restart"
+        case _, "rolling_back":
+            what = f"the way back to {now.previous}"
+        case _:
+            what = f"the change to {now.pattern}"
+    return f"{what} that {now.by or 'a reload'} asked for ({now.done} of {now.total} ready)"
 
 
 def _pattern_view(name: str, supervisor: Supervisor) -> PatternView:

@@ -26,15 +26,16 @@ from l40sd.core.model import GpuId, Layout, ModelFacts, ModelName, Placement, Wo
 from l40sd.core.naming import natural
 from l40sd.core.outliers import Peer
 from l40sd.core.outlook import Patience, Slot, outlook
-from l40sd.core.pace import bound_back_s, bound_s, slowest
+from l40sd.core.pace import SLACK_S, bound_back_s, bound_s, slowest
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
 from l40sd.core.plan import Do, Limits, Observed, Order, Wanted, is_settled, plan, ready_share
 from l40sd.core.rollout import Decision, End, begin, decide, models_leaving
-from l40sd.services.change import Change, Want, state_of
+from l40sd.services.change import UNDER_WAY, Change, Want, state_of
 from l40sd.services.making import launch_of
 from l40sd.services.past import Past, written
 from l40sd.services.recall import left_of, recall
+from l40sd.services.rolling import Roll
 from l40sd.services.routes import CatalogEntry
 from l40sd.services.tools import Tools
 from l40sd.services.worker import Worker
@@ -43,6 +44,8 @@ TURN_AT_LEAST_EVERY_S = 2.0
 TURN_AGAIN_S = 0.5
 """Until a turn is taken again that the system refused something."""
 OPERATIONS_KEPT = 50
+ENDED_KEPT = 10
+"""Operations whose end the next daemon still knows."""
 SERVED = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
 """Phases of a worker that receives requests, or did until it was asked not to."""
 
@@ -60,6 +63,7 @@ class Supervisor:
         self.workers: dict[WorkerId, Worker] = {}
         self.want = Want(layout=Layout(pattern="", placements=()), config=config)
         self.change: Change | None = None
+        self.roll: Roll | None = None
         self.operations: dict[str, OperationStatus] = {}
         self.store = store
         self._wake = asyncio.Event()
@@ -127,14 +131,18 @@ class Supervisor:
         stuck = (g for w in self.workers.values() if w.phase is Phase.STUCK for g in w.wanted.placement.gpus)
         return {gpu.id: "lost" for gpu in self.tools.host.lost} | dict.fromkeys(stuck, "stuck")
 
-    def apply(self, want: Want) -> OperationStatus:
+    def apply(self, want: Want, by: str = "") -> OperationStatus:
         """Make ``want`` wanted; the turns that follow bring it about. A change under way is replaced.
 
         What a replaced change would have gone back to stays what this one goes back to: the last layout that served.
         """
-        change = self.change_to(want)
+        change = self.change_to(want, by)
+        successor = f"{f'{by} asked for' if by else 'a reload asks for'} pattern {want.pattern}, operation {change.id}"
         if self.change is not None:
-            self._end("replaced", f"replaced by a change to {want.pattern}")
+            self._end("replaced", successor)
+        if self.roll is not None:
+            self.roll.replaced(successor)
+            self._end_roll(self.roll)
         self.change = change
         self._trouble = ""
         self._set_want(want)
@@ -144,13 +152,15 @@ class Supervisor:
             previous=self.change.previous_pattern,
             operation=self.change.id,
             workers=len(want.wanted),
+            by=by,
+            leaving=list(change.leaving),
         )
         self._save()
         self._note_operation()
         self._wake.set()
         return self.operations[self.change.id]
 
-    def change_to(self, want: Want) -> Change:
+    def change_to(self, want: Want, by: str = "") -> Change:
         """Return the change that ``apply`` would begin; nothing is changed."""
         observed, former = self._observed(), self.change
         previous = self.want if former is None else former.previous
@@ -164,6 +174,7 @@ class Supervisor:
             forward_s=bound_s(want.wanted, observed, terms, pace),
             back_s=bound_back_s(want.wanted, previous.wanted, pace) if previous else 0.0,
             leaving=models_leaving(want.wanted, terms.baseline),
+            by=by,
         )
 
     def _observed(self) -> list[Observed]:
@@ -288,6 +299,8 @@ class Supervisor:
             self._keep()
         else:
             self._go_on(self.change)  # 3
+        if self.roll is not None:
+            self._roll_on(self.roll)
         self._note_operation()
         self._publish_catalog()
 
@@ -419,6 +432,61 @@ class Supervisor:
         for worker_id in [i for i, w in self.workers.items() if w.phase is Phase.STOPPED]:
             self._forget(worker_id)
 
+    # -- restarts one after the other ------------------------------------------------------------------------------
+
+    def restart(self, names: Sequence[str], by: str = "") -> OperationStatus:
+        """Restart these workers one after the other, each model's floor of ready capacity kept.
+
+        Raises:
+            L40sError: No such worker, or a change or another such restart is under way.
+        """
+        chosen = tuple(dict.fromkeys(self.worker(name).id for name in names))
+        if self.change is not None or self.roll is not None:
+            what = f"the change to {self.change.pattern}" if self.change else "another rolling restart"
+            raise L40sError(
+                f"{what} is under way",
+                hint="wait for it: l40sctl wait; or restart --now: all at once, whatever capacity is left",
+                code="under_way",
+            )
+        config = self.want.config
+        pace = slowest(config, self.tools.facts, self.tools.past_loads_s)
+        loads_s = (pace.load_s.get(self.workers[w].wanted.placement.model, 0.0) for w in chosen)
+        baseline = Counter[ModelName]()
+        for o in self._observed():
+            baseline[o.model] += o.weight if o.is_serving else 0
+        self.roll = Roll(
+            pattern=self.want.pattern,
+            asked=chosen,
+            pending=list(chosen),
+            baseline=+baseline,
+            bound_s=sum(load_s + pace.stop_s for load_s in loads_s) + SLACK_S,
+            by=by,
+        )
+        self._log.info("workers.restart.started", operation=self.roll.id, workers=list(chosen), by=by)
+        self.operations[self.roll.id] = self.roll.status()
+        self._save()
+        return self.operations[self.roll.id]
+
+    def _roll_on(self, roll: Roll) -> None:
+        workers = self.want.config.workers
+        before = len(roll.pending)
+        is_over = roll.advance(self.workers, start_parallel=workers.start_parallel, min_ready=workers.min_ready)
+        self.operations[roll.id] = roll.status()
+        if is_over:
+            self._end_roll(roll)
+        elif len(roll.pending) != before:
+            self._save()
+
+    def _end_roll(self, roll: Roll) -> None:
+        keys = {"operation": roll.id, "lowest_ready": round(roll.lowest_ready, 2)}
+        if roll.state == "done":
+            self._log.info("workers.restart.complete", workers=len(roll.asked), **keys)
+        else:
+            self._log.warning("workers.restart.ended", state=roll.state, why=roll.why, **keys)
+        self.operations[roll.id] = roll.status()
+        self.roll = None
+        self._save()
+
     # -- the operator ----------------------------------------------------------------------------------------------
 
     def worker(self, worker_id: str) -> Worker:
@@ -510,8 +578,10 @@ class Supervisor:
         state = await self.store.load() or {}
         recalled = await recall(adoption, state, self.config, self.tools, design=self.design, want_of=self._want)
         self.workers, self.change, self._trouble = recalled.workers, recalled.change, recalled.trouble
-        self._drained, self._floor = recalled.drained, recalled.floor
+        self._drained, self._floor, self.roll = recalled.drained, recalled.floor, recalled.roll
+        self.operations |= {operation.id: operation for operation in recalled.ended}
         self._set_want(recalled.want)
+        self._note_operation()
         self._save()
 
     async def stop(self, timeout_s: float) -> int:
@@ -553,6 +623,8 @@ class Supervisor:
                 state = {
                     **state_of(self.want, self.change, self._drained, self._floor),
                     "pasts": written(self._pasts),
+                    "roll": self.roll.journal() if self.roll else None,
+                    "ended": plain([o for o in self.operations.values() if o.state not in UNDER_WAY][-ENDED_KEPT:]),
                     "gpus": plain(self.tools.host.known),
                 }
                 await self.store.save(state)

@@ -8,6 +8,7 @@ import structlog
 from l40sd.adapters.ports import PortPool
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Processes
+from l40sd.adapters.workerkeys import WorkerKeys
 from l40sd.core.model import ModelFacts, ModelName, WorkerId
 from l40sd.core.outliers import Peer
 from l40sd.services.host import Host
@@ -26,6 +27,7 @@ class Tools:
     host: Host
     processes: Processes
     ports: PortPool
+    keys: WorkerKeys
     prober: Prober
     routes: Routes
     facts: Mapping[ModelName, ModelFacts]

@@ -137,9 +137,9 @@ class Watch:
             case Stage.PORT | Stage.HEALTH:
                 startup.feed_health(await self._health(), now_s())
             case Stage.MODEL:
-                models = await self._prober.models(*self._target, self._config.probe_timeout_s)
+                result, models = await self._prober.models(*self._target, self._config.probe_timeout_s)
                 self.listed = next((model for model in models if model.id == launch.served_name), None)
-                startup.feed_models([model.id for model in models], launch.served_name, now_s())
+                startup.feed_models([model.id for model in models], launch.served_name, now_s(), result)
             case Stage.TOKEN:
                 timeout_s = max(self._config.canary_timeout_s, self._config.probe_timeout_s)
                 startup.feed_token(await self._one_token(timeout_s), now_s())

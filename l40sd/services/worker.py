@@ -8,7 +8,6 @@ now reached are cancelled: ``JOBS_IN`` says which remain.
 
 import asyncio
 import random
-import secrets
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,7 +41,7 @@ from l40sd.core.outlook import Slot
 from l40sd.core.plan import Observed, Wanted
 from l40sd.services.ends import End, end_of, last_end_of
 from l40sd.services.gpus import wait_until_free
-from l40sd.services.making import launch_of, refuse_misconfigured, spec_of
+from l40sd.services.making import launch_of, refuse_misconfigured, spec_of, with_cache
 from l40sd.services.past import TOLD, Past
 from l40sd.services.routes import Backend
 from l40sd.services.tools import Tools
@@ -508,9 +507,10 @@ class Worker:
                 self.post(Event.BLOCKED, holder)
                 return
             port = self._tools.ports.take()
-            key = secrets.token_urlsafe(24)
+            key = self._tools.keys.of(self.model.name)
             launch = launch_of(self.wanted.placement, self.config, self._tools, port=port.port, api_key=key)
             self.process = Process(launch=launch, port=port)
+            launch = await with_cache(launch, self.config, self._tools)
             spec = spec_of(launch, self.wanted, self.config, self._tools)
             self.process.instance = await self._tools.processes.spawn(spec, workers.spawn_timeout_s)
         except L40sError as error:

@@ -12,7 +12,7 @@ from l40sd.sim.faults import Faults
 from l40sd.sim.wire import Reply, Request, read_request
 
 DEFAULT_TOKENS = 16
-BREAKS = ("half-response", "bad-chunk", "reset")
+BREAKS = ("half-response", "half-event", "bad-chunk", "reset")
 """Faults that break a reply. A request may bring one along, ``"simulate": NAME``: it strikes this request whichever
 worker has it and however often it is tried, and no other."""
 
@@ -303,6 +303,9 @@ async def _break(reply: Reply, how: str) -> None:
     match how:
         case "bad-chunk":
             await reply.bad_chunk()
+            reply.leave()
+        case "half-event":
+            await reply.half_event()
             reply.leave()
         case "reset":
             reply.reset()

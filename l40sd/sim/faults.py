@@ -30,6 +30,7 @@ FAULTS: dict[str, tuple[float, str]] = {
     "error": (inf, "answers this many requests with 500"),
     "error-but-one": (inf, "answers this many requests with 500, but not those for one token"),
     "half-response": (inf, "ends this many replies in the middle"),
+    "half-event": (inf, "ends this many streams within an event"),
     "bad-chunk": (inf, "breaks the chunks of this many replies"),
     "reset": (inf, "resets the connection of this many replies after their first bytes"),
     "ignore-term": (1, "takes no notice of SIGTERM"),

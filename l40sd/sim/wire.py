@@ -87,6 +87,11 @@ class Reply:
         await self._send(_head(200, "application/json", "content-length: 1000") + b'{"id": "half')
         self._writer.close()
 
+    async def half_event(self) -> None:
+        """Send half an event in half a chunk, within a character, in a stream that has begun."""
+        half = 'data: {"id": "half", "choices": [{"index": 0, "delta": {"content": "\u00fc'.encode()[:-1]
+        await self._send(b"%x\r\n%s" % (2 * len(half), half))
+
     async def bad_chunk(self) -> None:
         """Send a chunk whose size is no number, in a stream that has begun."""
         await self._send(b"zz\r\nnot a chunk\r\n")

@@ -157,7 +157,7 @@ async def test_an_endless_answer_is_cut_off(prober: Prober) -> None:
 async def test_the_served_names_are_listed_with_the_key(prober: Prober) -> None:
     seen: list[bytes] = []
     async with saying(http(200, {"data": [{"id": "llama"}, {"id": "alias"}, {}, 7]}), seen=seen) as port:
-        models = await prober.models("127.0.0.1", port, VLLM, "sk-worker", 5)
+        _, models = await prober.models("127.0.0.1", port, VLLM, "sk-worker", 5)
     assert models == (ListedModel(id="llama"), ListedModel(id="alias"))
     assert b"GET /v1/models " in seen[0]
     assert b"bearer sk-worker" in seen[0].lower()
@@ -169,7 +169,7 @@ async def test_what_the_engine_says_of_a_model_is_kept_and_nonsense_is_not(probe
     nonsense = {"id": "alias", "created": True, "owned_by": 7, "max_model_len": "many"}
     beyond = {"id": "beyond", "created": -1, "owned_by": "x" * 5000, "max_model_len": 1 << 60}
     async with saying(http(200, {"data": [said, nonsense, beyond]})) as port:
-        models = await prober.models("127.0.0.1", port, VLLM, "", 5)
+        _, models = await prober.models("127.0.0.1", port, VLLM, "", 5)
     assert models == (
         ListedModel(id="llama", created=1700000000, owned_by="vllm", max_model_len=32768),
         ListedModel(id="alias"),
@@ -180,7 +180,7 @@ async def test_what_the_engine_says_of_a_model_is_kept_and_nonsense_is_not(probe
 @pytest.mark.parametrize("body", ["", "[]", "{}", '{"data": 3}', "[" * 100_000])
 async def test_no_list_is_no_names(prober: Prober, body: str) -> None:
     async with saying(http(200, body)) as port:
-        assert await prober.models("127.0.0.1", port, VLLM, "", 5) == ()
+        assert (await prober.models("127.0.0.1", port, VLLM, "", 5))[1] == ()
 
 
 @pytest.mark.parametrize(("path", "field"), [("/v1/completions", b'"prompt"'), ("/v1/chat/completions", b'"messages"')])

@@ -56,6 +56,21 @@ def test_a_start_goes_through_port_health_model_and_token() -> None:
     assert (start.reason, start.check(99_999)) == ("", StartVerdict.READY)
 
 
+def test_a_start_that_cannot_succeed_names_the_setting_that_mends_it() -> None:
+    """ "lists no model" was said of an engine with another key, and a bare status of one whose health is elsewhere."""
+    start = starting()
+    start.feed_health(ProbeResult(ok=False, status=404, error="status 404"), 1001)
+    assert start.reason.startswith("health: status 404 (it has no /health: set health_path of its [engines] entry")
+    start.feed_health(OK, 1002)
+    start.feed_models([], "llama", 1003, ProbeResult(ok=False, status=401, error="status 401"))
+    assert "list of models: status 401 (it wants another API key" in start.reason
+    assert "{api_key} in env" in start.reason
+    start.feed_models([], "llama", 1004, ProbeResult(ok=False, error="timeout"))
+    assert start.reason == "list of models: timeout"
+    start.feed_models([], "llama", 1005)
+    assert start.reason == "lists no model, not llama"
+
+
 def test_an_engine_without_a_list_or_a_token_is_not_asked_for_one() -> None:
     assert starting(probes=ENGINES["torchrun"].probes).feed_health(OK, 1001) is StartVerdict.READY
     only_token = replace(ENGINES["vllm"].probes, models_path="")

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import psutil
+from ssekit import decode
 
 from faults.rig import PACED, Broken, Rig, ask, check, engine_state, kill, pids, until, worker_of
 from faults.suite import NotHereError, Outcome, fault
@@ -297,6 +298,42 @@ async def is_told_as_broken(site: Site, how: str, *, stream: bool) -> None:
     except aiohttp.ClientError:
         return  # cut, and told as cut
     check(code != 200 or '"error"' in text, f"{how}, streamed {stream}: looks whole: {text}")
+
+
+@fault(
+    80,
+    "an engine dies within an event, within a chunk, within a character",
+    how="a request that brings it along; the same bytes are read by a client that knows no mercy",
+    expected="The stream goes on with what makes the half event whole, with the error in it, then the error event; the"
+    " last chunk does not come.",
+    promise="at once",
+    within_s=5.0,
+)
+async def half_an_event(rig: Rig) -> Outcome:
+    site = rig.site(count=1, args=PACED)
+    await rig.serve(site)
+    began = time.monotonic()
+    body = json.dumps({"model": "toy", "messages": [], "stream": True, "max_tokens": 6, "simulate": "half-event"})
+    async with connected(site) as (reader, writer):
+        writer.write(request(body.encode()))
+        said = (await until_closed(reader, 10)).partition(b"\r\n\r\n")[2]
+    took_s = time.monotonic() - began
+    check(not said.endswith(b"0\r\n\r\n"), "it does not look whole")
+    events = [event.json for event in decode(chunks_so_far(said))]
+    codes = [event.get("error", {}).get("code") for event in events]
+    check(codes == [None, None, "worker_failed", "worker_failed"], f"two tokens, then the error: {events}")
+    await site.until(lambda s: s.workers[0].phase == "ready" and not s.workers[0].in_flight, "it serves on", 20)
+    return Outcome(took_s=took_s, lost=1, note="every event is JSON, and the error is in the half one too")
+
+
+def chunks_so_far(data: bytes) -> bytes:
+    """Return what is in the chunks of a body that does not end."""
+    body = b""
+    while data:
+        line, _, data = data.partition(b"\r\n")
+        size = int(line, 16)
+        body, data = body + data[:size], data[size + 2 :]
+    return body
 
 
 @fault(

@@ -94,3 +94,40 @@ async def test_a_follower_gets_the_last_ones_and_then_what_happens_to_his_worker
         await asyncio.sleep(0)
         events.add("info", "worker.ready", {"worker": "m-gpu0"})
         assert (await waiting).seq == 5
+
+
+def test_access_lines_and_failed_requests_push_nothing_else_out() -> None:
+    """With the access log on, a busy minute of it was all that `l40sctl events` could show."""
+    events = Events(10, 5)
+    for number in range(5):
+        events.add("info", "worker.ready", {"number": number})
+        for _ in range(100):
+            events.add("info", "proxy.request", {})
+        events.add("warning", "proxy.request_failed", {})
+    kept = events.last(ALL)
+    assert [event.data["number"] for event in kept if event.event == "worker.ready"] == list(range(5))
+    assert [event.event for event in kept].count("proxy.request") == 5
+    assert [event.event for event in kept].count("proxy.request_failed") == 5
+    assert [event.seq for event in kept] == sorted(event.seq for event in kept)
+    assert [event.seq for event in events.last(Wanted(since=kept[-3].seq))] == [event.seq for event in kept[-2:]]
+
+
+def test_requests_before_the_file_may_be_read_are_kept_and_not_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "events.ndjson"
+    first = started(path)
+    first.add("info", "worker.ready", {})
+    first.close()
+    events = Events(10)
+    events.add("warning", "proxy.request_failed", {})
+    events.add("info", "daemon.starting", {})
+    file = EventFile(path, 10, lambda: None)
+    events.resume(file.read(), file)
+    events.add("warning", "proxy.request_failed", {})
+    assert [(e.seq, e.event) for e in events.last(ALL)] == [
+        (1, "worker.ready"),
+        (2, "proxy.request_failed"),
+        (3, "daemon.starting"),
+        (4, "proxy.request_failed"),
+    ]
+    events.close()
+    assert [(e.seq, e.event) for e in started(path).last(ALL)] == [(1, "worker.ready"), (3, "daemon.starting")]

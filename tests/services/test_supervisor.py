@@ -14,6 +14,7 @@ from l40sd.adapters.ports import PortPool
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Adoption, Processes
 from l40sd.adapters.store import Store
+from l40sd.adapters.workerkeys import WorkerKeys
 from l40sd.core.configfile import load
 from l40sd.services.host import Host
 from l40sd.services.routes import Routes
@@ -65,6 +66,7 @@ async def supervisor_with(disk: Store) -> Supervisor:
         host=host,
         processes=cast(Processes, None),
         ports=PortPool("127.0.0.1", 20000, 20001),
+        keys=cast(WorkerKeys, None),
         prober=cast(Prober, None),
         routes=Routes(queue_limit=1, in_flight_limit=0),
         facts=await host.facts(config),

@@ -190,7 +190,7 @@ async def test_what_the_table_says_about_it_is_so() -> None:
         port = int((await running.line(b"listening on")).rsplit(b":", 1)[1])
         at = ("127.0.0.1", port, launch.probes, "sk-1")
         assert (await prober.health(*at, 5)).ok
-        assert [model.id for model in await prober.models(*at, 5)] == ["llama", "alias"]
+        assert [model.id for model in (await prober.models(*at, 5))[1]] == ["llama", "alias"]
         assert (await prober.one_token(*at, "llama", 5)).ok
         assert await prober.counters(*at, 5) == Counters(running=0, waiting=0, tokens=1)
         assert (await (await running.http.get(f"http://127.0.0.1:{port}/sim/state")).json())["gpus"] == "GPU-1"
@@ -334,7 +334,13 @@ async def test_it_is_slow_to_say_that_it_is_well() -> None:
 
 @pytest.mark.parametrize("is_stream", [True, False])
 @pytest.mark.parametrize(
-    ("fault", "last"), [("half-response", b""), ("bad-chunk", b"zz\r\nnot a chunk\r\n"), ("reset", None)]
+    ("fault", "last"),
+    [
+        ("half-response", b""),
+        ("half-event", b'"delta": {"content": "\xc3'),
+        ("bad-chunk", b"zz\r\nnot a chunk\r\n"),
+        ("reset", None),
+    ],
 )
 async def test_it_breaks_so_many_replies_and_no_more(fault: str, last: bytes | None, is_stream: bool) -> None:
     """Read byte by byte: a client library might mend, or miss, what is broken."""

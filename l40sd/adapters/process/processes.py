@@ -4,10 +4,10 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from l40sd.adapters.process import logs
 from l40sd.adapters.process.birth import exec_failed, has_ended, identity_of, spawn_failed, start_shim
@@ -18,12 +18,15 @@ from l40sd.adapters.process.records import (
     Birth,
     CorruptError,
     ExitRecord,
+    Identity,
     InstanceSpec,
     RunRecord,
+    distrust_of,
+    is_ours,
     read_record,
     write_spec,
 )
-from l40sd.adapters.process.remains import Remains, mark_of, marked, remove_group, trusted_group
+from l40sd.adapters.process.remains import Remains, is_of, mark_of, marked, remove_group, trusted_group
 from l40sd.core.errors import L40sError
 from l40sd.core.naming import natural
 from l40sd.shim import OWN_GROUP, leavings, tree
@@ -32,6 +35,8 @@ FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.05
 """Between two looks for run.json: a shim takes about 60 ms, and a poll needs no descriptor and cannot be missed."""
 CLEAR_TIMEOUT_S = 5.0
 CORRUPT_KEPT = 10
+ENDING_S = 0.5
+"""From the moment that a process has no environment any more until it is a zombie."""
 REMOVE_TRIES = 10
 LOCK_NAME = "l40sd.lock"
 
@@ -85,10 +90,11 @@ class Processes:
         for path, mode in ((runtime_dir / "instances", 0o700), (log_dir, 0o750)):
             try:
                 path.mkdir(mode=mode, parents=True, exist_ok=True)
+                why = distrust_of(path, follow=True)
             except OSError as error:
                 raise not_writable(path, error.strerror) from error
-            if not os.access(path, os.W_OK | os.X_OK):
-                raise not_writable(path, "not writable by this user")
+            if why or not os.access(path, os.W_OK | os.X_OK):
+                raise not_writable(path, why or "not writable by this user")
         return cls(runtime_dir, log_dir, await choose(provider, runtime_dir))
 
     async def spawn(self, spec: InstanceSpec, timeout_s: float) -> Instance:
@@ -159,6 +165,10 @@ class Processes:
             instance.clear()
         self._remove(self._instances_dir / instance_id)
 
+    def metas(self) -> list[Mapping[str, Any]]:
+        """Return what the makers of all instances that are not forgotten wrote down of them."""
+        return [instance.spec.meta for instance in self._instances.values()]
+
     def log_path(self, worker: str) -> Path:
         """Return where a worker's output goes; older output is beside it in ``.1``, ``.2``, ..."""
         return self._log_dir / f"{worker}.log"
@@ -228,7 +238,7 @@ class Processes:
             if ended is not None and ended.cause == "exec-failed":
                 raise exec_failed(spec, ended.detail)
             if run is not None:
-                return Instance(directory, spec, run, open_shim(run.shim))
+                return Instance(directory, spec, run, open_shim(run.shim), engine=run.engine)
             if is_dead or ended is not None:
                 raise spawn_failed(spec, ended.detail if ended else last_words(directory) or "its shim was killed")
             await asyncio.sleep(look_s)
@@ -258,6 +268,8 @@ class Processes:
     # Adopting
 
     async def _sort_out(self, directory: Path, adoption: Adoption, gone: list[Instance]) -> None:
+        if why := distrust_of(directory):
+            raise CorruptError(f"{directory}: {why}")
         birth = read_record(directory, "spec.json", Birth)
         spec = read_record(directory, "spec.json", InstanceSpec)
         if birth is not None and birth.boot_id != tree.boot_id():  # 1
@@ -277,12 +289,36 @@ class Processes:
             else:  # 6
                 await self._finish_off(directory, adoption, group=birth.group, tmp=spec.tmp)
             return
-        instance = Instance(directory, spec, run, open_shim(run.shim))
+        pidfd, engine = await self._who_runs(directory, run)
+        instance = Instance(directory, spec, run, pidfd, engine=engine)
         self._instances[spec.instance] = instance
         if instance.is_running and ended is None:  # 4
             adoption.running.append(instance)
         else:  # 3, 5
             gone.append(instance)
+
+    async def _who_runs(self, directory: Path, run: RunRecord) -> tuple[int | None, Identity | None]:
+        """Return a pidfd of the shim that a record names, and its engine; None for what is gone or not sure to be ours.
+
+        The record is our user's alone (``read_record``), and may still be wrong: whoever runs as our user could write
+        it. So a living shim has to bear the instance's mark or sit in its cgroup, and its engine to be its child.
+        Without a shim the engine that is recorded has to be our user's; it may have overwritten its own mark.
+
+        Raises:
+            CorruptError: The shim is another process.
+        """
+        pidfd = open_shim(run.shim)
+        engine = tree.read_process(run.engine.pid)
+        if pidfd is None:
+            return None, run.engine if engine is None or is_ours(engine.pid) else None
+        deadline_s = asyncio.get_running_loop().time() + ENDING_S
+        while not is_of(run.shim.pid, directory.name, self._runtime_dir) and _is_alive(run.shim):
+            if asyncio.get_running_loop().time() >= deadline_s:
+                os.close(pidfd)
+                raise CorruptError(f"{directory / 'run.json'}: pid {run.shim.pid} is not this instance's shim")
+            await asyncio.sleep(FIRST_LOOK_S)  # one that is just ending has no environment any more
+        is_child = engine is not None and run.engine.matches(engine) and engine.parent == run.shim.pid
+        return pidfd, run.engine if is_child else None
 
     async def _finish_off(self, directory: Path, adoption: Adoption, *, group: str, tmp: str) -> None:
         name = directory.name
@@ -318,6 +354,11 @@ class Processes:
             await remains.kill(CLEAR_TIMEOUT_S)
             remove_group(remains.group)
             adoption.killed.append(name)
+
+
+def _is_alive(identity: Identity) -> bool:
+    process = tree.read_process(identity.pid)
+    return process is not None and process.is_alive and identity.matches(process)
 
 
 async def _end_of(instance: Instance) -> ExitRecord | None:
