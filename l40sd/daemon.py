@@ -53,6 +53,10 @@ def main(config_path: str | None, *, check_config: bool) -> None:
     path = configfiles.find(config_path, os.environ)
     try:
         loaded = load(configfiles.read(path))
+        if check_config:
+            from l40sd.services.preflight import refuse_unusable  # not in the way of an upgrade
+
+            refuse_unusable(loaded)
     except L40sError as error:
         click.echo(str(error), err=True)
         sys.exit(EXIT_BAD_CONFIG)

@@ -33,7 +33,7 @@ from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.core.errors import L40sError
 from l40sd.core.keyfile import key_changes
 from l40sd.core.lifecycle import Phase
-from l40sd.core.messages import Status
+from l40sd.core.messages import Check, Status
 from l40sd.core.naming import natural
 from l40sd.core.presence import changes
 from l40sd.services import report
@@ -148,6 +148,7 @@ class Daemon:
         self._ending: asyncio.Future[Ending | None] = asyncio.get_running_loop().create_future()
         self._upgrade_wanted = asyncio.Event()
         self._reload_wanted = asyncio.Event()
+        self._reload_problem = ""
         self._log = structlog.get_logger()
         host = supervisor.tools.host
         self._watch_gpus = GpuWatch(host, lambda: self._loaded.config.host, self._take_in_gpus)
@@ -186,7 +187,7 @@ class Daemon:
         return Doors(
             status=self.status,
             metrics=self._proxy.metrics_text,
-            doctor=lambda: examine(self._supervisor, self._loaded.config),
+            doctor=self._examine,
             reload=lambda forget_gpus: self.reload(forget_gpus=forget_gpus),
             upgrade=self.upgrade,
             config_toml=lambda: configshow.to_toml(self._loaded.config, self._loaded.origins),
@@ -223,9 +224,11 @@ class Daemon:
             changed += await self._reconfigure(config, forget_gpus=forget_gpus)
         except L40sError as error:
             self._log.error("config.reload.failed", reason=str(error))
+            self._reload_problem = str(error)
             raise
         finally:
             self.notifier.ready(self.summary())
+        self._reload_problem = ""
         self._loaded = replace(fresh, config=config)
         self._proxy.configure(config.proxy)
         self._proxy.set_api_keys(keys)
@@ -258,6 +261,9 @@ class Daemon:
             self._log.error("pattern.degraded", pattern=self._supervisor.want.pattern, reason=str(error), workers=0)
         else:
             self._log.info("inventory.gpus_taken_in", changed=changed)
+
+    async def _examine(self) -> list[Check]:
+        return await examine(self._supervisor, self._loaded.config, self._path, reload_problem=self._reload_problem)
 
     def summary(self) -> str:
         """Return one line for `systemctl status`."""

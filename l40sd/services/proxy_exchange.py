@@ -212,9 +212,10 @@ class Exchange:
         entry = poison.known(fingerprint)
         if entry is None:
             return False
-        self._fingerprint, self._died, self._earlier = fingerprint, entry.workers, entry.ends[-1]
-        if entry.is_poison:
-            self._refuse(refused_as_poison(self._died, entry.until_s - self._shared.now_s))
+        now_s = self._shared.now_s
+        self._fingerprint, self._died, self._earlier = fingerprint, entry.workers(now_s), entry.ends[-1]
+        if entry.is_poison(now_s):
+            self._refuse(refused_as_poison(self._died, entry.until_s - now_s))
             return True
         return False
 
