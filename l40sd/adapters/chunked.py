@@ -29,7 +29,7 @@ _chunk_size = re.compile(
 ).fullmatch
 _chunk_line = re.compile(rb"(?:\A\n?|(?<=\r\n))([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 _chunk_begins = re.compile(rb"(?:\A\n?|(?<=\r\n))(?=[0-9A-Fa-f])")
-_half_chunk_line = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?(\r?)").fullmatch
+_half_chunk_line = re.compile(rb"([0-9A-Fa-f]{1,15}+)[ \t]*+(?:;[^\r\n]*+)?+(\r?+)").fullmatch
 _trailer = re.compile(
     rb"(?!(?i:content-length|transfer-encoding|host|trailer|te|connection):)"
     + _token

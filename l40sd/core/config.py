@@ -223,12 +223,20 @@ class WorkersConfig:
     host: str = option("127.0.0.1", "address that workers listen on", restart=True)
     port_first: int = option(30000, "first port given to workers", least=1024, most=65535, restart=True)
     port_last: int = option(30999, "last port given to workers", least=1024, most=65535, restart=True)
-    start_parallel: int = option(2, "workers that may be starting at once", least=1, most=64)
+    start_parallel: int = option(
+        0, "workers that may be starting at once; 0: as many as this host's memory and CPUs load", least=0, most=64
+    )
     min_ready: float = option(
         0.5,
         "share of a model's capacity kept ready during a pattern change, where the GPUs allow it",
         least=0,
         most=1,
+    )
+    proof_kept_s: float = option(
+        3600.0,
+        "a launch that served within this time need not prove itself again in a change; 0: each time anew",
+        least=0,
+        most=7 * 86400,
     )
     drain_timeout_s: float = option(
         120.0, "a drained worker is stopped after this even with requests in flight", least=0, most=86400

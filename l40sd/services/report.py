@@ -140,7 +140,7 @@ def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:
     number = {gpu.id: gpu.index for gpu in inventory.gpus}
     observed = [w.observed() for w in supervisor.workers.values()]
     change, loads_s = supervisor.change_to(want), supervisor.tools.past_loads_s
-    played = rehearse(want.wanted, observed, change.terms, usual(want.config, loads_s))
+    played = rehearse(want.wanted, observed, change.terms, usual(want.config, loads_s, supervisor.at_once(want)))
     shown = played.steps
     loaded = {s.order.worker for s in shown if s.order.do is Do.START}
     is_known = all(loads_s.get(w.placement.model) for w in want.wanted if w.placement.worker in loaded)

@@ -25,12 +25,14 @@ from l40sd.core.messages import OperationStatus, plain
 from l40sd.core.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
 from l40sd.core.naming import natural
 from l40sd.core.outliers import Peer
-from l40sd.core.pace import SLACK_S, bound_back_s, bound_s, slowest
+from l40sd.core.pace import SLACK_S, bound_back_s, bound_s, slowest, start_parallel
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
 from l40sd.core.plan import Do, Limits, Observed, Order, Wanted, is_settled, plan, ready_share
 from l40sd.core.rollout import Decision, End, begin, decide, models_leaving
 from l40sd.services.change import UNDER_WAY, Change, Want, state_of
+from l40sd.services.learned import Learned
+from l40sd.services.learned import recalled as learned
 from l40sd.services.making import launch_of
 from l40sd.services.past import Past, written
 from l40sd.services.recall import left_of, recall
@@ -71,6 +73,7 @@ class Supervisor:
         self._is_unsaved = False
         self._drained: set[WorkerId] = set()
         self._floor: Mapping[ModelName, int] = {}  # of a change that ended incomplete
+        self._learned = Learned()
         self._pasts: dict[WorkerId, Past] = {}  # as they are on disk
         self._trouble = ""
         self._refused = ""  # what the system says to the turns since the last good one
@@ -163,8 +166,14 @@ class Supervisor:
         """Return the change that ``apply`` would begin; nothing is changed."""
         observed, former = self._observed(), self.change
         previous = self.want if former is None else former.previous
-        pace = slowest(want.config, self.tools.facts, self.tools.past_loads_s)
-        terms = begin(want.wanted, observed, former=former.terms if former else None, is_trial=previous is not None)
+        pace = slowest(want.config, self.tools.facts, self.tools.past_loads_s, self.at_once(want))
+        terms = begin(
+            want.wanted,
+            observed,
+            former=former.terms if former else None,
+            is_trial=previous is not None,
+            remembered=self._learned.proofs(want.config.workers.proof_kept_s),
+        )
         return Change(
             id=secrets.token_hex(4),
             pattern=want.pattern,
@@ -175,6 +184,10 @@ class Supervisor:
             leaving=models_leaving(want.wanted, terms.baseline),
             by=by,
         )
+
+    def at_once(self, want: Want) -> int:
+        """Return how many workers may be starting at once on the way to this want."""
+        return start_parallel(want.config, self.tools.host.inventory, self.tools.facts, want.wanted)
 
     def _observed(self) -> list[Observed]:
         return [w.observed() for w in self.workers.values()]
@@ -286,6 +299,7 @@ class Supervisor:
         if self._is_stopping:
             self._forget_stopped()
             return
+        self._learned.note(self._observed())
         if self.change is not None:
             self._judge(self.change)  # 1
         if self._pasts_now() != self._pasts:
@@ -306,7 +320,7 @@ class Supervisor:
     def _keep(self) -> None:
         """Have things as they are wanted, outside a change: with a floor only while one that ended left it to do."""
         workers, observed = self.want.config.workers, self._observed()
-        limits = Limits(start_parallel=workers.start_parallel, min_ready=workers.min_ready, baseline=self._floor)
+        limits = Limits(start_parallel=self.at_once(self.want), min_ready=workers.min_ready, baseline=self._floor)
         for order in plan(self.want.wanted, observed, limits):
             self._carry_out(order)
         if self._floor and is_settled(self.want.wanted, observed):
@@ -319,7 +333,7 @@ class Supervisor:
             self.want.wanted,
             self._observed(),
             change.terms,
-            start_parallel=workers.start_parallel,
+            start_parallel=self.at_once(self.want),
             min_ready=workers.min_ready,
             is_late=change.is_late,
         )
@@ -448,7 +462,7 @@ class Supervisor:
                 code="under_way",
             )
         config = self.want.config
-        pace = slowest(config, self.tools.facts, self.tools.past_loads_s)
+        pace = slowest(config, self.tools.facts, self.tools.past_loads_s, self.at_once(self.want))
         loads_s = (pace.load_s.get(self.workers[w].wanted.placement.model, 0.0) for w in chosen)
         baseline = Counter[ModelName]()
         for o in self._observed():
@@ -469,7 +483,7 @@ class Supervisor:
     def _roll_on(self, roll: Roll) -> None:
         workers = self.want.config.workers
         before = len(roll.pending)
-        is_over = roll.advance(self.workers, start_parallel=workers.start_parallel, min_ready=workers.min_ready)
+        is_over = roll.advance(self.workers, start_parallel=self.at_once(self.want), min_ready=workers.min_ready)
         self.operations[roll.id] = roll.status()
         if is_over:
             self._end_roll(roll)
@@ -577,6 +591,8 @@ class Supervisor:
         state = await self.store.load() or {}
         recalled = await recall(adoption, state, self.config, self.tools, design=self.design, want_of=self._want)
         self.workers, self.change, self._trouble = recalled.workers, recalled.change, recalled.trouble
+        self._learned, loads_s = learned(state.get("learned"))
+        self.tools.past_loads_s.update(loads_s)
         self._drained, self._floor, self.roll = recalled.drained, recalled.floor, recalled.roll
         self.operations |= {operation.id: operation for operation in recalled.ended}
         self._set_want(recalled.want)
@@ -624,6 +640,7 @@ class Supervisor:
                     "pasts": written(self._pasts),
                     "roll": self.roll.journal() if self.roll else None,
                     "ended": plain([o for o in self.operations.values() if o.state not in UNDER_WAY][-ENDED_KEPT:]),
+                    "learned": self._learned.journal(self.tools.past_loads_s),
                     "gpus": plain(self.tools.host.known),
                 }
                 await self.store.save(state)

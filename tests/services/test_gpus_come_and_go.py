@@ -150,6 +150,7 @@ async def test_a_gpu_that_is_lost_while_it_serves_is_told_and_its_worker_left_al
     assert await reloaded(site) == []
     after = await site.until_ready("four", PATIENCE_S)
     assert [worker.pid for worker in after.workers] == [worker.pid for worker in before.workers]
+    await site.until_event("inventory.gpu_lost", 20)  # status looks for itself, and may know it first
     nvml.says(*FOUR)
     assert (await site.until_event("inventory.gpu_back", 20)).data["gpu"] == "GPU3 (0000:13:00.0)"
     assert (await site.status()).degraded == ()
