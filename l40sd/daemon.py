@@ -65,7 +65,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
         return
     handover.hold_signals()  # until there is somebody to answer them: a stop in mid start is a stop of the workers too
     events = Events(loaded.config.daemon.events_kept, loaded.config.daemon.request_events_kept)
-    log.configure(loaded.config.daemon.log_level, on_event=events.add)
+    log.configure(loaded.config.daemon.log_level, log_format=loaded.config.daemon.log_format, on_event=events.add)
     try:
         ending = run_to_its_end(path, loaded, events)
     except ConfigError as error:

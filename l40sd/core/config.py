@@ -97,6 +97,9 @@ class DaemonConfig:
         "l40sd", "group that may use the control socket; ignored where it does not exist", restart=True
     )
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+    log_format: str = option(
+        "text", "of the journal's lines and of a file's: text or json", choices=("text", "json"), restart=True
+    )
     orphan_grace_s: float = option(
         600.0,
         "workers of a daemon gone for longer than this stop themselves",
