@@ -78,7 +78,7 @@ async def run_workers(
         event_file = EventFile(
             Path(config.daemon.log_dir) / EVENTS_NAME, config.daemon.events_kept, handover.hold_signals
         )
-        events.resume(await asyncio.to_thread(event_file.read), event_file)
+        events.resume(*await asyncio.to_thread(event_file.read), event_file)
         # 1. What the host is made of.
         host = await Host.open(config.host)
         stack.push_async_callback(host.close)

@@ -1,6 +1,7 @@
 """The README is part of the program: what it names must exist, and what exists must be named."""
 
 import re
+import subprocess
 from pathlib import Path
 
 from l40sd.cli import cli
@@ -40,3 +41,18 @@ def test_every_file_that_the_readme_points_to_is_there() -> None:
     targets = [*re.findall(r"\]\(((?!https?:)[^)#]+)\)", README), *re.findall(r"`?(scripts/[a-z_.-]+)", README)]
     assert "docs/status.svg" in targets
     assert [target for target in targets if not (ROOT / target.rstrip(".")).exists()] == []
+
+
+def test_the_demo_tells_what_it_is_without_installing_anything(tmp_path: Path) -> None:
+    """`scripts/demo --help` fetched 221 MB first."""
+    copy = tmp_path / "scripts"
+    copy.mkdir()
+    (copy / "demo").write_bytes((ROOT / "scripts/demo").read_bytes())
+    (copy / "setup").write_text("touch was-set-up\n")
+    for name in ("demo", "setup"):
+        (copy / name).chmod(0o755)
+    for argument, code in (("--help", 0), ("-h", 0), ("--stop", 0), ("--nonsense", 2)):
+        done = subprocess.run([copy / "demo", argument], capture_output=True, timeout=20)  # noqa: TID251  no loop here
+        assert done.returncode == code
+        assert done.stdout or done.stderr
+    assert not (tmp_path / "was-set-up").exists()
