@@ -305,7 +305,7 @@ class Processes:
         Without a shim the engine that is recorded has to be our user's; it may have overwritten its own mark.
 
         Raises:
-            CorruptError: The shim is another process.
+            CorruptError: The shim or the engine is another process.
         """
         pidfd = open_shim(run.shim)
         engine = tree.read_process(run.engine.pid)
@@ -317,8 +317,11 @@ class Processes:
                 os.close(pidfd)
                 raise CorruptError(f"{directory / 'run.json'}: pid {run.shim.pid} is not this instance's shim")
             await asyncio.sleep(FIRST_LOOK_S)  # one that is just ending has no environment any more
-        is_child = engine is not None and run.engine.matches(engine) and engine.parent == run.shim.pid
-        return pidfd, run.engine if is_child else None
+        is_there = engine is not None and run.engine.matches(engine)
+        if engine is not None and is_there and engine.parent != run.shim.pid and _is_alive(run.shim):
+            os.close(pidfd)
+            raise CorruptError(f"{directory / 'run.json'}: pid {engine.pid} is not a child of its shim")
+        return pidfd, run.engine if is_there else None
 
     async def _finish_off(self, directory: Path, adoption: Adoption, *, group: str, tmp: str) -> None:
         name = directory.name
