@@ -7,6 +7,7 @@ with the last descriptor however the daemon dies, and can be asked for without b
 import errno
 import fcntl
 import os
+import stat
 import struct
 from pathlib import Path
 from typing import Self
@@ -15,6 +16,8 @@ from l40sd.core.errors import L40sError
 
 WRITE_LOCK = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 """struct flock over the whole file, 64 bit."""
+MODE = 0o600
+"""Whoever can open the file can hold a read lock on it, which keeps our write lock out: nobody else shall."""
 
 
 class DaemonLock:
@@ -32,10 +35,7 @@ class DaemonLock:
             L40sError: Another daemon has it (``already_running``), or the file cannot be made.
         """
         while True:
-            try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except OSError as error:
-                raise cannot_lock(path, error) from error
+            descriptor = open_own(path)
             try:
                 fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, WRITE_LOCK)
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # noqa: PTH116 - beside fstat
@@ -49,13 +49,14 @@ class DaemonLock:
                 os.close(descriptor)
                 if error.errno in (errno.EAGAIN, errno.EACCES):
                     raise already_running(path, holder) from error
-                raise cannot_lock(path, error) from error
+                raise cannot_lock(path, str(error.strerror)) from error
             os.close(descriptor)
 
     @classmethod
     def resume(cls, path: Path, descriptor: int) -> Self:
         """Go on with the lock that this process held before it replaced itself by exec."""
         os.set_inheritable(descriptor, False)
+        os.fchmod(descriptor, MODE)
         return cls(path, descriptor)
 
     def keep_over_exec(self) -> int:
@@ -90,6 +91,24 @@ class DaemonLock:
             self._descriptor = -1
 
 
+def open_own(path: Path) -> int:
+    """Return a descriptor of the lock file, which is made if need be, and is ours alone.
+
+    Raises:
+        L40sError: It is a link or somebody else's, or cannot be made.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, MODE)
+    except OSError as error:
+        raise cannot_lock(path, "it is a link" if error.errno == errno.ELOOP else str(error.strerror)) from error
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:
+        os.close(descriptor)
+        raise cannot_lock(path, f"it is not a file of user {os.geteuid()} alone")
+    os.fchmod(descriptor, MODE)  # an earlier version's could be opened by everybody
+    return descriptor
+
+
 def already_running(path: Path, holder: str) -> L40sError:
     """Return the error for a second daemon."""
     return L40sError(
@@ -100,8 +119,6 @@ def already_running(path: Path, holder: str) -> L40sError:
     )
 
 
-def cannot_lock(path: Path, error: OSError) -> L40sError:
+def cannot_lock(path: Path, why: str) -> L40sError:
     """Return the error for a lock file that cannot be made or locked."""
-    return L40sError(
-        f"cannot lock: {error.strerror}", where=str(path), hint="check daemon.runtime_dir", code="cannot_lock"
-    )
+    return L40sError(f"cannot lock: {why}", where=str(path), hint="check daemon.runtime_dir", code="cannot_lock")

@@ -19,6 +19,7 @@ import structlog
 
 from l40sd.adapters import heap
 from l40sd.core.config import ProxyConfig
+from l40sd.core.descriptors import BACKLOG
 from l40sd.core.errors import L40sError
 from l40sd.core.handed import Handed
 from l40sd.core.model import WorkerId
@@ -28,11 +29,9 @@ from l40sd.services.proxy_handover import gather, settle, take_over
 from l40sd.services.proxy_shared import Shared
 from l40sd.services.routes import Routes
 
-BACKLOG = 4096
 DRAIN_POLL_S = 0.01
 ROUNDS_TO_CLOSE = 3
 TICK_LIMITS_S = (0.02, 0.5)
-DESCRIPTORS_KEPT = 96  # for workers, probes, logs and the control socket
 UNIX_SOCKET_MODE = 0o660
 
 log = structlog.get_logger()
@@ -161,9 +160,7 @@ class Proxy:
         self._shared.tick_s = _tick_s(config)
         self._shared.failures.configure(config.failures_logged_per_minute)
         self._shared.poison.configure(limit=config.poison_limit, kept_s=config.poison_refused_s)
-        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        affordable = max(1, (descriptors - DESCRIPTORS_KEPT) // 2)  # each client may need a connection to a worker
-        self._shared.connection_limit = min(config.connection_limit, affordable)
+        self._shared.bounds.configure(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
     async def pause_accepting(self) -> None:
         """Accept nothing more; the listeners stay open and the kernel queues connections for whoever accepts next."""
@@ -178,7 +175,8 @@ class Proxy:
         for sock in self.sockets:
             own = sock.dup()  # a server closes its socket when it stops; the listener must outlive it
             own.setblocking(False)
-            self._servers.append(await shared.loop.create_server(lambda: Client(shared), sock=own, backlog=BACKLOG))
+            backlog = shared.bounds.shares.backlog
+            self._servers.append(await shared.loop.create_server(lambda: Client(shared), sock=own, backlog=backlog))
 
     def send_away_waiting(self) -> None:
         """Answer 503 to whoever waits for a worker, now and from now on: none will come any more."""

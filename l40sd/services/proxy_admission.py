@@ -23,6 +23,7 @@ PASSED_ON = {
         "/detokenize",
     )
 } | {b"/v1/tokenize": b"/tokenize", b"/v1/detokenize": b"/detokenize"}  # engines have them without the version
+BODYLESS = (b"GET", b"HEAD", b"OPTIONS")
 OPEN_PAGES = (b"/health", b"/ready", b"/metrics")
 
 _passed_on_below = re.compile(rb"/v1/(?:audio|images)/[A-Za-z0-9_/-]++").fullmatch
@@ -43,6 +44,7 @@ class Admission(NamedTuple):
 def admit(head: RequestHead, is_key: Callable[[bytes], bool], cors: Cors | None, body_limit_bytes: int) -> Admission:
     """Decide in this order.
 
+    0. A body where none is taken: 413.
     1. A browser's question for a web page, where some may use the endpoint: answered, whatever the path, so that the
        page can read what its request is refused for; 403 for any other page.
     2. A path that is not ours: 404.
@@ -54,6 +56,8 @@ def admit(head: RequestHead, is_key: Callable[[bytes], bool], cors: Cors | None,
     Raises:
         Refused: One of these.
     """
+    if head.method in BODYLESS and (head.is_chunked or head.content_length > 0):  # 0
+        raise Refused(413, "request_too_large", f"a request with {head.method.decode()} has no body here")
     path = head.target.partition(b"?")[0]
     target = PASSED_ON.get(path) or (path if _passed_on_below(path) else b"")
     is_page = path in OPEN_PAGES or path == b"/v1/models" or path.startswith(b"/v1/models/")

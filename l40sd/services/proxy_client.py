@@ -22,11 +22,13 @@ from l40sd.core.handed import HandedConnection, HandedExchange
 from l40sd.core.refused import Refused
 from l40sd.services import proxy_pages as pages
 from l40sd.services.proxy_admission import admit
+from l40sd.services.proxy_bounds import FREE_BODY_BYTES, address_of
 from l40sd.services.proxy_exchange import Exchange, duplicate
 from l40sd.services.proxy_shared import Shared
 
 AHEAD_LIMIT_BYTES = 65536
 DISCARD_LIMIT_BYTES = 65536  # a refused request's body is read to its end up to this; beyond, the connection is closed
+REQUESTS_PER_TURN = 16  # of one client that are answered here before the loop looks at others
 LINGER_S = 2.0  # for a refused client to read why before its connection is reset
 PARTING_S = 0.25  # for a request that is on its way on an idle connection, when nothing new shall come
 OUR_REASONS = (500, 503)  # 501 and 505 are for what a client asks
@@ -39,6 +41,7 @@ class Client(asyncio.Protocol):
     """The protocol of one accepted connection."""
 
     __slots__ = (
+        "_address",
         "_allowed",
         "_chunks",
         "_head",
@@ -52,6 +55,7 @@ class Client(asyncio.Protocol):
         "_rules",
         "_scanned",
         "_shared",
+        "_taken_bytes",
         "_target",
         "_template",
         "_timeout_s",
@@ -73,6 +77,8 @@ class Client(asyncio.Protocol):
         self._timeout_s = inf
         self._held = b""
         self._is_reading = False
+        self._address = ""  # that it is counted under
+        self._taken_bytes = 0  # of the memory for bodies
         self._models = ModelMemory()
         self._template: HeadTemplate | None = None  # of a head that was admitted,
         self._known_target = b""  # for this target,
@@ -86,8 +92,9 @@ class Client(asyncio.Protocol):
         self._parts: list[bytes] = []
         self._missing = 0  # bytes of the body still to come
         self._chunks: ChunkedBody | None = None
-        self._refused: Refused | None = None  # answered once the body is read
+        self._refused: Refused | None = None  # answered once the body is read, which is not kept
         self._scanned = 0
+        self.release_memory()
 
     # From the transport
 
@@ -95,33 +102,41 @@ class Client(asyncio.Protocol):
         """Start the clock for a first request, or send the connection away."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop has no common base class
         self.expect(self._shared.config.client_header_timeout_s)
-        if len(self._shared.clients) >= self._shared.connection_limit:
-            self._shared.metrics.refused_connections += 1
-            if len(self._shared.clients) >= self._shared.connection_limit * 2:
+        shared = self._shared
+        self._address = address_of(transport)
+        refused = shared.bounds.enter(self._address, len(shared.clients))
+        if refused is not None:
+            shared.metrics.refused_connections += 1
+            if len(shared.clients) >= shared.bounds.shares.clients + shared.bounds.shares.refused:
                 self.is_closing = True
                 self.transport.abort()
                 return
-            self._shared.clients.add(self)
-            self._answer_and_close(Refused(503, "overloaded", "too many connections"))
-            return
-        self._shared.clients.add(self)
+        shared.clients.add(self)
+        if refused is not None:
+            self._answer_and_close(refused)
 
     def data_received(self, data: bytes) -> None:
         """Take what the client sent."""
         if self.is_closing:
             return
-        if self.exchange is None:
-            if self._template is not None and self._head is None and not self._held and self._pass_on_at_once(data):
-                return
-            if len(data) < self._missing:
-                self._parts.append(data)
-                self._missing -= len(data)
-                self.expect(self._shared.config.client_body_timeout_s)
-                return
+        if (
+            self.exchange is None
+            and self._template is not None
+            and self._head is None
+            and not self._held
+            and not self.is_paused
+            and self._pass_on_at_once(data)
+        ):
+            return
         self._held = self._held + data if self._held else data
-        if self.exchange is None:
+        if self.exchange is None and not self.is_paused:
             self._proceed()
-        elif len(self._held) > AHEAD_LIMIT_BYTES:
+        else:
+            self._mind_ahead()
+
+    def _mind_ahead(self) -> None:
+        """Read no further while more than a little was sent ahead of the answers."""
+        if len(self._held) > AHEAD_LIMIT_BYTES and not self.is_closing and self not in self._shared.unread:
             self.transport.pause_reading()
             self._shared.unread.add(self)
 
@@ -133,7 +148,10 @@ class Client(asyncio.Protocol):
         """Let go of everything."""
         self._shared.clients.discard(self)
         self._shared.unread.discard(self)
+        self._shared.bounds.leave(self._address)
+        self._address = ""
         self._gone()
+        self.release_memory()
 
     def pause_writing(self) -> None:
         """Stop reading the worker: the client is slow."""
@@ -142,10 +160,12 @@ class Client(asyncio.Protocol):
             self.exchange.pause_reply(is_paused=True)
 
     def resume_writing(self) -> None:
-        """Go on reading the worker."""
+        """Go on reading the worker, or answering what the client has sent ahead."""
         self.is_paused = False
         if self.exchange is not None:
             self.exchange.pause_reply(is_paused=False)
+        elif self._held:
+            self._shared.loop.call_soon(self._proceed)
 
     # From the exchange and the sweeper
 
@@ -164,6 +184,8 @@ class Client(asyncio.Protocol):
             self.transport.abort()
         elif self.exchange is not None:
             self.exchange.expired()
+        elif self.is_paused:  # it reads nothing, so it would not read why either
+            self.transport.abort()
         elif self._head is not None:
             self._answer_and_close(Refused(408, "request_timeout", "the request's body stopped coming"))
         elif self._held:
@@ -220,8 +242,6 @@ class Client(asyncio.Protocol):
         if self._shared.is_stopping:
             self.part()
         if self._held and not self._is_reading:  # otherwise the caller is _proceed, which goes on itself
-            self.transport.resume_reading()
-            self._shared.unread.discard(self)
             self._shared.loop.call_soon(self._proceed)
 
     def refuse(self, refused: Refused, head: RequestHead | None, *, request_id: bytes = b"") -> None:
@@ -248,6 +268,12 @@ class Client(asyncio.Protocol):
         if raw is not None and raw.family != socket.AF_UNIX:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
+
+    def release_memory(self) -> None:
+        """Count the body no more: it is gone, or will be in this turn of the loop."""
+        if self._taken_bytes:
+            self._shared.bounds.body_bytes -= self._taken_bytes
+            self._taken_bytes = 0
 
     # From one daemon to the next
 
@@ -301,6 +327,8 @@ class Client(asyncio.Protocol):
         self.transport = transport
         self.is_closing = handed.is_parting
         self._shared.clients.add(self)
+        self._address = address_of(transport)
+        self._shared.bounds.enter(self._address, 0)
         self.expect(LINGER_S if handed.is_parting else self._shared.config.client_idle_timeout_s)
         if handed.is_parting:
             return
@@ -309,10 +337,10 @@ class Client(asyncio.Protocol):
                 self.data_received(handed.held)
             return
         self.keep_alive = handed.exchange.keep_alive
+        self._taken_bytes = len(handed.exchange.body)
+        self._shared.bounds.body_bytes += self._taken_bytes
         self._held = handed.held
-        if len(self._held) > AHEAD_LIMIT_BYTES:
-            transport.pause_reading()
-            self._shared.unread.add(self)
+        self._mind_ahead()
 
     def _begun_request(self, head: RequestHead) -> bytes:
         """Return what was read of a request, as another connection could read it."""
@@ -324,21 +352,40 @@ class Client(asyncio.Protocol):
     # Reading a request
 
     def _proceed(self) -> None:
-        """Take the next request off what was read, as far as it goes."""
+        """Take the next requests off what was read, as far as they go: some now, the rest when others had their turn.
+
+        A client that does not read its answers gets no further ones.
+        """
+        if self._is_reading or not self._is_free():
+            return
+        if self in self._shared.unread:
+            self._shared.unread.discard(self)
+            self.transport.resume_reading()
         self._is_reading = True
         try:
-            while self.exchange is None and not self.is_closing:
+            for _ in range(REQUESTS_PER_TURN):
                 if self._head is None and not self._read_head():
                     break
                 if not self._read_body():
                     break
                 self._dispatch()
+                if not self._is_free():
+                    break
+            else:
+                self._shared.loop.call_soon(self._proceed)
+                self._mind_ahead()
         except Refused as refused:
             self._answer_and_close(refused)
         except Exception as error:  # noqa: BLE001 - the loop would only log it and close without a word
             self.broke(error)
         finally:
             self._is_reading = False
+        if not self._is_free():
+            self._mind_ahead()
+
+    def _is_free(self) -> bool:
+        """Whether the next request may be looked at."""
+        return self.exchange is None and not self.is_closing and not self.is_paused
 
     def _read_head(self) -> bool:
         held = self._held
@@ -381,7 +428,8 @@ class Client(asyncio.Protocol):
         """Pass on what is exactly one request with a known head; return whether it was: most are, it saves 2 us."""
         end = self._known_end(data)
         template = self._template
-        if not end or template is None or len(data) - end != template.request.content_length:
+        size = len(data) - end
+        if not end or template is None or size != template.request.content_length or size > FREE_BODY_BYTES:
             return False
         self._pass_on(template.request, self._known_target, data, end)
         return True
@@ -408,6 +456,7 @@ class Client(asyncio.Protocol):
         if self._chunks is not None:
             rest = self._chunks.feed(self._held) if self._held else None
             self._held = rest or b""
+            self._take_memory(len(self._chunks.content))
             if rest is None:
                 self.expect(self._shared.config.client_body_timeout_s)
             else:
@@ -417,9 +466,24 @@ class Client(asyncio.Protocol):
         if self._missing:
             part = self._held[: self._missing]
             self._held = self._held[len(part) :]
-            self._parts.append(part)
             self._missing -= len(part)
+            if self._refused is None:
+                self._parts.append(part)
+                self._take_memory(self._head.content_length - self._missing if self._head is not None else 0)
+            if self._missing:
+                self.expect(self._shared.config.client_body_timeout_s)
         return not self._missing
+
+    def _take_memory(self, held_bytes: int) -> None:
+        """Count what is held of the present body.
+
+        Raises:
+            Refused: There is none left for it.
+        """
+        more = held_bytes - self._taken_bytes
+        if held_bytes > FREE_BODY_BYTES and more > 0:
+            self._taken_bytes += more
+            self._shared.bounds.take_memory(more)
 
     # Answering it
 
@@ -454,10 +518,9 @@ class Client(asyncio.Protocol):
             exchange.broke(error)
 
     def _show(self, head: RequestHead) -> None:
-        path = head.target.partition(b"?")[0]
         try:
             page = pages.show(
-                path, self._shared.routes, is_stopping=self._shared.is_stopping, metrics=self._metrics_text
+                head.target, self._shared.routes, is_stopping=self._shared.is_stopping, metrics=self._metrics_text
             )
         except Refused as refused:
             self._count_and_refuse(refused, head)
@@ -505,6 +568,8 @@ class Client(asyncio.Protocol):
         self.is_closing = True
         self._held = b""
         self._parts = []
+        self._chunks = None
+        self.release_memory()
         self.expect(LINGER_S)
         if self.transport.can_write_eof():
             self.transport.write_eof()  # closing now, with bytes unread, would reset the answer away

@@ -57,7 +57,9 @@ OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 log = structlog.get_logger()
 
+NO_DESCRIPTOR = "no file descriptor is left for a connection to a worker"
 CLOSING = "this host is being stopped"
+NOTHING_COMES = "none is on its way"
 FAILURES = {
     Seen.CONNECT: FailureKind.CONNECT,
     Seen.CLOSED: FailureKind.CLOSED,
@@ -191,6 +193,9 @@ class Exchange:
         if self._shared.is_closing:
             self._refuse(no_worker(routes, self._model, CLOSING))
             return
+        if not routes.may_wait(self._model):
+            self._refuse(no_worker(routes, self._model, NOTHING_COMES))
+            return
         self._phase = Phase.WAITING
         self._client.expect(None)  # the line has its own deadline
         deadline_s = self._shared.now_s + self._shared.config.queue_timeout_s
@@ -207,9 +212,10 @@ class Exchange:
         entry = poison.known(fingerprint)
         if entry is None:
             return False
-        self._fingerprint, self._died, self._earlier = fingerprint, entry.workers, entry.ends[-1]
-        if entry.is_poison:
-            self._refuse(refused_as_poison(self._died, entry.until_s - self._shared.now_s))
+        now_s = self._shared.now_s
+        self._fingerprint, self._died, self._earlier = fingerprint, entry.workers(now_s), entry.ends[-1]
+        if entry.is_poison(now_s):
+            self._refuse(refused_as_poison(self._died, entry.until_s - now_s))
             return True
         return False
 
@@ -226,8 +232,14 @@ class Exchange:
         elif self._shared.routes.resolve(self._name) is None:
             self._refuse(unknown_model(self._shared.routes, self._name))
         else:
-            why = f"none was free within {self._shared.config.queue_timeout_s:g} s"
-            self._refuse(no_worker(self._shared.routes, self._model, CLOSING if self._shared.is_closing else why))
+            self._refuse(no_worker(self._shared.routes, self._model, self._why_no_turn()))
+
+    def _why_no_turn(self) -> str:
+        if self._shared.is_closing:
+            return CLOSING
+        if not self._shared.routes.may_wait(self._model):
+            return NOTHING_COMES
+        return f"none was free within {self._shared.config.queue_timeout_s:g} s"
 
     def _use(self, lease: Lease) -> None:
         self._lease = lease
@@ -244,6 +256,9 @@ class Exchange:
 
     def _connect(self, peer: Peer) -> None:
         self._phase = Phase.CONNECTING
+        if not self._shared.make_room_for_upstream():
+            self._leave(Seen.OVERLOADED, NO_DESCRIPTOR)
+            return
         self._client.expect(self._shared.config.connect_timeout_s)
         self._start_task(self._dialling(peer))
 
@@ -266,7 +281,7 @@ class Exchange:
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
             self._dial = None
             if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
-                self._leave(Seen.OVERLOADED, "no file descriptor is left for a connection to a worker")
+                self._leave(Seen.OVERLOADED, NO_DESCRIPTOR)
             else:
                 self._leave_unconnected(f"no connection: {error}")
             return
@@ -433,6 +448,7 @@ class Exchange:
         self._reply = head
         self.latest = rest
         self._body = b""  # nothing can be repeated from here on
+        client.release_memory()
         self._first_byte_at_s = self._shared.loop.time()
         client.expect(self._shared.config.idle_timeout_s)
         write: Callable[[bytes], object] = client.transport.write

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from l40sd.core.config import ProxyConfig
 from l40sd.core.cors import Cors
+from l40sd.services.proxy_bounds import Bounds
 from l40sd.services.proxy_failures import Failures
 from l40sd.services.proxy_metrics import Metrics
 from l40sd.services.proxy_poison import Poison
@@ -25,7 +26,7 @@ class Shared:
     Attributes:
         now_s: The loop's clock as of the last sweep: good enough for deadlines, and free.
         tick_s: Longest time between two sweeps.
-        connection_limit: Clients at once; what is configured, or less where file descriptors are few.
+        bounds: What all connections together may take.
         key_digests: Of the API keys, made with a secret of this process: looking one up takes the same time whatever
             is asked for, as far as an attacker can choose it. Empty: everybody may ask.
         cors: Which web pages may use the endpoint; None: nothing is said of it to browsers, and nothing refused.
@@ -43,7 +44,7 @@ class Shared:
     routes: Routes
     loop: asyncio.AbstractEventLoop
     metrics: Metrics = field(default_factory=Metrics)
-    connection_limit: int = 1
+    bounds: Bounds = field(default_factory=Bounds)
     key_digests: frozenset[bytes] = frozenset()
     cors: Cors | None = None
     rules: object = field(default_factory=object)
@@ -83,6 +84,19 @@ class Shared:
         """Return a new id: random for the process, counted within it."""
         self._id_count += 1
         return b"%b-%x" % (self._id_prefix, self._id_count)
+
+    def make_room_for_upstream(self) -> bool:
+        """Return whether one more connection to a worker may be made; for it an idle one may have to go."""
+        limit = self.bounds.shares.upstreams
+        if sum(peer.open for peer in self.peers.values()) + len(self.dials) < limit:
+            return True
+        idle = [peer.idle[0] for peer in self.peers.values() if peer.idle]
+        if not idle:
+            return False
+        oldest = min(idle, key=lambda upstream: upstream.idle_since_s)
+        oldest.peer.idle.remove(oldest)
+        oldest.abort()
+        return True
 
     def peer(self, route: Route) -> Peer:
         """Return the connections of a route."""

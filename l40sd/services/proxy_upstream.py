@@ -70,13 +70,14 @@ class Peer:
         fields: What every request to it carries, each as ``CR LF name: value``.
         reply_field: Names it in every reply.
         idle: Oldest first.
+        open: Connections there are, in use or idle.
         known: Kinds of replies that need no parsing, the latest first. A worker answers with the same fields every
             time, but for a date and a length (seen with uvicorn and llama.cpp): comparing takes 0.3 us, parsing 2.
         served_name: The model's name that its engine answers to.
         ends_streams: Its streams end with the last event that their API has, as far as is known.
     """
 
-    __slots__ = ("ends_streams", "fields", "idle", "known", "reply_field", "route", "served_name")
+    __slots__ = ("ends_streams", "fields", "idle", "known", "open", "reply_field", "route", "served_name")
 
     def __init__(self, route: Route) -> None:
         backend = route.backend
@@ -86,6 +87,7 @@ class Peer:
         self.fields = f"\r\nhost: {host}:{backend.port}{key}".encode()
         self.reply_field = f"\r\nx-l40s-worker: {backend.worker}".encode()
         self.idle: list[Upstream] = []
+        self.open = 0
         self.known: list[KnownReply] = []
         self.served_name = backend.served_name or backend.model
         self.ends_streams = backend.ends_streams
@@ -150,6 +152,7 @@ class Upstream(asyncio.Protocol):
         self.is_broken = False
         self._parser = httptools.HttpResponseParser(self)
         self._feed = self._parser.feed_data
+        self.peer.open += 1
 
     def ask(self, asker: Asker, head: bytes, body: bytes | memoryview = b"") -> None:
         """Send a request; its reply goes to ``asker``.
@@ -325,6 +328,7 @@ class Upstream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell who asked; forget an idle connection."""
+        self.peer.open -= 1
         asker = self.asker
         if asker is None:
             if self in self.peer.idle:

@@ -37,6 +37,7 @@ from l40sd.core.lifecycle import (
 from l40sd.core.messages import LastEnd
 from l40sd.core.model import WorkerId
 from l40sd.core.outliers import Peer, Standing
+from l40sd.core.outlook import Slot
 from l40sd.core.plan import Observed, Wanted
 from l40sd.services.ends import End, end_of, last_end_of
 from l40sd.services.gpus import wait_until_free
@@ -257,6 +258,16 @@ class Worker:
         if self.watch is not None:
             self.watch.suspect()
             self._heed()
+
+    def slot(self) -> Slot:
+        """Return this worker as the outlook of its model sees it."""
+        return Slot(
+            phase=self.phase,
+            goal=self.goal,
+            since_s=now_s() - self.since_s,
+            next_start_s=None if self.next_start_at_s is None else max(0.0, self.next_start_at_s - now_s()),
+            is_external=self.is_external,
+        )
 
     def as_peer(self) -> Peer | None:
         """Return this worker as its equals are measured against it; None while it does not live or shall not serve."""

@@ -78,7 +78,8 @@ class RotatingLog:
 
     def _open(self) -> bool:
         try:
-            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._descriptor = os.open(self._path, flags, 0o640)
             self._size = os.fstat(self._descriptor).st_size
         except OSError as error:
             self._reason = str(error.strerror)

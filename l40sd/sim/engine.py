@@ -29,7 +29,6 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         say(str(error))
         return 2
-    say(f"GPUs {os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}, model {options.model[0]}")
     code = faults.get("exit-at-once")
     if code is not None:
         say(f"exits at once with {int(code)}, as told")
@@ -93,6 +92,7 @@ class Engine:
         loop.add_signal_handler(signal.SIGTERM, self._term)
         loop.add_signal_handler(signal.SIGINT, self._term)
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        say(f"GPUs {os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}, model {self._options.model[0]}")
         self._start_ranks()
         for name in FAULTS:
             self._take(name)

@@ -1,8 +1,10 @@
 """One daemon a runtime directory; the shims can ask whether it lives."""
 
 import os
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,46 @@ def test_a_removed_file_is_noticed(path: Path) -> None:
     path.unlink()
     assert not lock.is_intact()
     assert lock_is_free(str(path))
+    lock.release()
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_link_in_its_place_is_refused_and_not_followed(path: Path, link: Callable[[Path, Path], None]) -> None:
+    """Seen: the file that it led to was emptied and got a pid."""
+    precious = path.with_name("precious")
+    precious.write_text("mine")
+    link(path, precious)
+    with pytest.raises(L40sError) as caught:
+        DaemonLock.acquire(path)
+    assert caught.value.code == "cannot_lock"
+    assert precious.read_text() == "mine"
+
+
+def test_an_earlier_versions_file_is_closed_to_others(path: Path) -> None:
+    path.touch(0o644)
+    lock = DaemonLock.acquire(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o644)
+    resumed = DaemonLock.resume(path, os.dup(lock.keep_over_exec()))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    resumed.release()
+    lock.release()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_another_user_cannot_hold_the_lock(path: Path) -> None:
+    """Seen: a read lock of any local user kept the daemon from starting, and the shims from seeing that none lives."""
+    for folder in path.parents:
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    lock = DaemonLock.acquire(path)
+    program = (
+        "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "try: os.open(sys.argv[1], os.O_RDONLY)\n"
+        "except PermissionError: print('refused')"
+    )
+    said = subprocess.check_output([sys.executable, "-c", program, str(path)], text=True)
+    assert said == "refused\n"
     lock.release()
 
 

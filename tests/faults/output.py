@@ -119,7 +119,7 @@ class SmallDisk:
         if os.geteuid() != 0:
             raise NotHereError("needs root to mount a small disk")
         self.folder.mkdir(parents=True, exist_ok=True)
-        await run("mount", "-t", "tmpfs", "-o", f"size={self._kib}k{options}", "tmpfs", str(self.folder))
+        await run("mount", "-t", "tmpfs", "-o", f"size={self._kib}k,mode=0755{options}", "tmpfs", str(self.folder))
 
     def unmount(self) -> None:
         """Unmount it; lazily, because whoever writes there may still live."""

@@ -15,6 +15,7 @@ from processkit import PATIENCE_S, Site, end, is_alive, until
 from l40sd.adapters.process import Instance, Processes
 from l40sd.adapters.process.providers import choose
 from l40sd.adapters.process.remains import Remains
+from l40sd.core.errors import L40sError
 from l40sd.shim import groups, tree
 
 FOREVER = "exec sleep 1000"
@@ -201,6 +202,104 @@ async def test_fault_20_a_stranger_with_a_recorded_pid_is_never_signalled(site: 
     processes.forget(instance.spec.instance)
 
 
+async def a_stranger(site: Site) -> tuple[asyncio.subprocess.Process, dict[str, int]]:
+    """Start a process that is none of ours, and return how a record would name it rightly."""
+    stranger = await asyncio.create_subprocess_exec("sleep", "1000", start_new_session=True)
+    process = tree.read_process(stranger.pid)
+    assert process is not None
+    return stranger, {"pid": stranger.pid, "start_ticks": process.start_ticks}
+
+
+async def is_unharmed(stranger: asyncio.subprocess.Process) -> bool:
+    """Whether nothing has come to a stranger; it is killed then. What was sent before comes before what is sent now."""
+    stranger.send_signal(signal.SIGUSR1)
+    return await stranger.wait() == -signal.SIGUSR1
+
+
+async def test_fault_20_a_record_that_names_a_stranger_rightly_does_not_make_it_our_shim(site: Site) -> None:
+    """Seen: with the right start time in a forged record, the daemon adopted the stranger and sent it SIGQUIT."""
+    stranger, identity = await a_stranger(site)
+    processes = await site.open()
+    instance = await processes.spawn(site.spec(FOREVER), 10)
+    await processes.close()
+    edit(site, instance, "run.json", shim=identity, engine=identity)
+    processes = await site.open()
+    adoption = await processes.adopt()
+    assert adoption.running == adoption.stuck == []
+    assert "is not this instance's shim" in adoption.notes[0]
+    assert await is_unharmed(stranger)
+    await until(lambda: not runs(instance.engine_pid), "what bears the instance's mark is killed")
+    collect(instance)
+
+
+async def test_fault_20_a_stranger_named_as_the_engine_is_neither_shown_nor_killed_as_ours(site: Site) -> None:
+    stranger, identity = await a_stranger(site)
+    processes = await site.open()
+    instance = await processes.spawn(site.spec(FOREVER), 10)
+    await processes.close()
+    edit(site, instance, "run.json", engine=identity)
+    processes = await site.open()
+    adoption = await processes.adopt()
+    assert adoption.running == adoption.stuck == []
+    assert "is not a child of its shim" in adoption.notes[0]
+    assert await is_unharmed(stranger)
+    await until(lambda: not runs(instance.engine_pid), "what bears the instance's mark is killed")
+    collect(instance)
+
+
+async def test_fault_20_a_stranger_that_a_dead_shims_record_names_is_not_killed_for_it(site: Site) -> None:
+    stranger, identity = await a_stranger(site)
+    processes = await site.open()
+    instance = await processes.spawn(site.spec(FOREVER), 10)
+    await processes.close()
+    os.kill(instance.shim_pid, signal.SIGKILL)
+    collect(instance)
+    edit(site, instance, "run.json", engine={**identity, "start_ticks": identity["start_ticks"] - 1})
+    processes = await site.open()
+    (ended,) = (await processes.adopt()).ended
+    assert ended[1].cause == "shim-lost"
+    assert await is_unharmed(stranger)
+    assert not runs(instance.engine_pid)
+    processes.forget(instance.spec.instance)
+
+
+@pytest.mark.parametrize("how", ["another's", "open", "a link", "a folder of another"])
+async def test_fault_20_a_record_that_is_not_ours_alone_is_set_aside(site: Site, tmp_path: Path, how: str) -> None:
+    """Seen: a folder of another user with a forged record in it, and the daemon acted on it."""
+    if how.endswith(("another's", "another")) and os.geteuid() != 0:
+        pytest.skip("needs root, to give a file away")
+    processes = await site.open()
+    instance = await processes.spawn(site.spec(FOREVER), 10)
+    await processes.close()
+    directory = site.runtime_dir / "instances" / instance.spec.instance
+    match how:
+        case "another's":
+            os.chown(directory / "run.json", 65534, 65534)
+        case "open":
+            (directory / "run.json").chmod(0o666)
+        case "a link":
+            (directory / "run.json").rename(tmp_path / "elsewhere.json")
+            (directory / "run.json").symlink_to(tmp_path / "elsewhere.json")
+        case _:
+            os.chown(directory, 65534, 65534)
+    processes = await site.open()
+    adoption = await processes.adopt()
+    assert adoption.running == []
+    assert adoption.killed == [instance.spec.instance]
+    await until(lambda: not site.marked(), "all are gone")
+    collect(instance)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
+@pytest.mark.parametrize("place", ["run/instances", "log"])
+async def test_a_folder_that_others_may_write_is_refused(tmp_path: Path, place: str, mode: int) -> None:
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place).chmod(mode)
+    with pytest.raises(L40sError) as caught:
+        await Processes.open(runtime_dir=tmp_path / "run", log_dir=tmp_path / "log", provider="none")
+    assert f"can be written by others (mode {mode:04o})" in caught.value.what
+
+
 async def test_fault_20_a_record_cannot_name_anothers_cgroup(site: Site) -> None:
     processes = await site.open()
     victim = await processes.spawn(site.spec(FOREVER), 10)
@@ -318,8 +417,6 @@ async def test_adopting_twelve_is_quick(site: Site) -> None:
 
 
 async def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    from l40sd.core.errors import L40sError
-
     (tmp_path / "file").touch()
     with pytest.raises(L40sError) as caught:
         await Processes.open(runtime_dir=tmp_path / "file", log_dir=tmp_path / "log", provider="none")

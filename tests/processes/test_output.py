@@ -124,7 +124,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "log"
     path.mkdir()
     mounted = subprocess.run(  # noqa: TID251 - nothing else runs yet
-        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(path)], check=False, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=128k,mode=0755", "tmpfs", str(path)], check=False, capture_output=True
     )
     if mounted.returncode:
         pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")

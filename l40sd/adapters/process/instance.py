@@ -34,15 +34,22 @@ class Instance:
     shim itself was killed; then the rest is killed from here.
     """
 
-    def __init__(self, directory: Path, spec: InstanceSpec, run: RunRecord, pidfd: int | None) -> None:
-        """``pidfd`` is the shim's, and ours from now on; None: the shim is gone already."""
+    def __init__(
+        self, directory: Path, spec: InstanceSpec, run: RunRecord, pidfd: int | None, *, engine: Identity | None
+    ) -> None:
+        """Watch a shim.
+
+        Args:
+            pidfd: The shim's, and ours from now on; None: the shim is gone already.
+            engine: Whose tree and session are killed when the shim is gone; None: not sure enough.
+        """
         self.spec = spec
         self.shim_pid = run.shim.pid
         self.engine_pid = run.engine.pid
         self.started_at = run.started_at
         self.group = trusted_group(run.group, spec.instance)
         self._directory = directory
-        self._engine = run.engine
+        self._engine = engine
         self._pidfd = pidfd
         self._gone = asyncio.Event()
         self._settling = asyncio.Lock()

@@ -19,12 +19,15 @@ from l40sd.adapters.process.records import (
     Birth,
     CorruptError,
     ExitRecord,
+    Identity,
     InstanceSpec,
     RunRecord,
+    distrust_of,
+    is_ours,
     read_record,
     write_spec,
 )
-from l40sd.adapters.process.remains import Remains, mark_of, marked, remove_group, trusted_group
+from l40sd.adapters.process.remains import Remains, is_of, mark_of, marked, remove_group, trusted_group
 from l40sd.core.errors import L40sError
 from l40sd.core.naming import natural
 from l40sd.shim import OWN_GROUP, leavings, tree
@@ -35,6 +38,8 @@ CLEAR_TIMEOUT_S = 5.0
 CORRUPT_KEPT = 10
 FORGOTTEN_AFTER_S = 600.0
 """A temporary folder that nobody holds is let be for so long: its own daemon may be about to clear up after it."""
+ENDING_S = 0.5
+"""From the moment that a process has no environment any more until it is a zombie."""
 REMOVE_TRIES = 10
 LOCK_NAME = "l40sd.lock"
 
@@ -88,10 +93,11 @@ class Processes:
         for path, mode in ((runtime_dir / "instances", 0o700), (log_dir, 0o750)):
             try:
                 path.mkdir(mode=mode, parents=True, exist_ok=True)
+                why = distrust_of(path, follow=True)
             except OSError as error:
                 raise not_writable(path, error.strerror) from error
-            if not os.access(path, os.W_OK | os.X_OK):
-                raise not_writable(path, "not writable by this user")
+            if why or not os.access(path, os.W_OK | os.X_OK):
+                raise not_writable(path, why or "not writable by this user")
         return cls(runtime_dir, log_dir, await choose(provider, runtime_dir))
 
     async def spawn(self, spec: InstanceSpec, timeout_s: float) -> Instance:
@@ -239,7 +245,7 @@ class Processes:
             if ended is not None and ended.cause == "exec-failed":
                 raise exec_failed(spec, ended.detail)
             if run is not None:
-                return Instance(directory, spec, run, open_shim(run.shim))
+                return Instance(directory, spec, run, open_shim(run.shim), engine=run.engine)
             if is_dead or ended is not None:
                 raise spawn_failed(spec, ended.detail if ended else last_words(directory) or "its shim was killed")
             await asyncio.sleep(look_s)
@@ -269,6 +275,8 @@ class Processes:
     # Adopting
 
     async def _sort_out(self, directory: Path, adoption: Adoption, gone: list[Instance]) -> None:
+        if why := distrust_of(directory):
+            raise CorruptError(f"{directory}: {why}")
         birth = read_record(directory, "spec.json", Birth)
         spec = read_record(directory, "spec.json", InstanceSpec)
         if birth is not None and birth.boot_id != tree.boot_id():  # 1
@@ -288,12 +296,39 @@ class Processes:
             else:  # 6
                 await self._finish_off(directory, adoption, group=birth.group, tmp=spec.tmp)
             return
-        instance = Instance(directory, spec, run, open_shim(run.shim))
+        pidfd, engine = await self._who_runs(directory, run)
+        instance = Instance(directory, spec, run, pidfd, engine=engine)
         self._instances[spec.instance] = instance
         if instance.is_running and ended is None:  # 4
             adoption.running.append(instance)
         else:  # 3, 5
             gone.append(instance)
+
+    async def _who_runs(self, directory: Path, run: RunRecord) -> tuple[int | None, Identity | None]:
+        """Return a pidfd of the shim that a record names, and its engine; None for what is gone or not sure to be ours.
+
+        The record is our user's alone (``read_record``), and may still be wrong: whoever runs as our user could write
+        it. So a living shim has to bear the instance's mark or sit in its cgroup, and its engine to be its child.
+        Without a shim the engine that is recorded has to be our user's; it may have overwritten its own mark.
+
+        Raises:
+            CorruptError: The shim or the engine is another process.
+        """
+        pidfd = open_shim(run.shim)
+        engine = tree.read_process(run.engine.pid)
+        if pidfd is None:
+            return None, run.engine if engine is None or is_ours(engine.pid) else None
+        deadline_s = asyncio.get_running_loop().time() + ENDING_S
+        while not is_of(run.shim.pid, directory.name, self._runtime_dir) and _is_alive(run.shim):
+            if asyncio.get_running_loop().time() >= deadline_s:
+                os.close(pidfd)
+                raise CorruptError(f"{directory / 'run.json'}: pid {run.shim.pid} is not this instance's shim")
+            await asyncio.sleep(FIRST_LOOK_S)  # one that is just ending has no environment any more
+        is_there = engine is not None and run.engine.matches(engine)
+        if engine is not None and is_there and engine.parent != run.shim.pid and _is_alive(run.shim):
+            os.close(pidfd)
+            raise CorruptError(f"{directory / 'run.json'}: pid {engine.pid} is not a child of its shim")
+        return pidfd, run.engine if is_there else None
 
     async def _finish_off(self, directory: Path, adoption: Adoption, *, group: str, tmp: str) -> None:
         name = directory.name
@@ -329,6 +364,11 @@ class Processes:
             await remains.kill(CLEAR_TIMEOUT_S)
             remove_group(remains.group)
             adoption.killed.append(name)
+
+
+def _is_alive(identity: Identity) -> bool:
+    process = tree.read_process(identity.pid)
+    return process is not None and process.is_alive and identity.matches(process)
 
 
 async def _end_of(instance: Instance) -> ExitRecord | None:

@@ -9,9 +9,13 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from l40sd.core.trust import distrust
 from l40sd.shim import PROTOCOL, tree
 
 T = TypeVar("T")
+
+SIZE_LIMIT_BYTES = 16 << 20
+"""Of a record; the largest part of one is the environment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,14 +130,29 @@ def read_record(directory: Path, name: str, kind: type[T]) -> T | None:
     """Return what a record says; None when it is not there.
 
     Raises:
-        CorruptError: It is there and does not say what it should.
+        CorruptError: It is there and does not say what it should, or is not our user's alone.
     """
     try:
-        return msgspec.json.decode((directory / name).read_bytes(), type=kind)
+        return msgspec.json.decode(_read_own(directory / name), type=kind)
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, OSError, UnicodeDecodeError) as error:
         raise CorruptError(f"{directory / name}: {error}") from error
+
+
+def _read_own(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if why := distrust(owner=found.st_uid, mode=found.st_mode, own=os.geteuid()):
+            raise PermissionError(13, why)
+        return file.read(SIZE_LIMIT_BYTES)
+
+
+def distrust_of(folder: Path, *, follow: bool = False) -> str:
+    """Return why a folder is not our user's alone; empty when it is. A link is not, unless followed. Raises OSError."""
+    found = folder.stat() if follow else folder.lstat()
+    return distrust(owner=found.st_uid, mode=found.st_mode, own=os.geteuid())
 
 
 def now_iso() -> str:

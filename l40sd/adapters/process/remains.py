@@ -39,7 +39,7 @@ class Remains:
             leader = tree.read_process(self.engine.pid)
             if leader is None or self.engine.matches(leader):
                 below = tree.descendants(self.engine.pid, session=self.engine.pid)
-                found |= {process.pid: process for process in below}
+                found |= {process.pid: process for process in below if is_ours(process.pid)}
             if leader is not None and leader.is_alive and self.engine.matches(leader):
                 found[leader.pid] = leader
         return list(found.values())
@@ -90,6 +90,19 @@ def mark_of(process: tree.Process) -> tuple[str, str]:
     return os.fsdecode(pairs.get(INSTANCE_VARIABLE.encode(), b"")), os.fsdecode(
         pairs.get(RUNTIME_VARIABLE.encode(), b"")
     )
+
+
+def is_of(pid: int, instance: str, runtime_dir: Path) -> bool:
+    """Whether the process that has this pid now bears an instance's mark, or sits in its cgroup."""
+    process = tree.read_process(pid)
+    if process is None or not is_ours(pid):
+        return False
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    parts = {part for line in lines for part in line.partition("::")[2].split("/")}
+    return mark_of(process) == (instance, str(runtime_dir)) or not parts.isdisjoint({instance, unit_of(instance)})
 
 
 def remove_group(group: str) -> None:

@@ -1,0 +1,228 @@
+"""What one client may take from the others: memory, places, turns of the loop. Small limits stand for large ones."""
+
+import asyncio
+import gc
+import json
+from collections.abc import Awaitable, Callable
+
+import pytest
+from proxykit import Conversation, Dialog, Request, Stand, answer_ok, post
+
+from l40sd.services import proxy_client, proxy_pages
+from l40sd.services.proxy_bounds import FREE_BODY_BYTES
+
+StartStand = Callable[..., Awaitable[Stand]]
+MIB = 1 << 20
+
+
+def body_of(size: int) -> bytes:
+    return b'{"model":"chat","x":"' + b"y" * size + b'"}'
+
+
+def begun(size: int, *, path: bytes = b"/v1/completions", fields: bytes = b"") -> bytes:
+    """Return a head that announces a body."""
+    return b"POST %b HTTP/1.1\r\nHost: a\r\n%bContent-Length: %d\r\n\r\n" % (path, fields, size)
+
+
+def memory(here: Stand) -> int:
+    shared = here.proxy._shared
+    assert shared is not None
+    return shared.bounds.body_bytes
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/v1/models/chat"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+@pytest.mark.parametrize("framing", ["Content-Length: 67108864", "Transfer-Encoding: chunked"])
+async def test_a_page_takes_no_body(stand: StartStand, path: str, method: str, framing: str) -> None:
+    """20 connections to /health without a key had 1.2 GiB held for them."""
+    here = await stand()
+    client = await here.dial()
+    await client.send(f"{method} {path} HTTP/1.1\r\nHost: a\r\n{framing}\r\n\r\n".encode())
+    assert (await client.rest()).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize("size", [1000, 64 * MIB])
+async def test_a_body_is_not_read_without_a_key(stand: StartStand, size: int) -> None:
+    here = await stand(api_keys=("sk-1",))
+    client = await here.dial()
+    await client.send(begun(size) + b"x" * 1000)
+    assert (await client.reply()).status == 401
+    shared = here.proxy._shared
+    assert shared is not None
+    assert all(not served._parts and not served._held for served in shared.clients)
+
+
+async def test_bodies_together_are_bounded_and_who_is_refused_may_come_again(stand: StartStand) -> None:
+    here = await stand(body_memory_bytes=2 * MIB, body_limit_bytes=2 * MIB)
+    go_on = asyncio.Event()
+
+    async def behave(talk: Conversation, request: Request) -> None:
+        await go_on.wait()
+        await answer_ok(talk, request)
+
+    here.worker.behave = behave
+    first = await here.dial()
+    await first.send(post(body_of(MIB)))
+    await here.until(lambda: len(here.worker.requests) == 1)
+    assert memory(here) >= MIB, "kept until the worker has begun to answer: it may have to be sent again"
+    second = await here.dial()
+    second.writer.write(post(body_of(3 * MIB // 2)))
+    reply = await second.reply()
+    assert (reply.status, reply.error["code"]) == (503, "overloaded")
+    assert int(reply.fields["retry-after"]) > 0
+    await here.until(lambda: memory(here) < MIB + MIB // 2)
+    small = await here.dial()
+    await small.send(post())
+    go_on.set()
+    assert (await small.reply()).status == 200, "small ones are not counted"
+    assert (await first.reply()).status == 200
+    assert memory(here) == 0
+    assert (await here.ask(post(body_of(3 * MIB // 2)))).status == 200
+
+
+@pytest.mark.parametrize("how", ["reset", "half", "chunks", "refused", "unknown", "lost worker"])
+async def test_memory_for_bodies_is_given_back_however_it_ends(stand: StartStand, how: str) -> None:
+    here = await stand(retries=0)
+    size = 4 * FREE_BODY_BYTES
+    client = await here.dial()
+    match how:
+        case "reset" | "half":
+            await client.send(begun(2 * size) + b"y" * size)
+            await here.until(lambda: memory(here) == size)
+            if how == "reset":
+                client.reset()
+            else:
+                client.writer.write_eof()
+        case "chunks":
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+            await client.send(head + b"%x\r\n%b\r\n" % (size, b"y" * size))
+            await here.until(lambda: memory(here) == size)
+            await client.send(b"broken\r\n")
+            assert (await client.reply()).status == 400
+        case "refused":
+            await client.send(begun(size) + b"y" * size)
+            assert (await client.reply()).status == 400
+        case "unknown":
+            await client.send(post(body_of(size).replace(b"chat", b"nope")))
+            assert (await client.reply()).status == 404
+        case _:
+
+            async def behave(talk: Conversation, request: Request) -> None:
+                talk.writer.close()
+
+            here.worker.behave = behave
+            await client.send(post(body_of(size)))
+            assert (await client.reply()).status == 502
+    await here.until(lambda: memory(here) == 0)
+
+
+async def test_nothing_is_kept_of_a_refused_request(stand: StartStand) -> None:
+    """A model's name of 20 MiB stayed for as long as its connection idled; 30 of them stayed in the log's ring."""
+    here = await stand(access_log=True)
+    client = await here.dial()
+    for body in (b'{"model":"' + b"n" * MIB + b'"}', b'{"a":[[]],"model":"' + b"n" * MIB + b'","b":[[]]}'):
+        client.writer.write(post(body))
+        assert (await client.reply()).status == 404
+    await here.until(lambda: all(each.exchange is None for each in clients_of(here)))
+    gc.collect()
+    large = [each for each in gc.get_objects() if isinstance(each, (list, dict)) and is_large(each)]
+    assert large == []
+    for served in clients_of(here):
+        for name in (*served.__slots__, *served._models.__slots__):
+            value = getattr(served._models if name in served._models.__slots__ else served, name)
+            assert not isinstance(value, (bytes, str)) or len(value) < 10_000, name
+
+
+def clients_of(here: Stand) -> list[proxy_client.Client]:
+    shared = here.proxy._shared
+    assert shared is not None
+    return list(shared.clients)
+
+
+def is_large(holder: list[object] | dict[object, object]) -> bool:
+    values = list(holder) if isinstance(holder, list) else list(holder.values())
+    return any(isinstance(value, (bytes, str)) and len(value) >= MIB and value[5:] == value[:-5] for value in values)
+
+
+async def test_the_access_log_cuts_what_a_client_chose(stand: StartStand, caplog: pytest.LogCaptureFixture) -> None:
+    import structlog.testing
+
+    here = await stand(access_log=True)
+    with structlog.testing.capture_logs() as logs:
+        reply = await here.ask(post(model="n" * 900, path="/v1/completions?" + "q" * 9000))
+        assert reply.status == 404
+    line = next(entry for entry in logs if entry["event"] == "proxy.request")
+    assert len(json.dumps(line)) < 2000
+    assert line["model"] == "n" * 200
+
+
+async def test_one_address_cannot_take_every_place(stand: StartStand) -> None:
+    here = await stand(connection_limit=8, address_connection_limit=3)
+    held = [await here.dial() for _ in range(3)]
+    for dialog in held:
+        assert (await dialog.ask(post())).status == 200
+    over = await here.dial()
+    reply = await over.reply()
+    assert (reply.status, reply.error["code"]) == (429, "too_many_connections")
+    assert int(reply.fields["retry-after"]) > 0
+    other = Dialog(*await asyncio.open_connection("127.0.0.1", here.port, local_addr=("127.0.0.2", 0)))
+    here.dialogs.append(other)
+    assert (await other.ask(post())).status == 200
+    held.pop().close()
+    over.close()
+    await here.until(lambda: here.proxy.stats.connections == 3)
+    assert (await here.ask(post())).status == 200
+
+
+async def test_requests_sent_ahead_are_answered_some_at_a_time(
+    stand: StartStand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that sent 6000 requests for a page in one go had them all answered in one turn of the loop."""
+    here = await stand()
+    turns: list[int] = [0]
+
+    def next_turn() -> None:
+        turns.append(0)
+        asyncio.get_running_loop().call_soon(next_turn)
+
+    show = proxy_pages.show
+
+    def counting(*args: object, **options: object) -> object:
+        turns[-1] += 1
+        return show(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(proxy_pages, "show", counting)
+    client = await here.dial()
+    next_turn()
+    client.writer.write(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" * 2000)
+    for _ in range(2000):
+        assert (await client.reply()).status == 200
+    assert sum(turns) == 2000
+    assert max(turns) <= 4 * proxy_client.REQUESTS_PER_TURN
+    monkeypatch.undo()
+
+
+async def test_a_client_that_does_not_read_gets_no_further_answers(stand: StartStand) -> None:
+    here = await stand()
+    count = 4000
+    client = await here.dial()
+    client.reader._limit = 1 << 10  # type: ignore[attr-defined]  # of what is read ahead here
+    client.writer.write(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * count)
+    await here.until(lambda: any(each.is_paused for each in clients_of(here)))
+    for _ in range(50):
+        await asyncio.sleep(0)
+    waiting = sum(each.transport.get_write_buffer_size() for each in clients_of(here))
+    page = len((await client.reply()).body)
+    assert waiting < 65536 + (proxy_client.REQUESTS_PER_TURN + 1) * (page + 500)
+    for _ in range(count - 1):
+        assert (await client.reply()).status == 200
+
+
+async def test_connections_to_workers_are_bounded_with_the_clients(stand: StartStand) -> None:
+    here = await stand(workers=3, connection_limit=2, upstream_idle_timeout_s=60.0)
+    first, second = [await here.dial() for _ in range(2)]
+    for _ in range(6):
+        assert (await first.ask(post())).status == 200
+        assert (await second.ask(post())).status == 200
+        await here.until(lambda: sum(worker.open for worker in here.workers) <= 2)
+    assert here.failures == []
