@@ -33,16 +33,17 @@ from l40sd.cli_base import (
 )
 from l40sd.cli_change import restart, switch_pattern
 from l40sd.cli_config import config
+from l40sd.cli_doctor import doctor
 from l40sd.cli_follow import events, logs
 from l40sd.cli_grid import Window
 from l40sd.cli_layout import patterns_view
-from l40sd.cli_status import checks_view, status_view, worker_view
+from l40sd.cli_status import status_view, worker_view
 from l40sd.cli_streams import NO_READER, abandon, settle
 from l40sd.cli_topology import topology
 from l40sd.cli_wait import wait
 from l40sd.client import UNREACHABLE, worker_path
 from l40sd.core.errors import L40sError
-from l40sd.core.messages import Check, PatternView, Status, encode
+from l40sd.core.messages import PatternView, Status, encode
 
 PROGRAM = "l40sctl"
 WATCH_TERMINAL_S = 0.5
@@ -107,6 +108,7 @@ cli.add_command(wait)
 cli.add_command(restart)
 cli.add_command(topology)
 cli.add_command(config)
+cli.add_command(doctor)
 cli.add_command(events)
 cli.add_command(logs)
 
@@ -195,28 +197,6 @@ def _worker_command(verb: str, doing: str, text: str) -> None:
 _worker_command("drain", "drains", "Send each WORKER no more requests until undrain; it stays up.")
 _worker_command("undrain", "receives requests again", "Send each drained WORKER requests again.")
 _worker_command("reset", "failures forgotten", "Forget each WORKER's failures and start it at once.")
-
-
-@cli.command()
-@common
-@click.pass_obj
-def doctor(session: Session) -> None:
-    """Check what an operator would check by hand.
-
-    Ends with 1 when something failed, with 5 when the daemon does not answer.
-    """
-    try:
-        checks = session.client.get("/v1/doctor", tuple[Check, ...])
-    except L40sError as error:
-        if error.code == UNREACHABLE:
-            found = Check(name="daemon", state="failed", found=f"{error.where}: {error.what}", hint=error.hint)
-            session.show((found,), checks_view([found]))
-            leave(exit_code_of(error))
-        raise
-    checks = (Check(name="daemon", state="ok", found=f"answers on {session.client.path}"), *checks)
-    session.show(checks, checks_view(checks))
-    if any(check.state == "failed" for check in checks):
-        leave(EXIT_FAILED)
 
 
 @cli.command()

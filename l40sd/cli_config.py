@@ -1,13 +1,19 @@
 """`l40sctl config`: check a file without a daemon, show what is in force, show what a reload would change."""
 
+import asyncio
 import os
+from collections.abc import Mapping
 
 import click
 
 from l40sd.adapters import configfiles
 from l40sd.cli_base import Session, common
+from l40sd.core.config import Config
 from l40sd.core.configfile import load
 from l40sd.core.messages import encode
+from l40sd.core.model import Inventory, ModelFacts, ModelName
+from l40sd.services import preflight
+from l40sd.services.host import Host
 
 
 @click.group(no_args_is_help=True)
@@ -22,10 +28,17 @@ def config() -> None:
 def check(session: Session, file: str | None) -> None:
     """Check FILE and the conf.d beside it, without a daemon; tell every problem at once.
 
+    What a start would refuse or fail with is a problem, too: a key file or a recorded host that is not there, a
+    checkpoint's path without a checkpoint, a pattern that does not fit. Patterns are placed on the recorded host or on
+    this machine's GPUs.
+
     Without FILE: $L40SD_CONFIG, else /etc/l40sd/l40sd.toml.
     """
     path = configfiles.find(file, os.environ)
     loaded = load(configfiles.read(path))
+    preflight.refuse_unusable(loaded)
+    inventory, facts = asyncio.run(_this_machine(loaded.config))
+    preflight.refuse_failing(loaded, facts, inventory if inventory.gpus else None)
     if session.is_json:
         session.data(encode({"files": loaded.files, "models": list(loaded.config.models)}))
         return
@@ -34,6 +47,19 @@ def check(session: Session, file: str | None) -> None:
     session.out.print(
         f"{path}{files}: [green]good[/]: {_count(models, 'model')}, {_count(patterns, 'pattern')} of its own"
     )
+    if not inventory.gpus:
+        session.say(
+            "no GPU here: whether its patterns fit, `l40sctl topology --from HOST --pattern NAME --config FILE`"
+        )
+
+
+async def _this_machine(config: Config) -> tuple[Inventory, Mapping[ModelName, ModelFacts]]:
+    """Return the host that the configuration names, without GPUs where there are none, and the models' checkpoints."""
+    host = await Host.open(config.host)
+    try:
+        return host.inventory, await host.facts(config)
+    finally:
+        await host.close()
 
 
 @config.command()

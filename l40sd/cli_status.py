@@ -189,8 +189,7 @@ def _header(status: Status) -> list[RenderableType]:
     endpoint = [f"endpoint {' '.join(proxy.listen) or 'none'}", f"{proxy.served} served", f"{proxy.failed} failed"]
     for count, name in ((proxy.retried, "retried"), (proxy.waiting, "waiting"), (proxy.connections, "connections")):
         endpoint += [f"{count} {name}"] if count else []
-    note = f" ({status.provider_note})" if status.provider_note else ""
-    rest = [f"workers in {_PROVIDERS.get(status.provider, status.provider)}{note}"]
+    rest = [f"workers in {_PROVIDERS.get(status.provider, status.provider)}"]  # what it cannot do is doctor's to say
     if not status.is_live:
         rest += [f"recorded host {status.inventory}", "pinning is shown, not applied"]
     return [Flow(head), Flow(endpoint, style="dim"), Flow(rest, style="dim")]

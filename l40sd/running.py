@@ -32,8 +32,7 @@ from l40sd.core.configfile import Loaded, load
 from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.core.errors import L40sError
 from l40sd.core.keyfile import key_changes
-from l40sd.core.lifecycle import Phase
-from l40sd.core.messages import Status
+from l40sd.core.messages import Check, Status
 from l40sd.core.naming import natural
 from l40sd.core.presence import changes
 from l40sd.services import report
@@ -78,7 +77,7 @@ async def run_workers(
         event_file = EventFile(
             Path(config.daemon.log_dir) / EVENTS_NAME, config.daemon.events_kept, handover.hold_signals
         )
-        events.resume(await asyncio.to_thread(event_file.read), event_file)
+        events.resume(*await asyncio.to_thread(event_file.read), event_file)
         # 1. What the host is made of.
         host = await Host.open(config.host)
         stack.push_async_callback(host.close)
@@ -148,6 +147,7 @@ class Daemon:
         self._ending: asyncio.Future[Ending | None] = asyncio.get_running_loop().create_future()
         self._upgrade_wanted = asyncio.Event()
         self._reload_wanted = asyncio.Event()
+        self._reload_problem = ""
         self._log = structlog.get_logger()
         host = supervisor.tools.host
         self._watch_gpus = GpuWatch(host, lambda: self._loaded.config.host, self._take_in_gpus)
@@ -186,7 +186,7 @@ class Daemon:
         return Doors(
             status=self.status,
             metrics=self._proxy.metrics_text,
-            doctor=lambda: examine(self._supervisor, self._loaded.config),
+            doctor=self._examine,
             reload=lambda forget_gpus: self.reload(forget_gpus=forget_gpus),
             upgrade=self.upgrade,
             config_toml=lambda: configshow.to_toml(self._loaded.config, self._loaded.origins),
@@ -196,13 +196,9 @@ class Daemon:
 
     async def status(self) -> Status:
         """Return everything of `l40sctl status`."""
-        host, store = self._supervisor.tools.host, self._supervisor.store
+        memory = await self._supervisor.tools.host.memory()
         return report.status(
-            self._supervisor,
-            self._proxy,
-            await host.memory(),
-            began_at_s=self._began_at_s,
-            degraded=(*host.degraded, *filter(None, [store.degraded]), *self._supervisor.degraded),
+            self._supervisor, self._proxy, memory, began_at_s=self._began_at_s, degraded=self._degraded()
         )
 
     async def reload(self, *, forget_gpus: bool = False) -> list[str]:
@@ -223,9 +219,11 @@ class Daemon:
             changed += await self._reconfigure(config, forget_gpus=forget_gpus)
         except L40sError as error:
             self._log.error("config.reload.failed", reason=str(error))
+            self._reload_problem = str(error)
             raise
         finally:
             self.notifier.ready(self.summary())
+        self._reload_problem = ""
         self._loaded = replace(fresh, config=config)
         self._proxy.configure(config.proxy)
         self._proxy.set_api_keys(keys)
@@ -259,11 +257,17 @@ class Daemon:
         else:
             self._log.info("inventory.gpus_taken_in", changed=changed)
 
+    async def _examine(self) -> list[Check]:
+        return await examine(self._supervisor, self._loaded.config, self._path, reload_problem=self._reload_problem)
+
     def summary(self) -> str:
         """Return one line for `systemctl status`."""
-        workers = self._supervisor.workers.values()
-        ready = sum(w.phase is Phase.READY for w in workers)
-        return f"pattern {self._supervisor.want.pattern}: {ready} of {len(workers)} workers ready"
+        return report.summary(self._supervisor, self._degraded())
+
+    def _degraded(self) -> tuple[str, ...]:
+        """Sentences on what does not work at present."""
+        host, store = self._supervisor.tools.host, self._supervisor.store
+        return (*host.degraded, *filter(None, [store.degraded]), *self._supervisor.degraded)
 
     def facts(self) -> dict[str, object]:
         """Return what is worth a line in the log at the start."""
@@ -370,7 +374,7 @@ def own_python() -> str:
     It stands in the command line of a simulated worker: beside /opt/l40sd/current/bin/l40sd it stays the same and an
     upgrade leaves the worker alone; ``sys.executable`` names the release.
     """
-    beside = Path(sys.argv[0]).with_name("python")
+    beside = Path(sys.argv[0]).absolute().with_name("python")  # a worker starts in another folder
     return str(beside) if beside.is_file() else sys.executable
 
 

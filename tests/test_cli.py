@@ -159,6 +159,22 @@ def test_a_dry_run_shows_gpus_order_and_lowest_capacity(fake: FakeControl, capfd
     assert "not touched: far" in run.out
 
 
+def test_the_topology_in_short_is_what_gpus_share(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["topology", "--from", "l40s-12-4+2", "--short"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert lines[2].split() == ["PCIe", "switch", "0000:16:00.0", "0,1,2,3"]
+
+
+def test_status_leaves_to_doctor_what_nobody_can_mend_at_once(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every `status` on a laptop had two lines on controllers that its kernel lacks."""
+    note = "no pids and memory controller here"
+    fake.answers["GET /v1/status"] = (200, replace(canned.STATUS, provider_note=note))
+    assert note not in Run(fake, capfd, "status").out
+
+
 def test_the_topology_can_be_recorded(fake: FakeControl, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert Run(fake, capfd, "topology", "--record", str(tmp_path / "host.toml")).code == 0
     assert (tmp_path / "host.toml").read_text() == canned.TOPOLOGY.record
@@ -286,6 +302,30 @@ def test_doctor_ends_with_1_when_something_failed(fake: FakeControl, capfd: pyte
     run = Run(fake, capfd, "doctor")
     assert run.code == 1
     assert "hint: fetch it" in run.out
+
+
+def test_doctor_finds_what_it_can_where_no_daemon_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It said "no such socket" and nothing else, when there was most to ask."""
+    file = tmp_path / "l40sd.toml"
+    folders = "".join(f"{name}_dir = '{tmp_path / name}'\n" for name in ("state", "runtime", "log"))
+    head = f"[daemon]\n{folders}[host]\ninventory = 'l40s-8'\n[proxy]\nlisten = ['0.0.0.0:0']\n"
+    file.write_text(head + "[models.m]\nengine = 'llama-cpp'\nsource = '/none/m.gguf'\ncommand = []\n")
+    doctor = ["--socket", str(tmp_path / "none"), "doctor", "--config", str(file)]
+    assert cli.run(doctor) == 5
+    assert "failed  config  " in capfd.readouterr().out
+    file.write_text(head + "[models.m]\nengine = 'mine'\nsource = '/none/m.gguf'\n[engines.mine]\nbase = 'llama-cpp'\n")
+    assert cli.run([*doctor, "-o", "json"]) == 5
+    checks = {check["name"]: check for check in json.loads(capfd.readouterr().out)}
+    assert next(iter(checks)) == "daemon"
+    assert checks["config"]["state"] == "ok"
+    assert checks["access"]["found"] == "whoever reaches 0.0.0.0:0 may ask: there are no API keys"
+    assert checks["host"]["found"].startswith("8 GPUs, 2 NUMA nodes, from l40s-8")
+    assert checks["model m"]["state"] == "failed"
+    assert {"endpoint", "placement", "state_dir", "runtime_dir", "log_dir"} <= checks.keys()
+    file.write_text(head.replace("l40s-8", "l40s-9"))
+    assert cli.run(doctor) == 5
+    out = capfd.readouterr().out
+    assert "models: no model" in out
 
 
 # --- the change of a pattern --------------------------------------------------------------------------------------
@@ -684,9 +724,35 @@ def test_config_check_tells_all_problems_without_a_daemon(tmp_path: Path, capfd:
 def test_config_check_reads_conf_d_and_approves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "l40sd.toml").write_text("[proxy]\n")
     (tmp_path / "conf.d").mkdir()
-    (tmp_path / "conf.d" / "10.toml").write_text("[models.m]\nsource = '/m'\n")
+    (tmp_path / "conf.d" / "10.toml").write_text("[models.m]\nsource = 'hub/m'\n")
     assert cli.run(["config", "check", str(tmp_path / "l40sd.toml")]) == 0
     assert "with 1 more from conf.d: good: 1 model, 0 patterns" in capfd.readouterr().out
+
+
+def test_config_check_finds_what_a_start_would(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A configuration that was "good" ended the daemon, or left every worker failed."""
+    file = tmp_path / "l40sd.toml"
+    text = (
+        "[daemon]\npattern = 'wide'\n[host]\ninventory = 'l40s-9'\n[proxy]\napi_keys_file = '/none/keys'\n"
+        "[models.m]\nengine = 'vllm'\nsource = '/none/m'\n[[patterns.wide.replicas]]\nmodel = 'm'\ntp = 16\n"
+    )
+    file.write_text(text)
+    assert cli.run(["config", "check", str(file)]) == 1
+    err = capfd.readouterr().err
+    assert "/none/keys: cannot be read: No such file or directory" in err
+    assert "cannot read host file 'l40s-9'" in err
+    assert "did you mean l40s-8?" in err
+    file.write_text(text.replace("l40s-9", "l40s-8").replace("api_keys_file = '/none/keys'\n", ""))
+    assert cli.run(["config", "check", str(file)]) == 1
+    err = capfd.readouterr().err
+    assert f"{file}: models.m.source: there is nothing at /none/m" in err
+    assert f"{file}: patterns.wide: pattern wide does not fit l40s-8 (bundled)" in err
+    (tmp_path / "m").mkdir()
+    mended = (("l40s-9", "l40s-8"), ("/none/m", str(tmp_path / "m")), ("tp = 16", "tp = 2"), ("api_keys_file", "#"))
+    for wrong, right in mended:
+        text = text.replace(wrong, right)
+    file.write_text(text)
+    assert cli.run(["config", "check", str(file)]) == 0
 
 
 def test_config_check_of_a_missing_file_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

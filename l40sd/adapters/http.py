@@ -30,7 +30,7 @@ _special_in_response = re.compile(
     rb"\r\n((?i:connection|keep-alive|proxy-(?:connection|authenticate|authorization)|t(?:e|railer)|upgrade"
     rb"|x-(?:request-id|l40s-(?:worker|source))|access-control-[!-9;-~]++)):[ \t]*+([^\r\n]*+)"
 ).split
-_cross_origin = re.compile(rb"\r\n(?i:access-control-)[^\r\n]*+").finditer
+_left_out = re.compile(rb"\r\n(?i:access-control-[!-9;-~]++|keep-alive):[^\r\n]*+").finditer
 _reserved_in_trailer = re.compile(
     rb"(?i:c(?:onnection|ontent-(?:length|encoding|type|range))|t(?:e|railer|ransfer-encoding)|host|keep-alive|upgrade"
     rb"|authorization|set-cookie|access-control-.*+|proxy-.*+|x-(?:request-id|l40s-.*+))"
@@ -232,7 +232,7 @@ def format_request(
 class KnownReply:
     """A kind of reply head that was parsed before: with a length, and digits that may differ.
 
-    Nothing has to be taken out of it but what an engine says of CORS: llama.cpp does in every reply.
+    Nothing has to be taken out of it but ``Keep-Alive`` and what an engine says of CORS: llama.cpp always sends both.
 
     Attributes:
         status: Neither 1xx, 204, 304 nor 5xx.
@@ -252,7 +252,7 @@ class KnownReply:
         self._start = head[:12]  # with the status: its digits may not differ
         self._length_at = length_at
         self._length_end = length_end
-        cuts = [field.span() for field in _cross_origin(head)]
+        cuts = [field.span() for field in _left_out(head)]
         begins = [self.line_end, *(end for _, end in cuts)]
         ends = [*(start for start, _ in cuts), None]
         self.passed_on = list(zip(begins, ends, strict=True)) if cuts else None
@@ -274,8 +274,8 @@ class KnownReply:
 def known_reply(head: bytes, response: "ResponseHead") -> KnownReply | None:
     """Return the kind of a head that llhttp found well-formed; None for one that has to be parsed each time."""
     found = _length(head)
-    cross_origin = sum(field.end() - field.start() for field in _cross_origin(head))
-    is_plain = len(response.lines) + cross_origin == len(head) - 4
+    left_out = sum(field.end() - field.start() for field in _left_out(head))
+    is_plain = len(response.lines) + left_out == len(head) - 4
     is_plain = is_plain and b"x-l00s-" not in head.translate(_DIGITS_ALIKE).lower()
     if found is None or not is_plain or response.is_chunked or head[:8] != b"HTTP/1.1":
         return None

@@ -167,12 +167,13 @@ def _json(body: bytes) -> Mapping[str, Any]:
 
 
 def _listed(model: Mapping[str, Any]) -> ListedModel:
-    owner = model.get("owned_by")
+    owner, meta = model.get("owned_by"), model.get("meta")
+    of_a_slot = meta.get("n_ctx") if isinstance(meta, Mapping) else None  # llama.cpp: what one request may have
     return ListedModel(
         id=str(model["id"]),
         created=_count(model.get("created")),
         owned_by=owner[:OWNER_LIMIT] if isinstance(owner, str) else "",
-        max_model_len=_count(model.get("max_model_len")),
+        max_model_len=_count(model.get("max_model_len")) or _count(of_a_slot),
     )
 
 

@@ -119,13 +119,32 @@ async def stop_reason(*, timeout_s: float = JOB_TIMEOUT_S) -> str | None:
     unit = own_unit()
     if unit is None or "INVOCATION_ID" not in os.environ:
         return None
+    jobs = await _output("systemctl", "list-jobs", "--no-legend", "--plain", "--no-pager", timeout_s=timeout_s)
+    return job_of(unit, jobs)
+
+
+async def unit_facts(unit: str, *, timeout_s: float = JOB_TIMEOUT_S) -> dict[str, str]:
+    """Return what systemd knows of a unit, e.g. ``ActiveState``, ``Result``; nothing where it does not answer."""
+    wanted = "--property=LoadState,ActiveState,SubState,Result,ExecMainStatus,NRestarts"
+    text = await _output("systemctl", "show", "--no-pager", wanted, unit, timeout_s=timeout_s)
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+async def last_error(unit: str, *, timeout_s: float = JOB_TIMEOUT_S) -> str:
+    """Return the latest error in a unit's journal, with its date; empty where there is none to read."""
+    lines = ("--priority=err", "--lines=1", "--output=short-iso", "--quiet", "--no-pager", "--no-hostname")
+    return (await _output("journalctl", f"--unit={unit}", *lines, timeout_s=timeout_s)).strip()
+
+
+async def _output(*command: str, timeout_s: float) -> str:
+    """Return what a command prints; what it has printed when it does not end in time, nothing when it is not there."""
     try:
         process = await asyncio.create_subprocess_exec(
-            "systemctl", "list-jobs", "--no-legend", "--plain", "--no-pager",
+            *command,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
     except OSError:
-        return None
+        return ""
     text = b""
     try:
         with contextlib.suppress(TimeoutError):
@@ -135,7 +154,7 @@ async def stop_reason(*, timeout_s: float = JOB_TIMEOUT_S) -> str | None:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return job_of(unit, text.decode("utf-8", "replace"))
+    return text.decode("utf-8", "replace")
 
 
 def job_of(unit: str, jobs: str) -> str | None:

@@ -97,6 +97,9 @@ class DaemonConfig:
         "l40sd", "group that may use the control socket; ignored where it does not exist", restart=True
     )
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+    log_format: str = option(
+        "text", "of the journal's lines and of a file's: text or json", choices=("text", "json"), restart=True
+    )
     orphan_grace_s: float = option(
         600.0,
         "workers of a daemon gone for longer than this stop themselves",
@@ -163,7 +166,7 @@ class ProxyConfig:
         (), "web pages that may use it from a browser: https://host, http://host:port or *; none: CORS is off"
     )
     queue_limit: int = option(1000, "requests that may wait for a worker, per model", least=0, most=1_000_000)
-    queue_timeout_s: float = option(120.0, "longest wait for a worker, then 503", least=0, most=86400)
+    queue_timeout_s: float = option(120.0, "longest wait for a worker on its way, then 503", least=0, most=86400)
     in_flight_limit: int = option(
         0, "requests at once on one worker; 0: no limit, the engine queues", least=0, most=100_000
     )
@@ -220,12 +223,20 @@ class WorkersConfig:
     host: str = option("127.0.0.1", "address that workers listen on", restart=True)
     port_first: int = option(30000, "first port given to workers", least=1024, most=65535, restart=True)
     port_last: int = option(30999, "last port given to workers", least=1024, most=65535, restart=True)
-    start_parallel: int = option(2, "workers that may be starting at once", least=1, most=64)
+    start_parallel: int = option(
+        0, "workers that may be starting at once; 0: as many as this host's memory and CPUs load", least=0, most=64
+    )
     min_ready: float = option(
         0.5,
         "share of a model's capacity kept ready during a pattern change, where the GPUs allow it",
         least=0,
         most=1,
+    )
+    proof_kept_s: float = option(
+        3600.0,
+        "a launch that served within this time need not prove itself again in a change; 0: each time anew",
+        least=0,
+        most=7 * 86400,
     )
     drain_timeout_s: float = option(
         120.0, "a drained worker is stopped after this even with requests in flight", least=0, most=86400

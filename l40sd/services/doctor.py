@@ -1,40 +1,60 @@
 """`l40sctl doctor`: what an operator would check by hand, each with what was found and how to mend it."""
 
 import asyncio
-import os
 import resource
-import shutil
 from pathlib import Path
 
+from l40sd.core import configshow
 from l40sd.core.config import Config
 from l40sd.core.descriptors import needed
-from l40sd.core.errors import L40sError
-from l40sd.core.launch import build, program_of
 from l40sd.core.messages import Check
 from l40sd.core.naming import natural
+from l40sd.services import preflight
 from l40sd.services.host import Host
+from l40sd.services.preflight import FAILED, OK, WARNING
 from l40sd.services.supervisor import Supervisor
 
-OK, WARNING, FAILED = "ok", "warning", "failed"
 DESCRIPTORS_EXPECTED = 65536
-DISK_FREE_AT_LEAST = 0.05
-GIB = 1 << 30
 
 
-async def examine(supervisor: Supervisor, config: Config) -> list[Check]:
-    """Return every check, in the order in which they matter."""
+async def examine(supervisor: Supervisor, config: Config, path: Path, *, reload_problem: str) -> list[Check]:
+    """Return every check, in the order in which they matter.
+
+    Args:
+        path: Of the configuration's main file, which may be another than ``config`` by now.
+        reload_problem: Why the latest reload was refused; empty when it was not.
+    """
     memory = await supervisor.tools.host.memory()
-    disks = await asyncio.to_thread(_disks, config)
+    disks = await asyncio.to_thread(preflight.directories, config)
+    layout, inventory = supervisor.want.layout, supervisor.tools.host.inventory
     return [
+        *await asyncio.to_thread(_files, config, path, reload_problem),
+        preflight.exposure(config),
         _host(supervisor, answers=memory is not None),
         _provider(supervisor),
-        *_programs(supervisor, config),
-        _numactl(supervisor, config),
-        _links(supervisor),
+        *preflight.programs(layout, config, inventory, supervisor.tools.facts),
+        preflight.numactl(inventory, config),
+        _placement(supervisor),
         _descriptors(config),
         *disks,
         _failed_workers(supervisor),
     ]
+
+
+def _files(config: Config, path: Path, reload_problem: str) -> list[Check]:
+    """Look at the configuration on disk: broken, refused by the latest reload, or another than the one in force."""
+    loaded, checks = preflight.config_on_disk(path)
+    if loaded is None:
+        return checks
+    if reload_problem:
+        hint = "what is in force is older: l40sctl config diff; mend it, then l40sctl reload"
+        checks = [
+            Check(name="config", state=FAILED, found=f"the latest reload was refused: {reload_problem}", hint=hint)
+        ]
+    elif changed := configshow.diff(config, loaded.config):
+        found = f"{path} is not what is in force: {len(changed)} differences"
+        checks = [Check(name="config", state=WARNING, found=found, hint="l40sctl config diff; l40sctl reload")]
+    return [*checks, *preflight.key_file(loaded.config)]
 
 
 def _host(supervisor: Supervisor, *, answers: bool) -> Check:
@@ -64,53 +84,12 @@ def _provider(supervisor: Supervisor) -> Check:
     return Check(name="provider", state=state, found=f"{processes.provider}: {processes.note}", hint=hint)
 
 
-def _programs(supervisor: Supervisor, config: Config) -> list[Check]:
-    """One line a model in the pattern: is its engine's program there, is its checkpoint?"""
-    checks: dict[str, Check] = {}
-    for placement in supervisor.want.layout.placements:
-        if placement.endpoint or placement.model in checks:
-            continue
-        name = f"model {placement.model}"
-        try:
-            program = program_of(build(placement, config, supervisor.tools.host.inventory, port=0, api_key=""))
-        except L40sError as error:
-            checks[placement.model] = Check(name=name, state=FAILED, found=error.what, hint=error.hint)
-            continue
-        path = shutil.which(program)
-        facts = supervisor.tools.facts.get(placement.model)
-        if path is None:
-            hint = f"install it, or set command = [...] in [engines.{config.models[placement.model].engine}]"
-            checks[placement.model] = Check(name=name, state=FAILED, found=f"no program {program!r}", hint=hint)
-        elif facts is not None and facts.missing:
-            source = config.models[placement.model].source
-            checks[placement.model] = Check(
-                name=name,
-                state=FAILED,
-                found=f"nothing at {source}",
-                hint=f"correct source in [models.{placement.model}]",
-            )
-        else:
-            size = f", checkpoint {facts.size_bytes / GIB:.1f} GiB" if facts and facts.size_bytes else ""
-            checks[placement.model] = Check(name=name, state=OK, found=f"{path}{size}")
-    return list(checks.values())
-
-
-def _numactl(supervisor: Supervisor, config: Config) -> Check:
-    if not supervisor.tools.host.inventory.is_live:
-        return Check(name="pinning", state=OK, found="shown, not applied: the host is read from a file")
-    if not config.host.numa_pinning:
-        return Check(name="pinning", state=WARNING, found="switched off", hint="[host] numa_pinning = true")
-    path = shutil.which("numactl")
-    if path is None:
-        return Check(name="pinning", state=FAILED, found="no numactl", hint="apt-get install numactl")
-    return Check(name="pinning", state=OK, found=path)
-
-
-def _links(supervisor: Supervisor) -> Check:
-    warnings = supervisor.want.layout.warnings
-    if warnings:
-        return Check(name="placement", state=WARNING, found="; ".join(warnings), hint="l40sctl topology")
-    return Check(name="placement", state=OK, found=f"pattern {supervisor.want.pattern} without reservations")
+def _placement(supervisor: Supervisor) -> Check:
+    layout, pattern = supervisor.want.layout, supervisor.want.pattern
+    if not layout.placements:
+        found = f"nothing of pattern {pattern} is placed"
+        return Check(name="placement", state=FAILED, found=found, hint="l40sctl status says why")
+    return preflight.placement(pattern, layout.warnings)
 
 
 def _descriptors(config: Config) -> Check:
@@ -124,21 +103,6 @@ def _descriptors(config: Config) -> Check:
             hint="LimitNOFILE= in the unit, or `ulimit -n`",
         )
     return Check(name="descriptors", state=OK, found=f"{soft} files may be open")
-
-
-def _disks(config: Config) -> list[Check]:
-    checks = []
-    for key in ("state_dir", "log_dir"):
-        directory = Path(getattr(config.daemon, key))
-        usage = shutil.disk_usage(directory)
-        found = f"{directory}: {usage.free / GIB:.1f} GiB free"
-        if not os.access(directory, os.W_OK):
-            checks.append(Check(name=key, state=FAILED, found=f"{directory} is not writable", hint="check its owner"))
-        elif usage.free < DISK_FREE_AT_LEAST * usage.total:
-            checks.append(Check(name=key, state=WARNING, found=found, hint="free some space"))
-        else:
-            checks.append(Check(name=key, state=OK, found=found))
-    return checks
 
 
 def _failed_workers(supervisor: Supervisor) -> Check:

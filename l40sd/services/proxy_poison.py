@@ -29,12 +29,13 @@ class End:
 
     route: Route
     serial: int
+    at_s: float
     victims: int = 0
 
-    @property
-    def is_confirmed(self) -> bool:
-        """Whether the worker has left the routes since."""
-        return not self.route.is_open or self.route.serial != self.serial
+    def death(self, now_s: float) -> Death:
+        """Return it as it is to be judged."""
+        has_left = not self.route.is_open or self.route.serial != self.serial
+        return Death(has_left=has_left, age_s=now_s - self.at_s, victims=self.victims)
 
 
 @dataclass(slots=True)
@@ -45,15 +46,13 @@ class Entry:
     until_s: float
     ends: list[End] = field(default_factory=list)
 
-    @property
-    def is_poison(self) -> bool:
-        """Whether its request is refused."""
-        return is_poison(Death(is_confirmed=end.is_confirmed, victims=end.victims) for end in self.ends)
+    def is_poison(self, now_s: float) -> bool:
+        """Return whether its request is refused."""
+        return is_poison(end.death(now_s) for end in self.ends)
 
-    @property
-    def workers(self) -> tuple[str, ...]:
-        """Those that ended with it for certain, the latest last."""
-        return tuple(end.route.backend.worker for end in self.ends if end.is_confirmed)
+    def workers(self, now_s: float) -> tuple[str, ...]:
+        """Return those that ended with it, the latest last."""
+        return tuple(end.route.backend.worker for end in self.ends if end.death(now_s).counts)
 
 
 class Poison:
@@ -95,7 +94,7 @@ class Poison:
         """Count an end of this route's worker against a request that it had not answered a byte of; return that end."""
         end = self._latest.get(route)
         if end is None or end.serial != route.serial:
-            end = self._latest[route] = End(route, route.serial)
+            end = self._latest[route] = End(route, route.serial, now_s)
         end.victims += 1
         if self._kept_s <= 0 or self._limit <= 0:
             return end

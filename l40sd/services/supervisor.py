@@ -13,6 +13,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 from l40sd.adapters.clock import now_s
@@ -25,12 +26,15 @@ from l40sd.core.messages import OperationStatus, plain
 from l40sd.core.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
 from l40sd.core.naming import natural
 from l40sd.core.outliers import Peer
-from l40sd.core.pace import SLACK_S, bound_back_s, bound_s, slowest
+from l40sd.core.outlook import Patience, Slot, outlook
+from l40sd.core.pace import SLACK_S, bound_back_s, bound_s, slowest, start_parallel
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
 from l40sd.core.plan import Do, Limits, Observed, Order, Wanted, is_settled, plan, ready_share
 from l40sd.core.rollout import Decision, End, begin, decide, models_leaving
 from l40sd.services.change import UNDER_WAY, Change, Want, state_of
+from l40sd.services.learned import Learned
+from l40sd.services.learned import recalled as learned
 from l40sd.services.making import launch_of
 from l40sd.services.past import Past, written
 from l40sd.services.recall import left_of, recall
@@ -71,6 +75,7 @@ class Supervisor:
         self._is_unsaved = False
         self._drained: set[WorkerId] = set()
         self._floor: Mapping[ModelName, int] = {}  # of a change that ended incomplete
+        self._learned = Learned()
         self._pasts: dict[WorkerId, Past] = {}  # as they are on disk
         self._trouble = ""
         self._refused = ""  # what the system says to the turns since the last good one
@@ -163,8 +168,14 @@ class Supervisor:
         """Return the change that ``apply`` would begin; nothing is changed."""
         observed, former = self._observed(), self.change
         previous = self.want if former is None else former.previous
-        pace = slowest(want.config, self.tools.facts, self.tools.past_loads_s)
-        terms = begin(want.wanted, observed, former=former.terms if former else None, is_trial=previous is not None)
+        pace = slowest(want.config, self.tools.facts, self.tools.past_loads_s, self.at_once(want))
+        terms = begin(
+            want.wanted,
+            observed,
+            former=former.terms if former else None,
+            is_trial=previous is not None,
+            remembered=self._learned.proofs(want.config.workers.proof_kept_s),
+        )
         return Change(
             id=secrets.token_hex(4),
             pattern=want.pattern,
@@ -175,6 +186,10 @@ class Supervisor:
             leaving=models_leaving(want.wanted, terms.baseline),
             by=by,
         )
+
+    def at_once(self, want: Want) -> int:
+        """Return how many workers may be starting at once on the way to this want."""
+        return start_parallel(want.config, self.tools.host.inventory, self.tools.facts, want.wanted)
 
     def _observed(self) -> list[Observed]:
         return [w.observed() for w in self.workers.values()]
@@ -286,6 +301,7 @@ class Supervisor:
         if self._is_stopping:
             self._forget_stopped()
             return
+        self._learned.note(self._observed())
         if self.change is not None:
             self._judge(self.change)  # 1
         if self._pasts_now() != self._pasts:
@@ -306,7 +322,7 @@ class Supervisor:
     def _keep(self) -> None:
         """Have things as they are wanted, outside a change: with a floor only while one that ended left it to do."""
         workers, observed = self.want.config.workers, self._observed()
-        limits = Limits(start_parallel=workers.start_parallel, min_ready=workers.min_ready, baseline=self._floor)
+        limits = Limits(start_parallel=self.at_once(self.want), min_ready=workers.min_ready, baseline=self._floor)
         for order in plan(self.want.wanted, observed, limits):
             self._carry_out(order)
         if self._floor and is_settled(self.want.wanted, observed):
@@ -319,7 +335,7 @@ class Supervisor:
             self.want.wanted,
             self._observed(),
             change.terms,
-            start_parallel=workers.start_parallel,
+            start_parallel=self.at_once(self.want),
             min_ready=workers.min_ready,
             is_late=change.is_late,
         )
@@ -448,7 +464,7 @@ class Supervisor:
                 code="under_way",
             )
         config = self.want.config
-        pace = slowest(config, self.tools.facts, self.tools.past_loads_s)
+        pace = slowest(config, self.tools.facts, self.tools.past_loads_s, self.at_once(self.want))
         loads_s = (pace.load_s.get(self.workers[w].wanted.placement.model, 0.0) for w in chosen)
         baseline = Counter[ModelName]()
         for o in self._observed():
@@ -469,7 +485,7 @@ class Supervisor:
     def _roll_on(self, roll: Roll) -> None:
         workers = self.want.config.workers
         before = len(roll.pending)
-        is_over = roll.advance(self.workers, start_parallel=workers.start_parallel, min_ready=workers.min_ready)
+        is_over = roll.advance(self.workers, start_parallel=self.at_once(self.want), min_ready=workers.min_ready)
         self.operations[roll.id] = roll.status()
         if is_over:
             self._end_roll(roll)
@@ -577,6 +593,8 @@ class Supervisor:
         state = await self.store.load() or {}
         recalled = await recall(adoption, state, self.config, self.tools, design=self.design, want_of=self._want)
         self.workers, self.change, self._trouble = recalled.workers, recalled.change, recalled.trouble
+        self._learned, loads_s = learned(state.get("learned"))
+        self.tools.past_loads_s.update(loads_s)
         self._drained, self._floor, self.roll = recalled.drained, recalled.floor, recalled.roll
         self.operations |= {operation.id: operation for operation in recalled.ended}
         self._set_want(recalled.want)
@@ -624,6 +642,7 @@ class Supervisor:
                     "pasts": written(self._pasts),
                     "roll": self.roll.journal() if self.roll else None,
                     "ended": plain([o for o in self.operations.values() if o.state not in UNDER_WAY][-ENDED_KEPT:]),
+                    "learned": self._learned.journal(self.tools.past_loads_s),
                     "gpus": plain(self.tools.host.known),
                 }
                 await self.store.save(state)
@@ -655,26 +674,38 @@ class Supervisor:
             self.operations.pop(next(iter(self.operations)))
 
     def _publish_catalog(self) -> None:
-        """Tell the routes which models there are and, for a request that must wait, what is on its way."""
-        by_model: dict[ModelName, list[Worker]] = {}
+        """Tell the routes which models there are and, for a request that finds no worker, what is on its way."""
+        slots: dict[ModelName, list[Slot]] = {}
         for worker in self.workers.values():
-            by_model.setdefault(worker.wanted.placement.model, []).append(worker)
-        in_pattern = {w.placement.model for w in self.want.wanted} | set(by_model)
-        pattern = self.want.pattern
+            slots.setdefault(worker.wanted.placement.model, []).append(worker.slot())
+        for w in self._still_to_be_made():
+            is_held = not self.unusable().isdisjoint(w.placement.gpus)
+            slots.setdefault(w.placement.model, []).append(Slot(phase=Phase.STUCK if is_held else Phase.WAITING))
+        wanted = {w.placement.model for w in self.want.wanted}
         self.tools.routes.set_catalog(
             {
                 name: CatalogEntry(
                     aliases=model.aliases,
-                    note=loading_note(by_model.get(name, ())) if name in in_pattern else f"not in pattern {pattern}",
+                    outlook=outlook(
+                        slots.get(name, ()),
+                        self._patience(name),
+                        pattern=self.want.pattern,
+                        is_wanted=name in wanted,
+                    ),
                 )
                 for name, model in self.want.config.models.items()
             }
         )
 
+    def _still_to_be_made(self) -> list[Wanted]:
+        there = {(w.id, w.wanted.fingerprint) for w in self.workers.values() if w.goal is not Goal.GONE}
+        return [w for w in self.want.wanted if (w.placement.worker, w.fingerprint) not in there]
 
-def loading_note(workers: Sequence[Worker]) -> str:
-    """Return why a model cannot be served now, in one clause; empty when it can."""
-    if any(w.phase is Phase.READY for w in workers):
-        return ""
-    counts = Counter(str(w.phase) for w in workers)
-    return "workers: " + (", ".join(f"{n} {phase}" for phase, n in sorted(counts.items())) or "none yet")
+    def _patience(self, model: ModelName) -> Patience:
+        config = self.want.config
+        loads_s = self.tools.past_loads_s.get(model)
+        return Patience(
+            queue_s=config.proxy.queue_timeout_s,
+            load_s=median(loads_s) if loads_s else None,
+            external_s=config.health.startup_timeout_s,
+        )

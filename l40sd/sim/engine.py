@@ -29,7 +29,6 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         say(str(error))
         return 2
-    say(f"GPUs {os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}, model {options.model[0]}")
     code = faults.get("exit-at-once")
     if code is not None:
         say(f"exits at once with {int(code)}, as told")
@@ -93,6 +92,7 @@ class Engine:
         loop.add_signal_handler(signal.SIGTERM, self._term)
         loop.add_signal_handler(signal.SIGINT, self._term)
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        say(f"GPUs {os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}, model {self._options.model[0]}")
         self._start_ranks()
         for name in FAULTS:
             self._take(name)
@@ -109,7 +109,14 @@ class Engine:
         await self._stopping.wait()
         await self._drain()
         server.close()
+        await self._clean_up()
         return self._exit()
+
+    async def _clean_up(self) -> None:
+        needs_s = self._faults.get("clean-up")
+        if needs_s is not None:
+            await asyncio.sleep(needs_s)
+            say("all is in order")
 
     def _start_ranks(self) -> None:
         if self._options.ranks > 1:

@@ -168,12 +168,15 @@ async def test_what_the_engine_says_of_a_model_is_kept_and_nonsense_is_not(probe
     said = {"id": "llama", "created": 1700000000, "owned_by": "vllm", "max_model_len": 32768, "root": "/models/x"}
     nonsense = {"id": "alias", "created": True, "owned_by": 7, "max_model_len": "many"}
     beyond = {"id": "beyond", "created": -1, "owned_by": "x" * 5000, "max_model_len": 1 << 60}
-    async with saying(http(200, {"data": [said, nonsense, beyond]})) as port:
+    llama_cpp = {"id": "slot", "owned_by": "llamacpp", "meta": {"n_ctx": 512, "n_ctx_train": 8192}}
+    async with saying(http(200, {"data": [said, nonsense, beyond, llama_cpp, {"id": "x", "meta": 7}]})) as port:
         _, models = await prober.models("127.0.0.1", port, VLLM, "", 5)
     assert models == (
         ListedModel(id="llama", created=1700000000, owned_by="vllm", max_model_len=32768),
         ListedModel(id="alias"),
         ListedModel(id="beyond", owned_by="x" * 100),
+        ListedModel(id="slot", owned_by="llamacpp", max_model_len=512),
+        ListedModel(id="x"),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from l40sd.adapters import clock
+from l40sd.adapters import clock, systemd
 from l40sd.adapters.systemd import Notifier, job_of, listen_sockets, own_unit
 
 
@@ -142,3 +142,17 @@ def test_clocks() -> None:
     assert len(clock.boot_id()) == 36
     assert clock.wall_time_iso()[10] == "T"
     assert clock.wall_time_s() > 1_700_000_000
+
+
+async def test_what_systemd_and_the_journal_know_of_a_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (
+        ("systemctl", "LoadState=loaded\nResult=exit-code\nodd"),
+        ("journalctl", "when l40sd[1]: bad\n"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert await systemd.unit_facts("l40sd.service") == {"LoadState": "loaded", "Result": "exit-code"}
+    assert await systemd.last_error("l40sd.service") == "when l40sd[1]: bad"
+    monkeypatch.setenv("PATH", "/none")
+    assert (await systemd.unit_facts("l40sd.service"), await systemd.last_error("l40sd.service")) == ({}, "")

@@ -66,9 +66,9 @@ def test_no_run_of_failures_is_longer_than_the_tries_allow(retries: int) -> None
     assert longest == max(retries + 1, 2)
 
 
-def died(*victims: int, unconfirmed: int = 0) -> list[Death]:
-    return [Death(is_confirmed=True, victims=n) for n in victims] + [
-        Death(is_confirmed=False, victims=1) for _ in range(unconfirmed)
+def died(*victims: int, still_there: int = 0, age_s: float = 60.0) -> list[Death]:
+    return [Death(has_left=True, age_s=60.0, victims=n) for n in victims] + [
+        Death(has_left=False, age_s=age_s, victims=1) for _ in range(still_there)
     ]
 
 
@@ -82,8 +82,9 @@ def died(*victims: int, unconfirmed: int = 0) -> list[Death]:
         (died(20, 20), False),  # most of those twenty are innocent
         (died(20, 20, 20), True),
         (died(20, 20, 1), True),
-        (died(1, unconfirmed=3), False),  # a worker that only closes its connections has not died
-        (died(unconfirmed=9), False),
+        (died(1, still_there=3), False),  # a worker that only closes its connections has not died
+        (died(still_there=9), False),
+        (died(still_there=2, age_s=0.1), True),  # nobody can know yet
     ],
 )
 def test_a_request_is_poison_after_two_deaths_or_three_in_company(deaths: list[Death], is_refused: bool) -> None:

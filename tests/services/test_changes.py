@@ -193,3 +193,22 @@ async def test_a_dry_run_shows_the_steps_that_the_change_then_takes(
         if event.seq > mark and event.event in words
     ]
     assert happened == shown
+
+
+async def test_what_served_a_while_ago_is_not_tried_again_also_for_the_next_daemon(
+    site_of: SiteOf, tmp_path: Path
+) -> None:
+    """Seen: back from D to A one GPU stood empty for a minute, although A had served minutes ago."""
+    site = site_of(flaky(tmp_path))
+    await site.start()
+    await site.until_ready("A", 30)
+    assert (await site.change("B", 60)).state == "done"
+    await site.kill()
+    await site.start()
+    await site.until_ready("B", 30)
+    wish = PatternRequest(name="A", dry_run=True)
+    preview = await asyncio.to_thread(site.client.ask, "/v1/pattern", wish, ChangePreview)
+    first = [step.action.split()[0] for step in preview.steps[:2]]
+    assert first == ["drain", "drain"], "two pairs go before the first new worker has answered"
+    assert preview.expected_s is not None, "loads are remembered, too"
+    assert (await site.change("A", 60)).state == "done"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from l40sd.core.errors import L40sError
 from l40sd.core.messages import Check, PatternView, Topology
 from l40sd.services.control import CONNECTION_LIMIT
 from l40sd.sim.site import Site
@@ -254,3 +255,32 @@ async def test_the_output_of_a_worker_that_is_gone_can_still_be_read(site: Site)
         assert await refused(site, "GET", f"/v1/workers/{name}/logs") == (404, "unknown_worker")
     assert await refused(site, "GET", f"/v1/workers/{gone}/logs?follow=1&from=here") == (400, "bad_request")
     assert await refused(site, "GET", "/v1/events?after=yesterday") == (400, "bad_request")
+
+
+async def test_the_doctor_sees_what_is_wrong_with_the_files(site: Site) -> None:
+    """A broken configuration on disk, keys for everybody to read, an open door: doctor said ok to all of them."""
+
+    async def checks() -> dict[str, Check]:
+        return {check.name: check for check in await site.get("/v1/doctor", list[Check])}
+
+    found = await checks()
+    assert (found["config"].state, found["access"].state, "keys" in found) == ("ok", "ok", False)
+    keys = site.folder / "keys"
+    keys.write_text("secret\n")
+    keys.chmod(0o644)
+    good = site.config_file.read_text()
+    site.config_file.write_text(f"{good}[proxy]\napi_keys_file = '{keys}'\n")
+    found = await checks()
+    assert (found["config"].state, "1 differences" in found["config"].found) == ("warning", True)
+    assert (found["keys"].state, "every user" in found["keys"].found) == ("warning", True)
+    site.config_file.write_text(good + "[proxy]\nlistenn = []\n")
+    found = await checks()
+    assert (found["config"].state, "unknown key" in found["config"].found) == ("failed", True)
+    site.config_file.write_text(good.replace('pattern = "C"', 'pattern = "C"\n[patterns.x]\n[[patterns.x.replicas]]\n'))
+    with pytest.raises(L40sError):
+        await asyncio.to_thread(site.client.post, "/v1/reload")
+    site.config_file.write_text(good)
+    found = await checks()
+    assert (found["config"].state, "latest reload was refused" in found["config"].found) == ("failed", True)
+    await asyncio.to_thread(site.client.post, "/v1/reload")
+    assert (await checks())["config"].state == "ok"
