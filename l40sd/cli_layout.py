@@ -21,15 +21,17 @@ LINK_WORDS = {
 ACTION_STYLES = {"start": "green", "drain": "yellow", "stop": "yellow"}
 
 
-def topology_view(topology: Topology) -> RenderableType:
-    """Return the link matrix, what the GPUs hang on, and the GPU groups with their reasons."""
+def topology_view(topology: Topology, *, is_short: bool = False) -> RenderableType:
+    """Return the link matrix, what the GPUs hang on, and the GPU groups with their reasons; short: what GPUs share."""
     kind = "this machine" if topology.is_live else "recorded: pinning is shown, not applied"
     head = Flow([Text(topology.host, style="bold"), f"{len(topology.gpus)} GPUs", topology.source, kind])
+    rows = [Row((name, numbers(gpus))) for name, gpus in topology.switches if gpus]
+    shared = Grid((Column(title="SHARED"), Column(title="GPUS")), rows)
+    if is_short:
+        return Group(head, *([shared] if rows else [Text("they share nothing that is known", style="dim")]))
     parts: list[RenderableType] = [head, Text(""), *_matrix(topology), Text("")]
     parts += [_gpus(topology), Text("")]
-    if topology.switches:
-        rows = [Row((name, numbers(gpus))) for name, gpus in topology.switches if gpus]
-        parts += [Grid((Column(title="SHARED"), Column(title="GPUS")), rows), Text("")]
+    parts += [shared, Text("")] if rows else []
     nodes = [
         Row((str(number), cpus, f"{size / GIB:.0f} GiB" if size else "")) for number, cpus, size in topology.numa_nodes
     ]

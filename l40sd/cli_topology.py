@@ -34,6 +34,7 @@ from l40sd.core.placement import place
 @click.option(
     "--config", "config_file", metavar="FILE", help="With --pattern: take models and patterns from this configuration."
 )
+@click.option("--short", is_flag=True, help="Only which GPUs share a PCIe switch and a NUMA node.")
 @click.option("--force", is_flag=True, help="With --pattern: allow GPU groups that cross sockets.")
 @common
 @click.pass_obj
@@ -45,6 +46,7 @@ def topology(
     pattern: str | None,
     config_file: str | None,
     force: bool,
+    short: bool,
 ) -> None:
     """Show how the GPUs are linked, and the GPU groups.
 
@@ -60,7 +62,7 @@ def topology(
     else:
         found = _local(read_from, pattern, config_file, force=force)
     if record_to is None:
-        session.show(found, topology_view(found))
+        session.show(found, topology_view(found, is_short=short))
     elif record_to == "-":
         session.data(found.record.encode())
     else:

@@ -1,11 +1,14 @@
 """The daemon's log: structlog events on stderr, in the form that whoever reads stderr wants.
 
     stderr is                 one line is
-    the journal               <6>{"event": "worker.ready", ...}     systemd reads the priority, the rest is JSON
+    the journal               <4>worker.exited m-gpu0: ended by signal 9  model=m ran_s=17.0
     a terminal                coloured text (NO_COLOR: plain)
     anything else             time=... level=info event=worker.ready ...
 
-Every line has the wall clock (``time``, ISO 8601, UTC) for people and a monotonic time (``mono_s``) for
+systemd takes the priority off and adds the time; the message comes first, for whoever is called at night. With
+``log_format = "json"`` the line in the journal is JSON after the priority, and elsewhere, but on a terminal, JSON.
+
+JSON and key=value have the wall clock (``time``, ISO 8601, UTC) for people and a monotonic time (``mono_s``) for
 arithmetic. Events of info and above also go to one callable, the ring behind `l40sctl events`, whatever the level.
 """
 
@@ -23,6 +26,8 @@ from typing import Any, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from l40sd.core.eventline import text_of, told
+
 EventSink = Callable[[str, str, Mapping[str, Any]], None]
 """Called with (level, event, data); data is plain JSON. Must neither block nor log."""
 
@@ -38,6 +43,7 @@ _sink: EventSink | None = None
 def configure(
     level: str = "info",
     *,
+    log_format: str = "text",
     stream: TextIO | None = None,
     environ: Mapping[str, str] | None = None,
     on_event: EventSink | None = None,
@@ -59,7 +65,7 @@ def configure(
             structlog.processors.format_exc_info,
             _hand_to_sink,
             _drop_below_level,
-            _renderer(stream, environ),
+            _renderer(stream, environ, log_format),
         ],
         wrapper_class=structlog.BoundLogger,
         logger_factory=lambda *_: _Writer(stream),
@@ -165,17 +171,30 @@ def plain(value: Any) -> Any:
             return str(value)
 
 
-def _renderer(stream: TextIO, environ: Mapping[str, str]) -> Processor:
+def _renderer(stream: TextIO, environ: Mapping[str, str], log_format: str) -> Processor:
     if for_journal(stream, environ):
-        return _journal_line
+        return _journal_json if log_format == "json" else _journal_line
     if stream.isatty():
         return _TerminalLine(colors=not environ.get("NO_COLOR"))
-    return _key_value_line
+    return _json_line if log_format == "json" else _key_value_line
 
 
 def _journal_line(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
+    """``EVENT [WORKER][: REASON]``, then the other keys: what says most comes first, what is long last."""
+    data = {key: plain(value) for key, value in event.items() if key not in _OURS}
+    subject, reason, rest = told(str(event["event"]), data)
+    line = f"<{_PRIORITIES[event['level']]}>{subject}" + (f": {reason}" if reason else "")
+    keys = " ".join(f"{_word(key)}={_word(value)}" for key, value in rest)
+    return f"{line}  {keys}" if keys else line
+
+
+def _journal_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
+    return f"<{_PRIORITIES[event['level']]}>{_json_line(logger, method, event)}"
+
+
+def _json_line(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
     ordered = {"event": event["event"], "level": event["level"], **event}
-    return f"<{_PRIORITIES[event['level']]}>{json.dumps(plain(ordered), ensure_ascii=False)}"
+    return json.dumps(plain(ordered), ensure_ascii=False)
 
 
 def _key_value_line(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
@@ -185,13 +204,7 @@ def _key_value_line(_logger: WrappedLogger, _method: str, event: EventDict) -> s
 
 
 def _text(value: Any) -> str:
-    match plain(value):
-        case str(text):
-            return text
-        case list(items) if all(isinstance(item, (int, str)) for item in items):
-            return ",".join(map(str, items))
-        case other:
-            return json.dumps(other)
+    return text_of(plain(value))
 
 
 def _word(text: str) -> str:

@@ -52,7 +52,7 @@ console = Console(highlight=False)
 
 
 class Story:
-    """Numbered steps: each says what it does, then how it went and how long it took."""
+    """Numbered steps: each says what it does, then how it went."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -60,13 +60,11 @@ class Story:
 
     @asynccontextmanager
     async def step(self, what: str) -> AsyncIterator[None]:
-        """Name the step, do what is in the block, and say that it is done."""
+        """Name the step and do what is in the block."""
         self.number += 1
         self.what = what
-        began_s = time.monotonic()
         console.print(f"\n[bold cyan]{self.number}/{STEPS}[/]  [bold]{what}[/]")
         yield
-        console.print(f"     [green]done[/] in {time.monotonic() - began_s:.1f} s")
 
 
 async def main(*, stay: bool, port: int) -> int:
@@ -100,14 +98,12 @@ async def tell(story: Story, site: Site, *, stay: bool) -> Tally:
     async with story.step("start l40sd on a recorded host with 12 L40S (no GPU needed)"):
         first = await site.start()
         console.print(f"     l40sd {first.version}, pid {site.daemon.pid if site.daemon else '?'}, files in .demo/")
-        console.print(f"     processes held by: {first.provider}; {first.provider_note}".rstrip("; "))
     async with story.step("pattern A: one llama.cpp server on each GPU"):
         await come_up(site, "A", 12)
     async with story.step("ask the endpoint, as any OpenAI client would"):
         await chat(await site.url(), "In one sentence: what is a GPU good at?")
-    async with story.step("l40sctl status, and the host it runs on"):
-        await l40sctl(site, "status")
-        await l40sctl(site, "topology")
+    async with story.step("the host it runs on: which GPUs are close to each other"):
+        await l40sctl(site, "topology", "--short")
     async with story.step("l40sctl switch-pattern B, with a load on: 12 single GPUs become 6 pairs"):
         mix = Mix(url=await site.url(), models=("smollm2", "gpt-4o-mini"), streams=4, shorts=2)
         async with load(mix) as tally:
@@ -211,6 +207,7 @@ def suggest(site: Site, status: Status) -> None:
         f"export L40SD_SOCKET={site.socket.relative_to(ROOT)} PATH=$PWD/.venv/bin:$PATH",
         "l40sctl status --watch",
         "l40sctl patterns",
+        "l40sctl topology",
         "l40sctl switch-pattern C --dry-run",
         "l40sctl switch-pattern D",
         f"kill -9 {worker.pid}          # {worker.id}: watch it come back",

@@ -159,6 +159,22 @@ def test_a_dry_run_shows_gpus_order_and_lowest_capacity(fake: FakeControl, capfd
     assert "not touched: far" in run.out
 
 
+def test_the_topology_in_short_is_what_gpus_share(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["topology", "--from", "l40s-12-4+2", "--short"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert lines[2].split() == ["PCIe", "switch", "0000:16:00.0", "0,1,2,3"]
+
+
+def test_status_leaves_to_doctor_what_nobody_can_mend_at_once(
+    fake: FakeControl, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every `status` on a laptop had two lines on controllers that its kernel lacks."""
+    note = "no pids and memory controller here"
+    fake.answers["GET /v1/status"] = (200, replace(canned.STATUS, provider_note=note))
+    assert note not in Run(fake, capfd, "status").out
+
+
 def test_the_topology_can_be_recorded(fake: FakeControl, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert Run(fake, capfd, "topology", "--record", str(tmp_path / "host.toml")).code == 0
     assert (tmp_path / "host.toml").read_text() == canned.TOPOLOGY.record

@@ -59,10 +59,37 @@ def test_into_a_pipe_a_line_is_key_value_without_colour() -> None:
     )
 
 
-def test_below_a_unit_a_line_is_json_after_its_priority() -> None:
-    priority, text = written({"INVOCATION_ID": "x"}).split(">", 1)
-    assert priority == "<4"
-    data = json.loads(text)
+def test_below_a_unit_the_message_comes_first_and_the_keys_after() -> None:
+    """At 3 a.m. `journalctl -u l40sd` was JSON from edge to edge."""
+    assert written({"INVOCATION_ID": "x"}) == "<4>worker.unready m-gpu0: two words  gpus=0,1\n"
+
+
+def test_a_line_of_the_journal_is_one_line_and_drives_no_terminal() -> None:
+    stream = io.StringIO()
+    log.configure(stream=stream, environ={"INVOCATION_ID": "x"})
+    structlog.get_logger().error(
+        "worker.failed",
+        last_lines=["a b", "c"],
+        worker="m-gpu0",
+        reason="no such file\n  hint: \x1b[2J",
+        code=None,
+        port=1,
+    )
+    structlog.get_logger().info("config.reloaded", changed=[])
+    assert stream.getvalue().splitlines() == [
+        '<3>worker.failed m-gpu0: no such file; hint: \\x1b[2J  port=1 last_lines="a b; c"',
+        '<6>config.reloaded  changed=""',
+    ]
+
+
+@pytest.mark.parametrize(("environ", "before"), [({"INVOCATION_ID": "x"}, "<4>"), ({}, "")])
+def test_json_is_there_for_the_asking(environ: dict[str, str], before: str) -> None:
+    stream = io.StringIO()
+    log.configure(log_format="json", stream=stream, environ=environ)
+    structlog.get_logger().warning("worker.unready", worker="m-gpu0", gpus=(0, 1))
+    text = stream.getvalue()
+    assert text.startswith(before)
+    data = json.loads(text.removeprefix(before))
     assert (data["event"], data["worker"], data["gpus"]) == ("worker.unready", "m-gpu0", [0, 1])
     assert {"time", "mono_s"} <= data.keys()
 

@@ -14,6 +14,8 @@ from l40sd.shim.tree import write_file
 READ_LIMIT_BYTES = 16 << 20
 WAITING_LIMIT = 10_000
 CLOSE_TIMEOUT_S = 1.0
+RESERVED = "events.reserved"
+"""Stands for numbers, not for something that happened."""
 
 
 class EventFile:
@@ -36,20 +38,29 @@ class EventFile:
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def read(self) -> list[Event]:
-        """Return the latest events that are kept, oldest first, without what is none. Blocks on the disk."""
+    def read(self) -> tuple[list[Event], int]:
+        """Return the latest events that are kept, oldest first, without what is none, and the last number given out.
+
+        Blocks on the disk.
+        """
         data = self._read()
         lines = data.splitlines()
         self._lines, self._is_cut = len(lines), not data.endswith(b"\n")
         events: list[Event] = []
-        for line in lines[-self._kept :]:
+        last = 0
+        for line in lines:
             try:
                 event = decode(Event, line)
             except (msgspec.MsgspecError, UnicodeDecodeError):  # half a line of a daemon that was killed, another's
                 continue
-            if not events or event.seq > events[-1].seq:
+            last = max(last, event.seq)
+            if event.event != RESERVED and (not events or event.seq > events[-1].seq):
                 events.append(event)
-        return events
+        return events[-self._kept :], last
+
+    def reserve(self, seq: int, time: str) -> None:
+        """Note, soon, that numbers up to this one are given to events that are not remembered."""
+        self.append(Event(seq=seq, time=time, level="debug", event=RESERVED))
 
     def append(self, event: Event) -> None:
         """Write one event, soon."""
@@ -76,7 +87,7 @@ class EventFile:
 
     def _write(self, line: bytes) -> None:
         if self._lines >= 2 * self._kept:
-            rest = self._read().splitlines(keepends=True)[-self._kept :]
+            rest = _shortened(self._read().splitlines(keepends=True), self._kept)
             write_file(str(self.path), b"".join(rest), mode=0o640)
             self._lines, self._is_cut = len(rest), False
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
@@ -94,3 +105,10 @@ class EventFile:
                 return file.read(READ_LIMIT_BYTES)
         except OSError:
             return b""
+
+
+def _shortened(lines: list[bytes], kept: int) -> list[bytes]:
+    """Return the latest events, and of the reservations the latest: many of them must not push out a single event."""
+    mark = f'"event":"{RESERVED}"'.encode()
+    reservations = [line for line in lines if mark in line]
+    return [*reservations[-1:], *[line for line in lines if mark not in line][-kept:]]

@@ -97,6 +97,9 @@ class DaemonConfig:
         "l40sd", "group that may use the control socket; ignored where it does not exist", restart=True
     )
     log_level: str = option("info", "debug, info, warning or error", choices=("debug", "info", "warning", "error"))
+    log_format: str = option(
+        "text", "of the journal's lines and of a file's: text or json", choices=("text", "json"), restart=True
+    )
     orphan_grace_s: float = option(
         600.0,
         "workers of a daemon gone for longer than this stop themselves",
@@ -163,7 +166,7 @@ class ProxyConfig:
         (), "web pages that may use it from a browser: https://host, http://host:port or *; none: CORS is off"
     )
     queue_limit: int = option(1000, "requests that may wait for a worker, per model", least=0, most=1_000_000)
-    queue_timeout_s: float = option(120.0, "longest wait for a worker, then 503", least=0, most=86400)
+    queue_timeout_s: float = option(120.0, "longest wait for a worker on its way, then 503", least=0, most=86400)
     in_flight_limit: int = option(
         0, "requests at once on one worker; 0: no limit, the engine queues", least=0, most=100_000
     )

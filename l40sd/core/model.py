@@ -232,3 +232,24 @@ class Backend:
     served_name: str = ""
     ends_streams: bool = field(default=False, compare=False)
     listed: ListedModel | None = field(default=None, compare=False)
+
+
+SOON_S = 5
+"""When to come again where something is on its way and nobody knows for how long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What may still come for a model, as the proxy sees it; core/outlook.py makes it.
+
+    Attributes:
+        is_wanted: It is in the pattern.
+        is_coming: A worker of it serves or is on its way: a request may wait.
+        note: What its workers do, in one clause; empty when one serves.
+        retry_after_s: When to come again.
+    """
+
+    is_wanted: bool = True
+    is_coming: bool = True
+    note: str = ""
+    retry_after_s: int = SOON_S

@@ -16,6 +16,10 @@ from l40sd.core.messages import Event
 REQUEST_EVENTS = ("proxy.request", "proxy.request_failed")
 
 
+RESERVED_AT_ONCE = 1000
+"""Numbers of events that are not remembered: the next daemon must not give them out again, and goes on behind them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """Which events somebody asks for.
@@ -53,15 +57,18 @@ class Events:
         self._ring: deque[Event] = deque(maxlen=kept)
         self._of_requests: dict[str, deque[Event]] = {name: deque(maxlen=requests_kept) for name in REQUEST_EVENTS}
         self._seq = 0
+        self._reserved = 0
         self._file: EventFile | None = None
         self._more = asyncio.Event()
 
-    def resume(self, former: Sequence[Event], file: EventFile) -> None:
+    def resume(self, former: Sequence[Event], last: int, file: EventFile) -> None:
         """Go on after the events of an earlier daemon, and remember in ``file`` what happens from now on.
 
         Before anybody follows: what has happened since this daemon started is numbered anew.
+
+        Args:
+            last: The last number that earlier daemons gave out.
         """
-        last = max((event.seq for event in former), default=0)
         self._file = file
         self._seq += last
         for ring in (self._ring, *self._of_requests.values()):
@@ -89,6 +96,9 @@ class Events:
         for event in events:
             if self._file is not None and event.event not in REQUEST_EVENTS:
                 self._file.append(event)
+            elif self._file is not None and event.seq > self._reserved:
+                self._reserved = event.seq + RESERVED_AT_ONCE
+                self._file.reserve(self._reserved, event.time)
 
     def since(self, seq: int) -> list[Event]:
         """Return the events after ``seq`` that are still kept, oldest first.

@@ -96,7 +96,7 @@ class Host:
     @property
     def degraded(self) -> tuple[str, ...]:
         """Sentences on what cannot be told at present, which GPUs are missing and which could be used again."""
-        silent = f"GPU memory is unknown: NVML: {self._silent}" if self._silent else ""
+        silent = f"GPU memory is unknown: NVML: {self._silent}" if self._silent and self.inventory.gpus else ""
         lost = (f"lost: {gpu.name}: {gpu.reason}" for gpu in self.lost)
         offered = (f"{name} answers and is not in use: `l40sctl reload` takes it in" for name in self.offered)
         return tuple(filter(None, (self._found.note, silent, *lost, *offered)))

@@ -518,10 +518,9 @@ class Client(asyncio.Protocol):
             exchange.broke(error)
 
     def _show(self, head: RequestHead) -> None:
-        path = head.target.partition(b"?")[0]
         try:
             page = pages.show(
-                path, self._shared.routes, is_stopping=self._shared.is_stopping, metrics=self._metrics_text
+                head.target, self._shared.routes, is_stopping=self._shared.is_stopping, metrics=self._metrics_text
             )
         except Refused as refused:
             self._count_and_refuse(refused, head)

@@ -59,6 +59,7 @@ log = structlog.get_logger()
 
 NO_DESCRIPTOR = "no file descriptor is left for a connection to a worker"
 CLOSING = "this host is being stopped"
+NOTHING_COMES = "none is on its way"
 FAILURES = {
     Seen.CONNECT: FailureKind.CONNECT,
     Seen.CLOSED: FailureKind.CLOSED,
@@ -192,6 +193,9 @@ class Exchange:
         if self._shared.is_closing:
             self._refuse(no_worker(routes, self._model, CLOSING))
             return
+        if not routes.may_wait(self._model):
+            self._refuse(no_worker(routes, self._model, NOTHING_COMES))
+            return
         self._phase = Phase.WAITING
         self._client.expect(None)  # the line has its own deadline
         deadline_s = self._shared.now_s + self._shared.config.queue_timeout_s
@@ -228,8 +232,14 @@ class Exchange:
         elif self._shared.routes.resolve(self._name) is None:
             self._refuse(unknown_model(self._shared.routes, self._name))
         else:
-            why = f"none was free within {self._shared.config.queue_timeout_s:g} s"
-            self._refuse(no_worker(self._shared.routes, self._model, CLOSING if self._shared.is_closing else why))
+            self._refuse(no_worker(self._shared.routes, self._model, self._why_no_turn()))
+
+    def _why_no_turn(self) -> str:
+        if self._shared.is_closing:
+            return CLOSING
+        if not self._shared.routes.may_wait(self._model):
+            return NOTHING_COMES
+        return f"none was free within {self._shared.config.queue_timeout_s:g} s"
 
     def _use(self, lease: Lease) -> None:
         self._lease = lease

@@ -6,7 +6,7 @@ All of them carry ``x-l40s-source: l40sd``, so that a client can tell them from 
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_plus
 
 from l40sd.core.messages import encode
 from l40sd.core.model import ListedModel, ModelName
@@ -15,7 +15,6 @@ from l40sd.services.routes import Line, Routes
 
 JSON = b"application/json"
 PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"
-RETRY_AFTER_S = 5
 
 
 def answer(
@@ -52,7 +51,7 @@ def error_fields(refused: Refused) -> bytes:
 def _fields_of(refused: Refused) -> bytes:
     match refused.status:
         case 503 | 429:
-            return b"retry-after: %d\r\n" % RETRY_AFTER_S
+            return b"retry-after: %d\r\n" % refused.retry_after_s
         case 401:
             return b"www-authenticate: Bearer\r\n"
         case 405:
@@ -69,9 +68,14 @@ def unknown_model(routes: Routes, name: str) -> Refused:
 
 def no_worker(routes: Routes, model: ModelName, why: str) -> Refused:
     """Return the refusal for a request that no worker could take; it says what is on its way."""
-    note = routes.note(model)
+    outlook = routes.outlook(model)
+    note = f"; {outlook.note}" if outlook.note else ""
     return Refused(
-        503, "no_worker", f"no worker of {model!r} could take the request: {why}{'; ' + note if note else ''}"
+        503,
+        "no_worker",
+        f"no worker of {model!r} could take the request: {why}{note}",
+        retry_after_s=outlook.retry_after_s,
+        should_retry=routes.may_wait(model),
     )
 
 
@@ -95,17 +99,18 @@ class Page(NamedTuple):
     content_type: bytes = JSON
 
 
-def show(path: bytes, routes: Routes, *, is_stopping: bool, metrics: Callable[[], str]) -> Page:
-    """Return the page at one of our paths.
+def show(target: bytes, routes: Routes, *, is_stopping: bool, metrics: Callable[[], str]) -> Page:
+    """Return the page at one of our paths, which may have a query.
 
     Raises:
-        Refused: 404; ``/v1/models/NAME`` names none.
+        Refused: 404; ``/v1/models/NAME`` or ``/ready?model=NAME`` names none.
     """
+    path, _, query = target.partition(b"?")
     match path:
         case b"/health":
             return Page(*health(routes))
         case b"/ready":
-            return Page(*ready(routes, is_stopping=is_stopping))
+            return Page(*ready(routes, _asked_model(query), is_stopping=is_stopping))
         case b"/metrics":
             return Page(200, metrics().encode(), PROMETHEUS)
         case b"/v1/models":
@@ -162,17 +167,41 @@ def health(routes: Routes) -> tuple[int, bytes]:
     return _state(routes, is_good=any(line.routes for line in lines))
 
 
-def ready(routes: Routes, *, is_stopping: bool) -> tuple[int, bytes]:
-    """Return status and body of ``GET /ready``: 200 when every model can be served and we are not stopping."""
-    lines = routes.lines()
+def ready(routes: Routes, name: str = "", *, is_stopping: bool) -> tuple[int, bytes]:
+    """Return status and body of ``GET /ready``: 200 when what is wanted is served by a worker and we are not stopping.
+
+    A model that is configured and not in the pattern does not matter. With a name, of a model or an alias: that one.
+
+    Raises:
+        Refused: 404; there is none of this name.
+    """
+    lines = [line for line in routes.lines() if line.entry.outlook.is_wanted]
+    if name:
+        model = routes.resolve(name)
+        lines = [line for line in routes.lines() if line.model == model]
+        if not lines:
+            raise unknown_model(routes, name)
     return _state(routes, is_good=bool(lines) and not is_stopping and all(line.routes for line in lines))
+
+
+def _asked_model(query: bytes) -> str:
+    """Return the ``model`` of a query; empty when it names none."""
+    for part in query.split(b"&"):
+        if part.startswith(b"model="):
+            return unquote_plus(part.removeprefix(b"model=").decode("utf-8", "replace"))
+    return ""
 
 
 def _state(routes: Routes, *, is_good: bool) -> tuple[int, bytes]:
     state = {
         "status": "ok" if is_good else "unavailable",
         "models": {
-            line.model: {"ready": len(line.routes), "waiting": len(line.waiters), "note": line.entry.note}
+            line.model: {
+                "ready": len(line.routes),
+                "waiting": len(line.waiters),
+                "wanted": line.entry.outlook.is_wanted,
+                "note": line.entry.outlook.note,
+            }
             for line in routes.lines()
         },
     }

@@ -14,13 +14,13 @@ on counting for ``in_flight`` and ``drained``, never for the new one's load.
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
 from l40sd.core.balancer import AWAY, choose, load_with_one_more
 from l40sd.core.model import Backend as Backend
-from l40sd.core.model import ListedModel, ModelName, WorkerId
+from l40sd.core.model import ListedModel, ModelName, Outlook, WorkerId
 from l40sd.core.outliers import Counts
 
 
@@ -29,11 +29,11 @@ class CatalogEntry:
     """A model that this host means to serve, ready or not.
 
     Attributes:
-        note: What is on its way, for a request that waited in vain: ``"2 workers are loading"``.
+        outlook: What is on its way, for a request that finds no worker: ``"2 workers are loading"``.
     """
 
     aliases: tuple[str, ...] = ()
-    note: str = ""
+    outlook: Outlook = field(default_factory=Outlook)
 
 
 class FailureKind(StrEnum):
@@ -178,6 +178,11 @@ class Line:
         self.turn = 0
         self.waiters: deque[Waiter] = deque()
 
+    @property
+    def may_wait(self) -> bool:
+        """Whether a worker is here or on its way."""
+        return bool(self.routes) or self.entry.outlook.is_coming
+
     def seat(self) -> None:
         """Number the routes after one came, went or is weighed anew."""
         for place, route in enumerate(self.routes):
@@ -225,13 +230,16 @@ class Routes:
     def set_catalog(self, catalog: Mapping[ModelName, CatalogEntry]) -> None:
         """Replace the models that are known without a backend, with their aliases and notes.
 
-        Requests waiting for a model that is neither here nor has a backend get their turn with None.
+        Requests waiting for a model that is neither here nor has a backend, or for which nothing can come any more,
+        get their turn with None.
         """
         for model in catalog:
             self._line(model)
         for line in self._lines.values():
             line.is_in_catalog = line.model in catalog
             line.entry = catalog.get(line.model, CatalogEntry())
+            if line.waiters and not line.may_wait:
+                self._send_away(line, list(line.waiters))
         self._forget_unknown()
 
     def add(self, backend: Backend) -> None:
@@ -363,10 +371,15 @@ class Routes:
         line = self._lines.get(model)
         return len(line.waiters) if line else 0
 
-    def note(self, model: ModelName) -> str:
-        """Return what is on its way for a model; empty when there is nothing to say."""
+    def outlook(self, model: ModelName) -> Outlook:
+        """Return what is on its way for a model."""
         line = self._lines.get(model)
-        return line.entry.note if line else ""
+        return line.entry.outlook if line else Outlook()
+
+    def may_wait(self, model: ModelName) -> bool:
+        """Return whether a worker of this model is here or on its way."""
+        line = self._lines.get(model)
+        return line is not None and line.may_wait
 
     def workers(self) -> Iterator[tuple[WorkerId, Tally]]:
         """Yield every worker that was ever routed to, with what it did."""

@@ -10,9 +10,9 @@ to want.
 
 import asyncio
 import secrets
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 from l40sd.adapters.clock import now_s
@@ -25,6 +25,7 @@ from l40sd.core.messages import OperationStatus, plain
 from l40sd.core.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
 from l40sd.core.naming import natural
 from l40sd.core.outliers import Peer
+from l40sd.core.outlook import Patience, Slot, outlook
 from l40sd.core.pace import bound_back_s, bound_s, slowest, start_parallel
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
@@ -662,26 +663,38 @@ class Supervisor:
             self.operations.pop(next(iter(self.operations)))
 
     def _publish_catalog(self) -> None:
-        """Tell the routes which models there are and, for a request that must wait, what is on its way."""
-        by_model: dict[ModelName, list[Worker]] = {}
+        """Tell the routes which models there are and, for a request that finds no worker, what is on its way."""
+        slots: dict[ModelName, list[Slot]] = {}
         for worker in self.workers.values():
-            by_model.setdefault(worker.wanted.placement.model, []).append(worker)
-        in_pattern = {w.placement.model for w in self.want.wanted} | set(by_model)
-        pattern = self.want.pattern
+            slots.setdefault(worker.wanted.placement.model, []).append(worker.slot())
+        for w in self._still_to_be_made():
+            is_held = not self.unusable().isdisjoint(w.placement.gpus)
+            slots.setdefault(w.placement.model, []).append(Slot(phase=Phase.STUCK if is_held else Phase.WAITING))
+        wanted = {w.placement.model for w in self.want.wanted}
         self.tools.routes.set_catalog(
             {
                 name: CatalogEntry(
                     aliases=model.aliases,
-                    note=loading_note(by_model.get(name, ())) if name in in_pattern else f"not in pattern {pattern}",
+                    outlook=outlook(
+                        slots.get(name, ()),
+                        self._patience(name),
+                        pattern=self.want.pattern,
+                        is_wanted=name in wanted,
+                    ),
                 )
                 for name, model in self.want.config.models.items()
             }
         )
 
+    def _still_to_be_made(self) -> list[Wanted]:
+        there = {(w.id, w.wanted.fingerprint) for w in self.workers.values() if w.goal is not Goal.GONE}
+        return [w for w in self.want.wanted if (w.placement.worker, w.fingerprint) not in there]
 
-def loading_note(workers: Sequence[Worker]) -> str:
-    """Return why a model cannot be served now, in one clause; empty when it can."""
-    if any(w.phase is Phase.READY for w in workers):
-        return ""
-    counts = Counter(str(w.phase) for w in workers)
-    return "workers: " + (", ".join(f"{n} {phase}" for phase, n in sorted(counts.items())) or "none yet")
+    def _patience(self, model: ModelName) -> Patience:
+        config = self.want.config
+        loads_s = self.tools.past_loads_s.get(model)
+        return Patience(
+            queue_s=config.proxy.queue_timeout_s,
+            load_s=median(loads_s) if loads_s else None,
+            external_s=config.health.startup_timeout_s,
+        )

@@ -37,6 +37,7 @@ from l40sd.core.lifecycle import (
 from l40sd.core.messages import LastEnd
 from l40sd.core.model import WorkerId
 from l40sd.core.outliers import Peer, Standing
+from l40sd.core.outlook import Slot
 from l40sd.core.plan import Observed, Wanted
 from l40sd.services.ends import End, end_of, last_end_of
 from l40sd.services.gpus import wait_until_free
@@ -258,6 +259,16 @@ class Worker:
             self.watch.suspect()
             self._heed()
 
+    def slot(self) -> Slot:
+        """Return this worker as the outlook of its model sees it."""
+        return Slot(
+            phase=self.phase,
+            goal=self.goal,
+            since_s=now_s() - self.since_s,
+            next_start_s=None if self.next_start_at_s is None else max(0.0, self.next_start_at_s - now_s()),
+            is_external=self.is_external,
+        )
+
     def as_peer(self) -> Peer | None:
         """Return this worker as its equals are measured against it; None while it does not live or shall not serve."""
         if self.watch is None or self.phase not in (Phase.READY, Phase.UNREADY) or self.goal is not Goal.SERVE:
@@ -443,7 +454,10 @@ class Worker:
                 if self.process is not None and self.process.instance is not None:
                     # Here and not in the job: a stop that is told of has reached the shim, which completes it even if
                     # this daemon dies in the next moment.
-                    self.process.instance.terminate()
+                    # One that was never ready serves nobody, and vLLM would finish loading before it looks at SIGTERM.
+                    # An adopted one may have requests that went through an upgrade.
+                    never_served = self.process.ready_at_s is None and not self.process.is_adopted
+                    self.process.instance.terminate(everybody=never_served)
                 self._start_job("terminate", self._terminate)
             case Action.CLEAN_UP:
                 self._clean_up(happening.exit)

@@ -376,6 +376,40 @@ async def stranger_pid(rig: Rig) -> Outcome:
 
 
 @fault(
+    78,
+    "a record is forged to name a stranger rightly, start time and all",
+    how="the daemon is killed; run.json names a stranger as shim, or as engine; its log's name leads elsewhere;"
+    " then the next daemon",
+    expected="The stranger is not adopted and not signalled, the record is set aside, the worker starts anew; nothing"
+    " is written through the link.",
+    promise="at the next start",
+    within_s=15.0,
+)
+async def forged_record(rig: Rig) -> Outcome:
+    site = rig.site(count=1)
+    before = await rig.serve(site)
+    began = time.monotonic()
+    for names in (("shim", "engine"), ("engine",)):
+        await site.kill()
+        precious = rig.folder / "precious"
+        precious.write_text("mine")
+        with stranger() as victim:
+            identity = {"pid": victim.pid, "start_ticks": int(stat_field(victim.pid, 22))}
+            forge(site, "run.json", **dict.fromkeys(names, identity))
+            log = site.folder / "log" / f"{before.workers[0].id}.log"
+            log.unlink(missing_ok=True)
+            log.symlink_to(precious)
+            await site.start(PATIENCE_S)
+            status = await site.until_ready("few", PATIENCE_S)
+            check(status.workers[0].pid != victim.pid, "the stranger is our worker")
+            kill(psutil.Process(status.workers[0].pid).parent().pid)
+            await site.until(lambda s: s.workers[0].restarts > 0 and s.workers[0].phase == "ready", "anew", PATIENCE_S)
+        check(precious.read_text() == "mine", "written through a link")
+        log.unlink(missing_ok=True)
+    return Outcome(took_s=time.monotonic() - began, note="two forged records, each with a killed shim after it")
+
+
+@fault(
     21,
     "a reboot: the records are of another boot",
     how="all is killed, the records' boot id forged, their pids a stranger's; then the next daemon",

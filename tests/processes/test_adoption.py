@@ -232,18 +232,32 @@ async def test_fault_20_a_record_that_names_a_stranger_rightly_does_not_make_it_
     collect(instance)
 
 
-async def test_fault_20_a_stranger_named_as_the_engine_is_not_killed_with_the_shim(site: Site) -> None:
+async def test_fault_20_a_stranger_named_as_the_engine_is_neither_shown_nor_killed_as_ours(site: Site) -> None:
     stranger, identity = await a_stranger(site)
     processes = await site.open()
     instance = await processes.spawn(site.spec(FOREVER), 10)
     await processes.close()
     edit(site, instance, "run.json", engine=identity)
     processes = await site.open()
-    (adopted,) = (await processes.adopt()).running
-    os.kill(adopted.shim_pid, signal.SIGKILL)
-    await until(lambda: not runs(adopted.shim_pid), "the shim is gone")
-    async with asyncio.timeout(PATIENCE_S):
-        assert (await adopted.exited()).cause == "shim-lost"
+    adoption = await processes.adopt()
+    assert adoption.running == adoption.stuck == []
+    assert "is not a child of its shim" in adoption.notes[0]
+    assert await is_unharmed(stranger)
+    await until(lambda: not runs(instance.engine_pid), "what bears the instance's mark is killed")
+    collect(instance)
+
+
+async def test_fault_20_a_stranger_that_a_dead_shims_record_names_is_not_killed_for_it(site: Site) -> None:
+    stranger, identity = await a_stranger(site)
+    processes = await site.open()
+    instance = await processes.spawn(site.spec(FOREVER), 10)
+    await processes.close()
+    os.kill(instance.shim_pid, signal.SIGKILL)
+    collect(instance)
+    edit(site, instance, "run.json", engine={**identity, "start_ticks": identity["start_ticks"] - 1})
+    processes = await site.open()
+    (ended,) = (await processes.adopt()).ended
+    assert ended[1].cause == "shim-lost"
     assert await is_unharmed(stranger)
     assert not runs(instance.engine_pid)
     processes.forget(instance.spec.instance)

@@ -22,7 +22,7 @@ def started(path: Path, kept: int = 10, before: int = 0) -> Events:
     for number in range(before):
         events.add("info", f"early.{number}", {})
     file = EventFile(path, kept, lambda: None)
-    events.resume(file.read(), file)
+    events.resume(*file.read(), file)
     return events
 
 
@@ -121,7 +121,7 @@ def test_requests_before_the_file_may_be_read_are_kept_and_not_remembered(tmp_pa
     events.add("warning", "proxy.request_failed", {})
     events.add("info", "daemon.starting", {})
     file = EventFile(path, 10, lambda: None)
-    events.resume(file.read(), file)
+    events.resume(*file.read(), file)
     events.add("warning", "proxy.request_failed", {})
     assert [(e.seq, e.event) for e in events.last(ALL)] == [
         (1, "worker.ready"),
@@ -131,3 +131,17 @@ def test_requests_before_the_file_may_be_read_are_kept_and_not_remembered(tmp_pa
     ]
     events.close()
     assert [(e.seq, e.event) for e in started(path).last(ALL)] == [(1, "worker.ready"), (3, "daemon.starting")]
+
+
+def test_no_number_is_given_twice_though_requests_are_not_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "events.ndjson"
+    given: list[int] = []
+    for _ in range(3):
+        events = started(path, 5)
+        for event in ("worker.ready", *["proxy.request"] * 1500, "worker.exited", "proxy.request"):
+            events.add("info", event, {})
+            given.append(events.last(ALL)[-1].seq)
+        events.close()
+    assert given == sorted(set(given))
+    remembered = [event.event for event in started(path, 5).last(ALL)]
+    assert remembered == ["worker.exited", *["worker.ready", "worker.exited"] * 2]

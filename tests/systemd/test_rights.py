@@ -51,7 +51,16 @@ def test_the_daemon_is_exposed_no_more_than_its_work_asks_for(host: Container, s
     assert scores["l40s-worker@.service"] <= 7.5
 
 
-def test_the_daemon_user_starts_kills_and_stops_its_workers(stand_in: Container) -> None:
+def tells_units(host: Container) -> bool:
+    """Whether polkit tells a rule its caller's unit: then the daemon may do more than a shell of its user."""
+    version = re.search(r"(\d+)$", host.output("pkaction --version").strip())
+    assert version
+    return int(version[1]) >= 126
+
+
+def test_the_daemon_user_starts_and_kills_its_workers(stand_in: Container) -> None:
+    if tells_units(stand_in):
+        pytest.skip("only l40sd.service may here; test_daemon.py sees it do so")
     unit = "l40s-worker@tiny-gpu0-1-01h0.service"
     stand_in.run(f"systemctl start {unit}", user="l40sd")
     assert stand_in.show(unit, "ActiveState", "User", "Slice") == {
@@ -61,13 +70,25 @@ def test_the_daemon_user_starts_kills_and_stops_its_workers(stand_in: Container)
     stand_in.run(f"systemctl kill --signal=KILL {unit}", user="l40sd")
     until(lambda: stand_in.show(unit, "ActiveState")["ActiveState"] != "active", "the killed worker has ended")
     stand_in.run(f"systemctl start {unit}", user="l40sd")
-    stand_in.run(f"systemctl stop {unit}", user="l40sd")
+    stand_in.run(f"systemctl stop {unit}")
     assert stand_in.show(unit, "ActiveState")["ActiveState"] == "inactive"
+
+
+def test_a_process_of_the_daemon_user_outside_its_service_starts_nothing_where_polkit_can_tell(
+    stand_in: Container,
+) -> None:
+    """Seen: code in an engine cancelled the host's other jobs by ``--job-mode=flush``, which polkit is not told of."""
+    if not tells_units(stand_in):
+        pytest.skip("this polkit does not tell a rule its caller's unit")
+    command = "systemctl start --job-mode=flush l40s-worker@b.service </dev/null"
+    refused = stand_in.run(command, user="l40sd", check=False)
+    assert refused.returncode != 0
+    assert REFUSED.search(refused.stdout + refused.stderr), refused
 
 
 def test_the_daemon_user_owns_its_workers_cgroup(stand_in: Container) -> None:
     unit = "l40s-worker@owned.service"
-    stand_in.run(f"systemctl start {unit}", user="l40sd")
+    stand_in.run(f"systemctl start {unit}")
     cgroup = "/sys/fs/cgroup" + stand_in.show(unit, "ControlGroup")["ControlGroup"]
     stand_in.run(
         f"mkdir {cgroup}/engine && echo 1 > {cgroup}/engine/cgroup.kill && rmdir {cgroup}/engine", user="l40sd"
@@ -79,6 +100,7 @@ FORBIDDEN = (
     "systemctl stop l40sd.service",
     "systemctl restart systemd-journald.service",
     "systemctl kill --signal=TERM dbus.service",
+    "systemctl stop l40s-worker@a.service",
     "systemctl restart l40s-worker@a.service",
     "systemctl reload l40s-worker@a.service",
     "systemctl start l40s-worker@a.socket",
@@ -124,7 +146,7 @@ REFUSED = re.compile(
 
 @pytest.mark.parametrize("command", FORBIDDEN)
 def test_the_daemon_user_may_do_nothing_else(stand_in: Container, command: str) -> None:
-    stand_in.run("systemctl start l40s-worker@a.service", user="l40sd")
+    stand_in.run("systemctl start l40s-worker@a.service")
     before = stand_in.output("systemctl list-units --all --no-legend --plain | awk '{print $1, $3}' | sort")
     refused = stand_in.run(f"{command} </dev/null", user="l40sd", check=False)
     assert refused.returncode != 0, refused.stdout

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +36,8 @@ FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.05
 """Between two looks for run.json: a shim takes about 60 ms, and a poll needs no descriptor and cannot be missed."""
 CLEAR_TIMEOUT_S = 5.0
 CORRUPT_KEPT = 10
+FORGOTTEN_AFTER_S = 600.0
+"""A temporary folder that nobody holds is let be for so long: its own daemon may be about to clear up after it."""
 ENDING_S = 0.5
 """From the moment that a process has no environment any more until it is a zombie."""
 REMOVE_TRIES = 10
@@ -139,7 +142,8 @@ class Processes:
           4. a complete record whose shim lives: adopted
           5. a complete record whose shim is gone: the rest is killed, ended as shim-lost; or stuck
           6. no complete record: half-born, killed
-        Then cgroups and marked processes that no directory speaks of are killed.
+        Then cgroups and marked processes that no directory speaks of are killed, and temporary folders that nobody
+        holds are removed.
         """
         adoption = Adoption()
         gone: list[Instance] = []
@@ -156,6 +160,9 @@ class Processes:
             else:
                 adoption.ended.append((instance.spec, record))
         await self._kill_strays(adoption)
+        place = os.environ.get("TMPDIR") or "/tmp"
+        before_s = datetime.now().astimezone().timestamp() - FORGOTTEN_AFTER_S
+        await asyncio.to_thread(leavings.sweep, place, before_s)
         return adoption
 
     def forget(self, instance_id: str) -> None:
@@ -305,7 +312,7 @@ class Processes:
         Without a shim the engine that is recorded has to be our user's; it may have overwritten its own mark.
 
         Raises:
-            CorruptError: The shim is another process.
+            CorruptError: The shim or the engine is another process.
         """
         pidfd = open_shim(run.shim)
         engine = tree.read_process(run.engine.pid)
@@ -317,8 +324,11 @@ class Processes:
                 os.close(pidfd)
                 raise CorruptError(f"{directory / 'run.json'}: pid {run.shim.pid} is not this instance's shim")
             await asyncio.sleep(FIRST_LOOK_S)  # one that is just ending has no environment any more
-        is_child = engine is not None and run.engine.matches(engine) and engine.parent == run.shim.pid
-        return pidfd, run.engine if is_child else None
+        is_there = engine is not None and run.engine.matches(engine)
+        if engine is not None and is_there and engine.parent != run.shim.pid and _is_alive(run.shim):
+            os.close(pidfd)
+            raise CorruptError(f"{directory / 'run.json'}: pid {engine.pid} is not a child of its shim")
+        return pidfd, run.engine if is_there else None
 
     async def _finish_off(self, directory: Path, adoption: Adoption, *, group: str, tmp: str) -> None:
         name = directory.name

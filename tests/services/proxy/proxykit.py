@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from l40sd.core.config import ProxyConfig
-from l40sd.core.model import ModelName, WorkerId
+from l40sd.core.model import ModelName, Outlook, WorkerId
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import Backend, CatalogEntry, FailureKind, Routes
 
@@ -257,7 +257,7 @@ class Stand:
         self.routes = Routes(queue_limit=self.config.queue_limit, in_flight_limit=self.config.in_flight_limit)
         self.failures: list[tuple[str, FailureKind]] = []
         self.routes.on_failure = lambda worker, kind: self.failures.append((worker, kind))
-        self.routes.set_catalog({CHAT: CatalogEntry(aliases=("gpt",), note="2 workers are loading")})
+        self.routes.set_catalog({CHAT: CatalogEntry(aliases=("gpt",), outlook=Outlook(note="2 workers are loading"))})
         self.proxy = Proxy(self.config, self.routes, api_keys=api_keys)
         self.workers = [FakeWorker(f"w{number}") for number in range(workers)]
         self.dialogs: list[Dialog] = []
