@@ -32,7 +32,6 @@ from l40sd.core.configfile import Loaded, load
 from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.core.errors import L40sError
 from l40sd.core.keyfile import key_changes
-from l40sd.core.lifecycle import Phase
 from l40sd.core.messages import Check, Status
 from l40sd.core.naming import natural
 from l40sd.core.presence import changes
@@ -197,13 +196,9 @@ class Daemon:
 
     async def status(self) -> Status:
         """Return everything of `l40sctl status`."""
-        host, store = self._supervisor.tools.host, self._supervisor.store
+        memory = await self._supervisor.tools.host.memory()
         return report.status(
-            self._supervisor,
-            self._proxy,
-            await host.memory(),
-            began_at_s=self._began_at_s,
-            degraded=(*host.degraded, *filter(None, [store.degraded]), *self._supervisor.degraded),
+            self._supervisor, self._proxy, memory, began_at_s=self._began_at_s, degraded=self._degraded()
         )
 
     async def reload(self, *, forget_gpus: bool = False) -> list[str]:
@@ -267,9 +262,12 @@ class Daemon:
 
     def summary(self) -> str:
         """Return one line for `systemctl status`."""
-        workers = self._supervisor.workers.values()
-        ready = sum(w.phase is Phase.READY for w in workers)
-        return f"pattern {self._supervisor.want.pattern}: {ready} of {len(workers)} workers ready"
+        return report.summary(self._supervisor, self._degraded())
+
+    def _degraded(self) -> tuple[str, ...]:
+        """Sentences on what does not work at present."""
+        host, store = self._supervisor.tools.host, self._supervisor.store
+        return (*host.degraded, *filter(None, [store.degraded]), *self._supervisor.degraded)
 
     def facts(self) -> dict[str, object]:
         """Return what is worth a line in the log at the start."""
@@ -376,7 +374,7 @@ def own_python() -> str:
     It stands in the command line of a simulated worker: beside /opt/l40sd/current/bin/l40sd it stays the same and an
     upgrade leaves the worker alone; ``sys.executable`` names the release.
     """
-    beside = Path(sys.argv[0]).with_name("python")
+    beside = Path(sys.argv[0]).absolute().with_name("python")  # a worker starts in another folder
     return str(beside) if beside.is_file() else sys.executable
 
 

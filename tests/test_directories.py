@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from l40sd.core.config import Config, DaemonConfig
-from l40sd.core.errors import L40sError
+from l40sd.core.configfile import Loaded
+from l40sd.core.errors import ConfigError, L40sError
 from l40sd.daemon import prepare_directories
+from l40sd.services.preflight import refuse_unusable
 
 KEYS = ("state_dir", "runtime_dir", "log_dir")
 
@@ -38,6 +40,11 @@ def test_one_that_others_may_write_is_refused(tmp_path: Path, key: str, mode: in
     assert caught.value.code == "bad_config"
     assert key in caught.value.where
     assert "can be written by others" in caught.value.what
+    with pytest.raises(ConfigError) as told:
+        refuse_unusable(Loaded(config=config(tmp_path), files=("c.toml",), origins={}))
+    assert [str(each) for each in told.value.problems] == [str(caught.value)], (
+        "the check before an upgrade says the same"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a directory away")

@@ -80,49 +80,52 @@ class Place(NamedTuple):
     payload: bytes
 
 
-def places(data: bytes) -> Iterator[Place]:
-    """Yield where a reply in chunks may stand, judged by its latest bytes; the likeliest first.
-
-    They may begin anywhere: in the middle of a chunk, of its size or of a line end. A payload may look like chunks by
-    chance: what the parser says of ``left_bytes`` decides. The cost grows with the bytes: no line is followed twice.
-    """
-    followed: set[int] = set()
-    for begin in _chunk_begins.finditer(data):
-        parts = [data[: begin.start() - 2]] if begin.start() else []
-        at = begin.end()
-        while at not in followed:
-            followed.add(at)
-            line = _chunk_line.match(data, at)
-            if line is None or (size := int(line[1], 16)) == 0:
-                half = _half_chunk_line(data, at)
-                if at == len(data):
-                    yield Place(0, b"", b"".join(parts))
-                elif half is not None and int(half[1], 16):
-                    line_end = b"\n" if half[2] else b"\r\n"
-                    yield Place(min(FAR_BYTES, len(line_end) + int(half[1], 16) + 2), line_end, b"".join(parts))
-                break
-            end = line.end() + size
-            parts.append(data[line.end() : end])
-            if len(data) < end + 2:
-                if b"\r\n".startswith(data[end:]):
-                    yield Place(min(FAR_BYTES, end + 2 - len(data)), b"", b"".join(parts))
-                break
-            if data[end : end + 2] != b"\r\n":
-                break
-            at = end + 2
-
-
 def place_of(data: bytes, left_bytes: int | None) -> Place | None:
     """Return where a reply in chunks stands.
 
     Args:
-        data: Its latest bytes.
-        left_bytes: As the parser says, at most ``FAR_BYTES``; None: it says nothing.
+        data: Its latest bytes. They may begin anywhere: in the middle of a chunk, of its size or of a line end.
+        left_bytes: As the parser says, at most ``FAR_BYTES``; it decides where a payload looks like chunks by chance.
+            None: it says nothing.
     """
-    found = next((place for place in places(data) if left_bytes in (None, place.left_bytes)), None)
-    if found is None and left_bytes is not None:  # all of it lies in one chunk, as far as it can be seen
-        return Place(left_bytes, b"", data[: len(data) - max(0, 2 - left_bytes)])
-    return found
+    for left, line_end, spans in _places(data):
+        if left_bytes in (None, left):
+            return Place(left, line_end, b"".join([data[begin:end] for begin, end in spans]))
+    if left_bytes is None:
+        return None
+    return Place(left_bytes, b"", data[: len(data) - max(0, 2 - left_bytes)])  # all that is seen lies in one chunk
+
+
+def _places(data: bytes) -> Iterator[tuple[int, bytes, list[tuple[int, int]]]]:
+    """Yield what its latest bytes may be, the likeliest first: as in ``Place``, and where in them the payload is.
+
+    The cost grows with the bytes: no line is followed twice, and nothing is copied.
+    """
+    followed: set[int] = set()
+    for begin in _chunk_begins.finditer(data):
+        spans = [(0, begin.start() - 2)] if begin.start() else []
+        at = begin.end()
+        while at not in followed:
+            followed.add(at)
+            line = _chunk_line.match(data, at)
+            size = int(line[1], 16) if line is not None else 0
+            if line is None or not size:
+                half = _half_chunk_line(data, at)
+                if at == len(data):
+                    yield 0, b"", spans
+                elif half is not None and int(half[1], 16):
+                    line_end = b"\n" if half[2] else b"\r\n"
+                    yield min(FAR_BYTES, len(line_end) + int(half[1], 16) + 2), line_end, spans
+                break
+            end = line.end() + size
+            spans.append((line.end(), end))
+            if len(data) < end + 2:
+                if b"\r\n".startswith(data[end:]):
+                    yield min(FAR_BYTES, end + 2 - len(data)), b"", spans
+                break
+            if data[end : end + 2] != b"\r\n":
+                break
+            at = end + 2
 
 
 def go_on(place: Place, more: bytes) -> bytes:

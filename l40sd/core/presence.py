@@ -12,6 +12,8 @@ from l40sd.core.model import Gpu, GpuId, Inventory
 from l40sd.core.topology import NvmlGpu
 
 NOT_LISTED = "NVML does not list it"
+NO_PERMISSION = "Insufficient Permissions"
+"""NVML's words."""
 NAMELESS = GpuId("")
 
 
@@ -39,6 +41,11 @@ class Lost:
     id: GpuId
     name: str
     reason: str
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody can use it: of one that we may not ask, an engine may still make use."""
+        return self.reason != NO_PERMISSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

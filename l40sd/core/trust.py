@@ -2,6 +2,8 @@
 
 import stat
 
+from l40sd.core.errors import L40sError
+
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -18,3 +20,18 @@ def distrust(*, owner: int, mode: int, own: int) -> str:
     if mode & OTHERS_WRITE:
         return f"can be written by others (mode {stat.S_IMODE(mode):04o})"
     return ""
+
+
+def unusable(key: str, directory: str, why: str | None, *, own: int) -> L40sError:
+    """Return the error for one of the daemon's directories.
+
+    Args:
+        key: Of ``[daemon]``, e.g. ``runtime_dir``.
+        own: The user id that it is to belong to.
+    """
+    return L40sError(
+        f"cannot be used: {why}",
+        where=f"daemon.{key} = {directory!r}",
+        hint=f"make it user {own}'s alone (chown, chmod go-w), or name another in the configuration",
+        code="bad_config",
+    )

@@ -34,7 +34,7 @@ async def examine(supervisor: Supervisor, config: Config, path: Path, *, reload_
         _provider(supervisor),
         *preflight.programs(layout, config, inventory, supervisor.tools.facts),
         preflight.numactl(inventory, config),
-        preflight.placement(supervisor.want.pattern, layout.warnings),
+        _placement(supervisor),
         _descriptors(config),
         *disks,
         _failed_workers(supervisor),
@@ -82,6 +82,14 @@ def _provider(supervisor: Supervisor) -> Check:
     state = WARNING if processes.provider == "none" else OK
     hint = "install the units (scripts/install), or give the daemon a cgroup2 of its own" if state == WARNING else ""
     return Check(name="provider", state=state, found=f"{processes.provider}: {processes.note}", hint=hint)
+
+
+def _placement(supervisor: Supervisor) -> Check:
+    layout, pattern = supervisor.want.layout, supervisor.want.pattern
+    if not layout.placements:
+        found = f"nothing of pattern {pattern} is placed"
+        return Check(name="placement", state=FAILED, found=found, hint="l40sctl status says why")
+    return preflight.placement(pattern, layout.warnings)
 
 
 def _descriptors(config: Config) -> Check:

@@ -16,6 +16,8 @@ GIB = 1 << 30
 async def wait_until_free(host: Host, gpus: Sequence[GpuId], timeout_s: float) -> str:
     """Return "" once the GPUs' memory is free and has stopped shrinking, or who holds them at the deadline.
 
+    A lost GPU is said at once: an engine could only fail on it, and be given up for it before it is back.
+
     A host file has no memory to wait for, and an NVML that does not answer is no reason to keep a worker waiting: its
     engine will say what it lacks.
     """
@@ -25,6 +27,8 @@ async def wait_until_free(host: Host, gpus: Sequence[GpuId], timeout_s: float) -
         memory = await host.memory() if host.inventory.is_live else None
         if memory is None:
             return ""
+        if lost := next((each for each in host.lost if each.id in gpus and each.is_gone), None):
+            return f"{lost.name} is lost: {lost.reason}"
         used = [memory[g].used_bytes for g in gpus if g in memory]
         holder = next((h for g in gpus if g in memory and (h := _holder(host, g, memory[g]))), "")
         if not holder and (before is None or before == used):

@@ -96,7 +96,7 @@ class Host:
     @property
     def degraded(self) -> tuple[str, ...]:
         """Sentences on what cannot be told at present, which GPUs are missing and which could be used again."""
-        silent = f"GPU memory is unknown: NVML: {self._silent}" if self._silent else ""
+        silent = f"GPU memory is unknown: NVML: {self._silent}" if self._silent and self.inventory.gpus else ""
         lost = (f"lost: {gpu.name}: {gpu.reason}" for gpu in self.lost)
         offered = (f"{name} answers and is not in use: `l40sctl reload` takes it in" for name in self.offered)
         return tuple(filter(None, (self._found.note, silent, *lost, *offered)))
@@ -130,7 +130,7 @@ class Host:
             held: GPUs that workers have: they stay, lost or not.
             forget: GPUs that are missing were removed.
         """
-        if self._nvml is None:
+        if self._nvml is None or (self._silent and self.inventory.gpus):  # it is asked again and again anyway
             return self._found
         await self._nvml.renew()
         found = await _look(self._nvml, self._found.known, held=held, forget=forget)

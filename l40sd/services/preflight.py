@@ -9,6 +9,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from l40sd.core.messages import Check
 from l40sd.core.model import Inventory, Layout, ModelFacts, ModelName
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
+from l40sd.core.trust import distrust, unusable
 from l40sd.services.host import AUTO
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -44,7 +46,9 @@ class Doubt:
 
 
 def refuse_unusable(loaded: Loaded) -> None:
-    """Refuse a configuration whose key file or recorded host a start would refuse: the files beside the file.
+    """Refuse a configuration whose key file, recorded host or directories a start would refuse.
+
+    Whose the directories are is not asked: the one who checks need not be the one who starts.
 
     Raises:
         ConfigError: With every such problem.
@@ -55,8 +59,18 @@ def refuse_unusable(loaded: Loaded) -> None:
             read()
         except L40sError as error:
             problems.append(error)
+    problems += _open_directories(loaded.config)
     if problems:
         raise ConfigError(problems)
+
+
+def _open_directories(config: Config) -> Iterator[L40sError]:
+    for key in ("state_dir", "runtime_dir", "log_dir"):
+        directory = Path(getattr(config.daemon, key))
+        with suppress(OSError):  # it is not there yet, or not to be seen from here
+            found = directory.stat()
+            if why := distrust(owner=found.st_uid, mode=found.st_mode, own=found.st_uid):
+                yield unusable(key, str(directory), why, own=found.st_uid)
 
 
 def refuse_failing(loaded: Loaded, facts: Facts, inventory: Inventory | None) -> None:

@@ -1,6 +1,6 @@
 """What the running parts look like from outside, as the records of core/messages.py. Reads, changes nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from l40sd import __version__
 from l40sd.adapters.clock import now_s
@@ -29,6 +29,9 @@ from l40sd.services.host import GpuMemory
 from l40sd.services.proxy import Proxy
 from l40sd.services.supervisor import Supervisor
 from l40sd.services.worker import Worker
+
+SUMMARY_REASON = 160
+"""Characters of what is wrong in the line that `systemctl status` shows."""
 
 
 def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
@@ -101,6 +104,33 @@ def status(
         warnings=supervisor.want.layout.warnings,
         degraded=degraded,
     )
+
+
+def summary(supervisor: Supervisor, degraded: Sequence[str]) -> str:
+    """Return one line for `systemctl status`: who is ready, who has still to be looked at, what is wrong."""
+    workers = supervisor.workers.values()
+    return summary_line(
+        supervisor.want.pattern,
+        total=len(workers),
+        ready=sum(w.phase is Phase.READY for w in workers),
+        adopted=sum(
+            w.phase in (Phase.WAITING, Phase.STARTING) and w.process is not None and w.process.is_adopted
+            for w in workers
+        ),
+        degraded=degraded,
+    )
+
+
+def summary_line(pattern: str, *, total: int, ready: int, adopted: int, degraded: Sequence[str]) -> str:
+    """Return ``summary``; ``adopted``: workers that run since before this daemon and have not been found ready yet."""
+    line = f"pattern {pattern}: {ready} of {total} workers ready"
+    if adopted:
+        line += f", {adopted} adopted and not yet looked at"
+    if degraded:
+        first = " ".join(degraded[0].split())
+        more = f" (and {len(degraded) - 1} more: l40sctl status)" if len(degraded) > 1 else ""
+        line += f"; {first if len(first) <= SUMMARY_REASON else f'{first[:SUMMARY_REASON]}...'}{more}"
+    return line
 
 
 def proxy_status(proxy: Proxy) -> ProxyStatus:

@@ -458,7 +458,10 @@ class Worker:
                 if self.process is not None and self.process.instance is not None:
                     # Here and not in the job: a stop that is told of has reached the shim, which completes it even if
                     # this daemon dies in the next moment.
-                    self.process.instance.terminate()
+                    # One that was never ready serves nobody, and vLLM would finish loading before it looks at SIGTERM.
+                    # An adopted one may have requests that went through an upgrade.
+                    never_served = self.process.ready_at_s is None and not self.process.is_adopted
+                    self.process.instance.terminate(everybody=never_served)
                 self._start_job("terminate", self._terminate)
             case Action.CLEAN_UP:
                 self._clean_up(happening.exit)

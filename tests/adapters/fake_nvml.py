@@ -1,6 +1,7 @@
 """A stand-in for pynvml at NVML's edge, loaded by the helper process from this file.
 
-What it answers is read afresh from the JSON file in ``$FAKE_NVML``, so that a test can change it at any time:
+What it answers is read afresh from the JSON file in ``$FAKE_NVML``, so that a test can change it at any time. But for
+which GPUs there are: as with the real one, that is found out by nvmlInit, and one that is gone from the file is lost.
 
     gpus: [{uuid, busId, name, total, used, processes: [[pid, bytes]], lost: bool, nvlinks: ["switch" | PCI address],
             errors: {"nvmlDeviceGetMemoryInfo": "Not Supported", "*": "GPU is lost", ...}}]
@@ -24,6 +25,9 @@ class NVMLError(Exception):
     """As pynvml's."""
 
 
+_listed: list[str] = []
+
+
 def _facts() -> dict[str, Any]:
     facts: dict[str, Any] = json.loads(Path(os.environ["FAKE_NVML"]).read_text())
     return facts
@@ -35,7 +39,9 @@ def _gpu(handle: int, call: str = "") -> dict[str, Any]:
         signal.pause()
     if facts.get("crash"):
         os._exit(3)
-    gpu: dict[str, Any] = facts["gpus"][handle]
+    gpu: dict[str, Any] | None = next((each for each in facts["gpus"] if each["uuid"] == _listed[handle]), None)
+    if gpu is None:
+        raise NVMLError("GPU is lost")
     errors = {"*": "GPU is lost"} if gpu.get("lost") else gpu.get("errors", {})
     if reason := errors.get(call) or errors.get("*"):
         raise NVMLError(reason)
@@ -48,10 +54,11 @@ def nvmlInit() -> None:  # noqa: N802  # NVML's names
     sys.stdout.flush()
     if "fail" in facts:
         raise NVMLError(facts["fail"])
+    _listed[:] = [gpu["uuid"] for gpu in facts["gpus"]]
 
 
 def nvmlDeviceGetCount() -> int:  # noqa: N802
-    return len(_facts()["gpus"])
+    return len(_listed)
 
 
 def nvmlDeviceGetHandleByIndex(index: int) -> int:  # noqa: N802

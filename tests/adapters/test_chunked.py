@@ -1,6 +1,7 @@
 """Chunked bodies that another reader goes on with, and where a reply in chunks stands."""
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -77,6 +78,7 @@ def test_a_place_within_a_chunk_is_not_taken_for_one_between_two(parts: list[byt
                 b"X-Other: \xff 1\r\n",
                 b"connection: close, x-other\r\n",
                 b"te: trailers\r\n",
+                b"Origin: https://a \r\n",
             ]
         ),
         unique=True,
@@ -90,8 +92,8 @@ def test_the_plainest_form_of_a_head_says_the_same(
 ) -> None:
     head = parse_request(line + b"".join(fields) + key + request_id + b"content-length: %d\r\n\r\n" % length)
     again = parse_request(plain_request(head, length))
-    names = ("method", "target", "is_http10", "keep_alive", "content_length", "credential", "request_id", "fields")
-    for name in (*names, "content_type"):
+    names = ("method", "target", "is_http10", "keep_alive", "content_length", "credential", "request_id", "origin")
+    for name in (*names, "fields", "content_type"):
         assert getattr(again, name) == getattr(head, name), name
     assert parse_request(plain_request(head)).is_chunked if not head.is_http10 else True
 
@@ -160,6 +162,22 @@ def test_where_a_body_stands_is_seen_with_what_of_it_was_there() -> None:
 @pytest.mark.parametrize("data", [b"0\r\n", b"0", b"3\r\nxyz\r\n0\r\nx: y", b"zz", b"5\r\nabcdexx"])
 def test_where_no_chunk_can_follow_there_is_no_place(data: bytes) -> None:
     assert chunked.place_of(data, None) is None
+
+
+def test_a_payload_that_looks_like_chunks_all_over_is_looked_at_once() -> None:
+    """Each of 20,000 lines could be the size of a chunk that goes on; copying what is behind each took seconds."""
+    data = b"\r\n7fffffff" * 20_000 + b"\r\n"
+    copied = 0
+
+    class Counted(bytes):
+        def __getitem__(self, key: Any) -> Any:
+            nonlocal copied
+            part = super().__getitem__(key)
+            copied += len(part) if isinstance(key, slice) else 1
+            return part
+
+    assert chunked.place_of(Counted(data), 7) == (7, b"", data)
+    assert copied <= 2 * len(data)
 
 
 def test_a_chunk_without_an_end_takes_what_comes_as_its_own() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,35 @@ async def test_a_gpu_that_is_lost_while_it_serves_is_told_and_its_worker_left_al
     nvml.says(*FOUR)
     assert (await site.until_event("inventory.gpu_back", 20)).data["gpu"] == "GPU3 (0000:13:00.0)"
     assert (await site.status()).degraded == ()
+
+
+async def test_a_worker_on_a_lost_gpu_waits_for_it_instead_of_being_given_up(site_of: SiteOf, nvml: Nvml) -> None:
+    """Seen: three starts on a lost GPU, then quarantine until somebody reset it, although the GPU was back."""
+    quick = "[workers]\nbackoff_never_ready_first_s = 0.2\nbackoff_first_s = 0.2\n"
+    site = on(nvml, site_of, TOY.replace("[workers]\n", quick))
+    await site.start()
+    before = await site.until_ready("four", PATIENCE_S)
+    nvml.says(*FOUR[:3], {**FOUR[3], **LOST})
+    victim = next(worker for worker in before.workers if worker.id.endswith("gpu3"))
+    assert victim.pid
+    os.kill(victim.pid, signal.SIGKILL)
+
+    def waits(status: Status) -> bool:
+        worker = next(each for each in status.workers if each.id == victim.id)
+        return worker.phase == "backoff" and "GPU3 (0000:13:00.0) is lost: GPU is lost" in worker.reason
+
+    await site.until(waits, "it waits for its GPU", PATIENCE_S)
+
+    async def tries() -> int:
+        return sum(e.event == "worker.backoff" and e.data["worker"] == victim.id for e in await site.events())
+
+    async with asyncio.timeout(PATIENCE_S):
+        while await tries() < 8:  # noqa: ASYNC110  another process: there is no event to wait for
+            await asyncio.sleep(0.05)
+    await site.until(waits, "more often than a failing worker may", 20)
+    nvml.says(*FOUR)
+    after = await site.until_ready("four", PATIENCE_S)
+    assert next(each for each in after.workers if each.id == victim.id).pid != victim.pid
 
 
 async def test_one_gpus_failing_call_costs_that_gpu_and_removed_ones_are_forgotten(site_of: SiteOf, nvml: Nvml) -> None:

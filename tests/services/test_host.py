@@ -1,5 +1,6 @@
 """The machine as the daemon sees it: live through NVML and /sys, or from a file."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,9 @@ async def test_without_a_gpu_the_host_is_empty_and_says_so(answers: Path) -> Non
     assert bundled_hosts()[0] in host.degraded[0]
     answers.write_text(json.dumps(ONE))
     await host.memory()
+    assert host.offered == (), "NVML looks for GPUs when it starts"
+    await host.renew()
+    await host.memory()
     assert host.offered == ("GPU0 (0000:18:00.0)",)
     host.take(await host.look(held=()))
     assert [gpu.id for gpu in host.inventory.gpus] == ["GPU-a"]
@@ -128,6 +132,7 @@ async def test_a_gpu_missing_at_the_start_is_named_and_the_others_keep_their_num
     assert [(gpu.id, gpu.index) for gpu in host.inventory.gpus] == [("GPU-0", 0), ("GPU-2", 2), ("GPU-3", 3)]
     assert host.degraded == ("lost: GPU1 (0000:11:00.0): NVML does not list it",)
     answers.write_text(json.dumps({"gpus": FOUR}))
+    await host.renew()
     await host.memory()
     assert host.lost == ()
     assert "GPU1 (0000:11:00.0) answers and is not in use: `l40sctl reload`" in host.degraded[0]
@@ -156,6 +161,12 @@ async def test_a_look_while_nvml_is_silent_changes_nothing(answers: Path) -> Non
     host = await Host.open(HostConfig())
     answers.write_text(json.dumps({**ONE, "crash": True}))
     assert (await host.look(held=())).inventory is host.inventory
+    assert await host.memory() is None
+    answers.write_text(json.dumps({**ONE, "hang": True}))
+    async with asyncio.timeout(10):
+        assert (await host.look(held=())).inventory is host.inventory, (
+            "a reload does not wait for what is known to hang"
+        )
     await host.close()
 
 
