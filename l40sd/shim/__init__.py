@@ -6,13 +6,15 @@ library, keeps no connection to the daemon, and everything that the two tell eac
     spec.json   written by the daemon before anything else: what to run (the write-ahead record)
     run.json    written by the shim once the engine's exec has succeeded: who runs
     exit.json   written by the shim when nobody is left: how it ended
+    stop.json   written by the daemon before SIGTERM, where this stop is another than the spec's: see below
     signals     SIGTERM: the stop ladder; SIGQUIT: kill everything now
     lease       the daemon's lock file: free for longer than orphan_grace_s, and the engine is stopped
 
-The stop ladder: SIGTERM to the engine, or, where ``term_to`` in the spec is ``group``, to its whole process group;
-once the leader is gone, SIGTERM to whoever is left; ``term_timeout_s`` after the first, everything is killed. Whoever
-is still putting things in order has all of that time. The engine is the leader, or behind a wrapper that does not
-``exec`` the process that it runs: see ``tree.who_obeys``.
+The stop ladder: SIGTERM to the engine, or to its whole process group where ``term_to`` in stop.json or the spec is
+``group``; once the leader is gone, SIGTERM to whoever is left; ``term_timeout_s`` after the first, everything is
+killed. Whoever is still putting things in order has all of that time. The engine is the leader, or behind a wrapper
+that does not ``exec`` the process that it runs: see ``tree.who_obeys``. An engine that serves nobody yet has nothing to
+put in order, and what it is loading with may not listen: then the daemon says ``group``.
 
 Once nobody is left, the run's temporary folder (``tmp`` in the spec) goes, and what it left in shared memory.
 

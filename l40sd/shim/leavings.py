@@ -19,6 +19,8 @@ SEGMENTS = ("psm_", "sem.", "vllm_dist_", "nccl-", "torch_")
 FOLDER = "l40sd-"
 """How a temporary folder's name begins; what is not called so is never removed."""
 
+RUN_DIGITS = 10
+
 
 def make_folder(path: str) -> bool:
     """Make a run's temporary folder; False where that cannot be, and the usual one has to do.
@@ -59,6 +61,44 @@ def remove_folder(path: str) -> None:
                 with contextlib.suppress(OSError):
                     os.rmdir(name, dir_fd=descriptor)
         os.rmdir(path)
+
+
+def sweep(place: str, before_s: float) -> list[str]:
+    """Remove runs' folders of which nobody knows any more: older than that, and no shim holds them; return their names.
+
+    Whoever was to remove them was killed, and its record with it.
+    """
+    removed = []
+    with contextlib.suppress(OSError), os.scandir(place) as entries:
+        names = [entry.name for entry in entries if is_run_folder(entry.name)]
+        for name in names:
+            path = f"{place}/{name}"
+            if is_forgotten(path, before_s):
+                remove_folder(path)
+                removed.append(name)
+    return sorted(removed)
+
+
+def is_run_folder(name: str) -> bool:
+    """Whether a name is ``FOLDER`` and ten hexadecimal digits, as the daemon gives them."""
+    run = name.removeprefix(FOLDER)
+    return name.startswith(FOLDER) and len(run) == RUN_DIGITS and set(run) <= set("0123456789abcdef")
+
+
+def is_forgotten(path: str, before_s: float) -> bool:
+    """Whether a folder is ours, older than that, and locked by nobody."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        found = os.fstat(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return found.st_uid == os.geteuid() and found.st_mtime < before_s
 
 
 def remove_segments(place: str, since_s: float) -> list[str]:

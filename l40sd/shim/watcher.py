@@ -224,7 +224,7 @@ class Watcher:
         # The leader is our child and not reaped yet, so its pid, which is its process group's id, is its own.
         leader = tree.read_process(self.engine)
         assert leader is not None
-        if self.spec.get("term_to") == TERM_GROUP:
+        if self.term_to() == TERM_GROUP:
             try:
                 os.killpg(self.engine, signal.SIGTERM)
             except ProcessLookupError:  # it has not come to its setsid yet
@@ -234,6 +234,15 @@ class Watcher:
             tell_all(tree.engine_of(leader), signal.SIGTERM, signal.SIGCONT)
         with contextlib.suppress(ProcessLookupError):  # a stopped process would not see it, nor end with the others
             os.killpg(self.engine, signal.SIGCONT)
+
+    def term_to(self) -> object:
+        """Return who is to be told: as the daemon said for this stop, else as the spec says."""
+        with (
+            contextlib.suppress(OSError, ValueError, AttributeError),
+            open(f"{self.directory}/stop.json", "rb") as file,
+        ):
+            return json.load(file).get("term_to")
+        return self.spec.get("term_to")
 
     def tell_the_rest(self) -> None:
         """Second rung, once: the leader is gone, and those that it left may put things in order as well."""

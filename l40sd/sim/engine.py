@@ -109,7 +109,14 @@ class Engine:
         await self._stopping.wait()
         await self._drain()
         server.close()
+        await self._clean_up()
         return self._exit()
+
+    async def _clean_up(self) -> None:
+        needs_s = self._faults.get("clean-up")
+        if needs_s is not None:
+            await asyncio.sleep(needs_s)
+            say("all is in order")
 
     def _start_ranks(self) -> None:
         if self._options.ranks > 1:

@@ -34,6 +34,8 @@ FAULTS: dict[str, tuple[float, str]] = {
     "bad-chunk": (inf, "breaks the chunks of this many replies"),
     "reset": (inf, "resets the connection of this many replies after their first bytes"),
     "ignore-term": (1, "takes no notice of SIGTERM"),
+    "clean-up": (1, "puts things in order for this many seconds after SIGTERM, and says so"),
+    "leave": (3, "leaves this many segments of shared memory and temporary files behind"),
     "rank-death-unnoticed": (1, "hangs, instead of exiting with code 1, when one of its ranks dies"),
     "leak-children": (1, "leaves its ranks behind when it exits"),
     "daemon-child": (1, "starts this many twice-forked children in sessions of their own, with an empty environment"),
@@ -91,6 +93,10 @@ def take(name: str, number: float) -> object:
         case "fork-bomb":
             born = [pid for pid in (spawn_idle(own_session=True) for _ in range(int(number))) if pid]
             say(f"fork bomb: {len(born)} of {int(number)} born")
+        case "leave":
+            starts = ("/dev/shm/psm_l40sd_sim", f"{os.environ.get('TMPDIR', '/tmp')}/l40sd_sim")
+            names = [f"{start}_{os.getpid()}_{piece}" for start in starts for piece in range(int(number))]
+            return [os.open(name, os.O_CREAT | os.O_RDWR, 0o600) for name in names]  # open while it lives
         case "memory":
             return b"\x01" * (int(number) << 20)
         case "flood-log":

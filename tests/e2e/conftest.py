@@ -11,7 +11,7 @@ from l40sd.sim.site import Site
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if Path(__file__).parent in item.path.parents and item.get_closest_marker("vllm") is None:
             item.add_marker(pytest.mark.e2e)
 
 

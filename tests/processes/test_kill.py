@@ -252,6 +252,20 @@ async def test_an_engine_whose_table_says_so_is_told_as_a_whole_group(site: Site
     processes.forget(instance.spec.instance)
 
 
+async def test_an_engine_that_serves_nobody_yet_is_told_with_all_its_processes(site: Site) -> None:
+    """A vLLM that was still loading took all of its time to stop: the front waited for a core that did not listen."""
+    processes = await site.open()
+    (site.root / "core.sh").write_text("trap 'echo told > core_told; exit' TERM; echo $$ > up; sleep 1000 & wait")
+    script = "trap 'wait $core; exit 0' TERM; sh core.sh & core=$!; wait $core"
+    instance = await processes.spawn(site.spec(script), 10)
+    await site.pid_in("up")
+    instance.terminate(everybody=True)
+    record = await ended(instance)
+    assert (record.cause, record.code, record.detail) == ("stopped", 0, "exit code 0")
+    assert (site.root / "core_told").exists()
+    processes.forget(instance.spec.instance)
+
+
 @pytest.mark.parametrize(
     "fault", ["missing", "not executable", "a directory", "no interpreter", "bad cwd", "not in PATH"]
 )

@@ -8,7 +8,7 @@ from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import pytest
-from processkit import PATIENCE_S, Site, until
+from processkit import PATIENCE_S, Site, end, until
 
 from l40sd.shim import leavings
 
@@ -111,6 +111,28 @@ def test_only_a_folder_of_a_run_is_removed(tmp_path: Path) -> None:
     leavings.remove_folder("")
     assert sorted(os.listdir(tmp_path)) == ["data", "l40sd-link"]
     assert (tmp_path / "data" / "sub").exists()
+
+
+async def test_folders_of_which_nobody_knows_any_more_are_removed_by_the_next_daemon(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their shim and their daemon's record were gone at once: nobody else would have removed them, ever."""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    for name in ("l40sd-00000000aa", "l40sd-00000000bb", "l40sd-fault79-x", "l40sd-zzzzzzzzzz", "other"):
+        (place / name / "sub").mkdir(parents=True)
+        os.utime(place / name, (1e9, 1e9))
+    os.utime(place / "l40sd-00000000bb")
+    processes = await site.open()
+    held = place / "l40sd-00000000cc"
+    instance = await processes.spawn(site.spec("echo $$ > up; exec sleep 1000", tmp=str(held)), 10)
+    await site.pid_in("up")
+    os.utime(held, (1e9, 1e9))
+    await (await site.open()).adopt()
+    left = sorted(os.listdir(place))
+    assert left == ["l40sd-00000000bb", held.name, "l40sd-fault79-x", "l40sd-zzzzzzzzzz", "other"]
+    await end(processes, instance)
 
 
 def test_this_process_uses_its_own_files() -> None:

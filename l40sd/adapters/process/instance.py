@@ -19,7 +19,7 @@ from l40sd.adapters.process.records import (
     write_exit,
 )
 from l40sd.adapters.process.remains import Remains, remove_group, trusted_group, unit_of
-from l40sd.shim import leavings, tree
+from l40sd.shim import TERM_GROUP, leavings, tree
 
 CLEAR_TIMEOUT_S = 5.0
 """For the processes of a dead shim; who is left then is stuck, and ``Instance.kill`` says so."""
@@ -77,11 +77,18 @@ class Instance:
                 self._remove_group()
         return self._record
 
-    def terminate(self) -> None:
+    def terminate(self, *, everybody: bool = False) -> None:
         """Let the shim walk its ladder: SIGTERM and SIGCONT, then after ``term_timeout_s`` the kill.
 
         It does so also when the daemon dies meanwhile. Nothing happens when it has ended.
+
+        Args:
+            everybody: SIGTERM to the whole process group at once: for an engine that serves nobody yet. A shim of an
+                older version takes no notice of this.
         """
+        if everybody:
+            with contextlib.suppress(OSError):  # then it is stopped as if it served: later
+                (self._directory / "stop.json").write_text(f'{{"term_to": "{TERM_GROUP}"}}')
         self._signal(signal.SIGTERM)
         self._signal(signal.SIGCONT)
 
