@@ -6,7 +6,18 @@ import sys
 # 190 ms in which nothing moves during an upgrade.
 sys.modules["rich"] = None  # type: ignore[assignment]  # what makes an import fail (importlib's documentation)
 
-from l40sd.daemon import main  # noqa: E402 - not before the line above
+EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
+
+
+def main() -> None:
+    """Run l40sd and end with its exit status; a Ctrl-C before it can answer signals is no traceback."""
+    try:
+        from l40sd.daemon import main as run  # not before the line above
+
+        run()
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
 
 if __name__ == "__main__":
     main()

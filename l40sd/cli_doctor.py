@@ -75,6 +75,7 @@ async def _start(loaded: Loaded) -> list[Check]:
     config = loaded.config
     host = await Host.open(config.host)
     try:
+        await host.recall(preflight.known_gpus(config), held=())
         facts, memory = await host.facts(config), await host.memory()
     finally:
         await host.close()
@@ -83,7 +84,8 @@ async def _start(loaded: Loaded) -> list[Check]:
     if not inventory.gpus:
         seen = Check(name="host", state=FAILED, found=host.degraded[0], hint="try nvidia-smi; dmesg")
     elif missing := host.degraded:
-        seen = Check(name="host", state=WARNING, found=f"{found}; {'; '.join(missing)}", hint="try nvidia-smi; dmesg")
+        state = FAILED if host.lost else WARNING
+        seen = Check(name="host", state=state, found=f"{found}; {'; '.join(missing)}", hint="nvidia-smi; dmesg (Xid)")
     else:
         state = OK if inventory.is_live and memory is not None else WARNING
         hint = "" if inventory.is_live else 'a host file: set [host] inventory = "auto"'

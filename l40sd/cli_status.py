@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from l40sd.cli_grid import Column, Flow, Grid, Row
+from l40sd.core.eventline import told
 from l40sd.core.lifecycle import Phase
 from l40sd.core.messages import Check, Event, GpuStatus, LastEnd, OperationStatus, Status, WorkerStatus
 
@@ -35,7 +36,8 @@ def status_view(status: Status) -> RenderableType:
     parts: list[RenderableType] = [*_header(status)]
     if status.operation is not None and status.operation.state in ("running", "rolling_back"):
         parts.append(operation_line(status.operation))
-    parts += [Text(f"! {line}", style="bold yellow") for line in status.degraded]
+    in_their_row = {f"{worker.id} is {worker.phase}: {worker.reason}" for worker in status.workers}
+    parts += [Text(f"! {line}", style="bold yellow") for line in status.degraded if line not in in_their_row]
     parts += [Text(f"! {line}", style="yellow") for line in status.warnings]
     parts += [Text(""), workers_view(status.workers), Text("")] if status.workers else [Text("no workers")]
     parts += _gpu_lines(status.gpus)
@@ -122,16 +124,14 @@ def operation_line(operation: OperationStatus) -> Text:
 
 
 def event_line(event: Event) -> Text:
-    """Return one event: time, level, name and its data, on one line."""
+    """Return one event on one line: time, level, what happened to whom and why, then the rest."""
     line = Text(no_wrap=True, overflow="ignore")
     line.append(f"{event.seq:>6} ", style="dim").append(_clock(event.time) + " ", style="dim")
     line.append(f"{event.level:<8}", style=LEVEL_STYLES.get(event.level, ""))
-    line.append(f"{event.event:<22}", style="bold")
-    for key, value in event.data.items():
-        if value is None:
-            continue
-        shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        line.append(f" {key}=", style="cyan").append(printable(shown))
+    subject, reason, rest = told(event.event, event.data)
+    line.append(subject, style="bold").append(f": {reason}" if reason else "")
+    for key, value in rest:
+        line.append(f"  {key}=", style="cyan").append(value)
     return line
 
 

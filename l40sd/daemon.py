@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 import structlog
@@ -33,6 +33,7 @@ from l40sd.core.trust import distrust, unusable
 from l40sd.services.events import Events
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import CatalogEntry, Routes
+from l40sd.streams import abandon
 
 if TYPE_CHECKING:
     RunWorkers = Callable[
@@ -58,10 +59,10 @@ def main(config_path: str | None, *, check_config: bool) -> None:
 
             refuse_unusable(loaded)
     except L40sError as error:
-        click.echo(str(error), err=True)
+        say(str(error), sys.stderr)
         sys.exit(EXIT_BAD_CONFIG)
     if check_config:
-        click.echo(f"{path}: good")
+        say(f"{path}: good", sys.stdout)
         return
     handover.hold_signals()  # until there is somebody to answer them: a stop in mid start is a stop of the workers too
     events = Events(loaded.config.daemon.events_kept, loaded.config.daemon.request_events_kept)
@@ -69,7 +70,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
     try:
         ending = run_to_its_end(path, loaded, events)
     except ConfigError as error:
-        click.echo(str(error), err=True)
+        say(str(error), sys.stderr)
         sys.exit(EXIT_BAD_CONFIG)
     except L40sError as error:
         structlog.get_logger().error("daemon.failed", reason=error.what, where=error.where, hint=error.hint)
@@ -78,6 +79,15 @@ def main(config_path: str | None, *, check_config: bool) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told again while the interpreter ends: the answer is the same
     else:
         handover.exec_again()
+
+
+def say(text: str, stream: TextIO | None) -> None:
+    """Print where it can be printed. Where not, the exit status says it all: 78 must stay 78 on a full disk."""
+    try:
+        click.echo(text, file=stream)
+    except OSError:
+        if stream is not None:
+            abandon(stream)
 
 
 def run_to_its_end(path: Path, loaded: Loaded, events: Events) -> Ending:

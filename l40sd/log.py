@@ -26,14 +26,14 @@ from typing import Any, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from l40sd.core.eventline import text_of, told
+
 EventSink = Callable[[str, str, Mapping[str, Any]], None]
 """Called with (level, event, data); data is plain JSON. Must neither block nor log."""
 
 _RANKS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}  # sd-daemon(3)
 _OURS = ("time", "mono_s", "level", "event")
-_REASONS = ("reason", "why", "note")
-_LONG = ("last_lines", "exception")
 
 # Global as structlog's own configuration is: one process, one log.
 _level = "info"
@@ -181,16 +181,11 @@ def _renderer(stream: TextIO, environ: Mapping[str, str], log_format: str) -> Pr
 
 def _journal_line(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
     """``EVENT [WORKER][: REASON]``, then the other keys: what says most comes first, what is long last."""
-    keys = {key: value for key, value in event.items() if key not in _OURS and value is not None}
-    message = str(event["event"])
-    if "worker" in keys:
-        message += f" {_flat(keys.pop('worker'))}"
-    said = [_flat(keys.pop(key)) for key in _REASONS if key in keys]
-    if any(said):
-        message += f": {'; '.join(filter(None, said))}"
-    ordered = sorted(keys, key=lambda key: key in _LONG)
-    rest = " ".join(f"{_word(str(key))}={_word(_text(keys[key]))}" for key in ordered)
-    return f"<{_PRIORITIES[event['level']]}>{message}" + (f"  {rest}" if rest else "")
+    data = {key: plain(value) for key, value in event.items() if key not in _OURS}
+    subject, reason, rest = told(str(event["event"]), data)
+    line = f"<{_PRIORITIES[event['level']]}>{subject}" + (f": {reason}" if reason else "")
+    keys = " ".join(f"{_word(key)}={_word(value)}" for key, value in rest)
+    return f"{line}  {keys}" if keys else line
 
 
 def _journal_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
@@ -202,13 +197,6 @@ def _json_line(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
     return json.dumps(plain(ordered), ensure_ascii=False)
 
 
-def _flat(value: Any) -> str:
-    """Return a text on one line that drives no terminal: its lines become clauses."""
-    lines = (line.strip() for line in _text(value).splitlines())
-    clauses = "; ".join(line for line in lines if line)
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in clauses)
-
-
 def _key_value_line(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
     """One line whatever the values are: what is not a plain word is written as JSON writes it."""
     ordered = {key: event[key] for key in _OURS} | dict(event)
@@ -216,13 +204,7 @@ def _key_value_line(_logger: WrappedLogger, _method: str, event: EventDict) -> s
 
 
 def _text(value: Any) -> str:
-    match plain(value):
-        case str(text):
-            return text
-        case list(items) if all(isinstance(item, (int, str)) for item in items):
-            return ",".join(map(str, items))
-        case other:
-            return json.dumps(other)
+    return text_of(plain(value))
 
 
 def _word(text: str) -> str:

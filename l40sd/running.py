@@ -41,6 +41,7 @@ from l40sd.services.doctor import examine
 from l40sd.services.events import Events
 from l40sd.services.gpuwatch import GpuWatch
 from l40sd.services.host import Host
+from l40sd.services.preflight import STATE_NAME
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import Routes
 from l40sd.services.supervisor import Supervisor
@@ -102,9 +103,7 @@ async def run_workers(
             base_env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
             log=logger,
         )
-        supervisor = Supervisor(
-            tools, config, Store(Path(config.daemon.state_dir) / "state.json", version=STATE_VERSION)
-        )
+        supervisor = Supervisor(tools, config, Store(Path(config.daemon.state_dir) / STATE_NAME, version=STATE_VERSION))
         routes.on_failure = supervisor.on_request_failure
         routes.on_doubt = supervisor.is_ending
         async with asyncio.timeout(ADOPT_TIMEOUT_S):

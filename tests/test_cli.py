@@ -17,6 +17,7 @@ import pytest
 from fakecontrol import FakeControl, refusal, serving
 
 from l40sd import cli, cli_status, cli_wait
+from l40sd.adapters import nvml
 from l40sd.core.messages import Check, LastEnd, LogPart, OperationStatus, encode
 
 HOST_FILES = Path(cli.__file__).parent / "sim" / "hosts"
@@ -326,6 +327,24 @@ def test_doctor_finds_what_it_can_where_no_daemon_is(tmp_path: Path, capfd: pyte
     assert cli.run(doctor) == 5
     out = capfd.readouterr().out
     assert "models: no model" in out
+
+
+def test_doctor_without_a_daemon_misses_a_gpu_that_was_there(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that had lost a GPU overnight was ok."""
+    gpus = [{"uuid": f"GPU-{n}", "busId": f"00000000:{n}8:00.0", "total": 48 << 30, "used": 3} for n in (1, 2)]
+    (tmp_path / "nvml.json").write_text(json.dumps({"gpus": gpus[:1]}))
+    monkeypatch.setenv("FAKE_NVML", str(tmp_path / "nvml.json"))
+    monkeypatch.setenv(nvml.LIBRARY_VARIABLE, str(Path(__file__).parent / "adapters/fake_nvml.py"))
+    known = [{"id": g["uuid"], "index": n, "pci": f"0000:{n + 1}8:00.0", "name": "L40S", "memory_bytes": 48 << 30}
+             for n, g in enumerate(gpus)]  # fmt: skip
+    (tmp_path / "state.json").write_text(json.dumps({"gpus": known}))
+    file = tmp_path / "l40sd.toml"
+    file.write_text(f"[daemon]\nstate_dir = '{tmp_path}'\n[models.m]\nengine = 'simulated'\n")
+    assert cli.run(["--socket", str(tmp_path / "none"), "doctor", "--config", str(file), "-o", "json"]) == 5
+    checks = {check["name"]: check for check in json.loads(capfd.readouterr().out)}
+    assert (checks["host"]["state"], "lost: " in checks["host"]["found"]) == ("failed", True)
 
 
 # --- the change of a pattern --------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_a_line_of_the_journal_is_one_line_and_drives_no_terminal() -> None:
     )
     structlog.get_logger().info("config.reloaded", changed=[])
     assert stream.getvalue().splitlines() == [
-        '<3>worker.failed m-gpu0: no such file; hint: \\x1b[2J  port=1 last_lines="a b,c"',
+        '<3>worker.failed m-gpu0: no such file; hint: \\x1b[2J  port=1 last_lines="a b; c"',
         '<6>config.reloaded  changed=""',
     ]
 

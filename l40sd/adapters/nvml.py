@@ -67,7 +67,8 @@ class Nvml:
         answer = await self._ask("inventory")
         gpus = _heard(answer).answering
         ids = {gpu.index: gpu.id for gpu in gpus}
-        return NvmlFacts(gpus=gpus, links={(ids[a], ids[b]): Link[letters] for a, b, letters in answer["links"]})
+        links = {(ids[a], ids[b]): Link[letters] for a, b, letters in answer["links"] if a in ids and b in ids}
+        return NvmlFacts(gpus=gpus, links=links)
 
     async def memory(self) -> dict[GpuId, GpuMemory]:
         """Return the memory of every GPU that answers and has memory to tell of.
@@ -166,16 +167,15 @@ class Nvml:
 
 
 def _heard(answer: Mapping[str, Any]) -> Heard:
-    return Heard(
-        answering=tuple(
-            NvmlGpu(
-                id=GpuId(gpu["id"]),
-                index=gpu["index"],
-                pci=normal_pci(gpu["pci"]),
-                name=gpu["name"],
-                memory_bytes=gpu["memory_bytes"],
-            )
-            for gpu in answer["gpus"]
-        ),
-        failing=tuple(Failing(number=x["number"], id=GpuId(x["id"]), reason=x["reason"]) for x in answer["lost"]),
-    )
+    failing = [Failing(number=each["number"], id=GpuId(each["id"]), reason=each["reason"]) for each in answer["lost"]]
+    answering = []
+    for gpu in answer["gpus"]:
+        identity = GpuId(gpu["id"])
+        try:
+            pci = normal_pci(gpu["pci"])
+        except L40sError as error:
+            failing.append(Failing(number=gpu["index"], id=identity, reason=error.what))
+            continue
+        memory_bytes = gpu["memory_bytes"]
+        answering.append(NvmlGpu(id=identity, index=gpu["index"], pci=pci, name=gpu["name"], memory_bytes=memory_bytes))
+    return Heard(answering=tuple(answering), failing=tuple(failing))

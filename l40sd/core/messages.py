@@ -335,10 +335,9 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartRequest:
-    """Body of ``POST /v1/restart``; ``now``: all at once, whatever capacity is left."""
+    """Body of ``POST /v1/restart``: one after the other. All at once is ``POST /v1/workers/{id}/restart`` for each."""
 
     workers: tuple[str, ...]
-    now: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

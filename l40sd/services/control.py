@@ -299,15 +299,9 @@ class Control:
             wish = decode(RestartRequest, await request.read())
         except msgspec.MsgspecError as error:
             raise L40sError(f"not a restart request: {error}", code="bad_request") from error
-        if not wish.now:
-            operation = self._supervisor.restart(wish.workers, user_of(request))
-            await self._supervisor.write_down()
-            return _json(Accepted(operation=operation.id), 202)
-        for name in wish.workers:
-            self._supervisor.worker(name)  # every name is checked before the first worker is touched
-        for name in wish.workers:
-            self._supervisor.command(name, "restart")
-        return _json(Accepted(operation=""), 202)
+        operation = self._supervisor.restart(wish.workers, user_of(request))
+        await self._supervisor.write_down()
+        return _json(Accepted(operation=operation.id), 202)
 
     async def _reload(self, request: web.Request) -> web.Response:
         return _json({"changed": await self._doors.reload(_flag(request, "forget_gpus"))})

@@ -130,7 +130,7 @@ class Host:
             held: GPUs that workers have: they stay, lost or not.
             forget: GPUs that are missing were removed.
         """
-        if self._nvml is None:
+        if self._nvml is None or (self._silent and self.inventory.gpus):  # it is asked again and again anyway
             return self._found
         await self._nvml.renew()
         found = await _look(self._nvml, self._found.known, held=held, forget=forget)

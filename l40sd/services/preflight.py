@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from l40sd.adapters import configfiles
 from l40sd.adapters.apikeys import read_keys
@@ -21,16 +24,18 @@ from l40sd.core.configfile import Loaded, key_text, load, origin_of
 from l40sd.core.errors import ConfigError, L40sError
 from l40sd.core.exposure import connects_to, is_loopback
 from l40sd.core.launch import build, program_of
-from l40sd.core.messages import Check
+from l40sd.core.messages import Check, decode, restore
 from l40sd.core.model import Inventory, Layout, ModelFacts, ModelName
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
+from l40sd.core.topology import NvmlGpu
 from l40sd.core.trust import distrust, unusable
 from l40sd.services.host import AUTO
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 DISK_FREE_AT_LEAST = 0.05
 CONNECT_TIMEOUT_S = 0.5
+STATE_NAME = "state.json"  # in state_dir
 GIB = 1 << 30
 
 Facts = Mapping[ModelName, ModelFacts]
@@ -157,6 +162,15 @@ def exposure(config: Config) -> Check:
         found=f"whoever reaches {', '.join(open_to)} may ask: there are no API keys",
         hint="[proxy] api_keys_file, or listen on 127.0.0.1 behind something that asks for one",
     )
+
+
+def known_gpus(config: Config) -> list[NvmlGpu]:
+    """Return the GPUs that a daemon has had here, from its state; none where that cannot be read. Changes nothing."""
+    try:
+        state = decode(dict[str, Any], (Path(config.daemon.state_dir) / STATE_NAME).read_bytes())
+        return restore(list[NvmlGpu], state.get("gpus") or [])
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError):  # of root's, or of no daemon: nothing is missed then
+        return []
 
 
 def programs(layout: Layout, config: Config, inventory: Inventory, facts: Facts) -> list[Check]:

@@ -1,15 +1,20 @@
 """A rolling restart under way: who was told, who is back, and how it ends."""
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import structlog
 
 from l40sd.adapters.clock import now_s
 from l40sd.core.lifecycle import Event, Goal, Phase
 from l40sd.core.messages import OperationStatus
 from l40sd.core.model import ModelName, WorkerId
+from l40sd.core.pace import SLACK_S
 from l40sd.core.plan import Observed
+from l40sd.core.rehearsal import Pace
 from l40sd.core.rolling import next_restarts
 from l40sd.services.worker import Worker
 
@@ -42,6 +47,24 @@ class Roll:
     step: str = ""
     lowest_ready: float = 1.0
     began_at_s: float = field(default_factory=now_s)
+
+    @classmethod
+    def of(
+        cls, chosen: Sequence[WorkerId], observed: Sequence[Observed], pace: Pace, *, pattern: str, by: str
+    ) -> "Roll":
+        """Return the restart of these workers; as late as if each took all its time, one after the other."""
+        baseline = Counter[ModelName]()
+        for o in observed:
+            baseline[o.model] += o.weight if o.is_serving else 0
+        loads_s = (pace.load_s.get(o.model, 0.0) for o in observed if o.worker in chosen)
+        return cls(
+            pattern=pattern,
+            asked=tuple(chosen),
+            pending=list(chosen),
+            baseline=+baseline,
+            bound_s=sum(load_s + pace.stop_s for load_s in loads_s) + SLACK_S,
+            by=by,
+        )
 
     def advance(self, workers: Mapping[WorkerId, Worker], *, start_parallel: int, min_ready: float) -> bool:
         """Tell who can be told now; return whether it has ended.
@@ -91,6 +114,14 @@ class Roll:
         """End it in favour of something else."""
         self._end(why)
         self.state = "replaced"
+
+    def tell_end(self, log: structlog.stdlib.BoundLogger) -> None:
+        """Log how it ended."""
+        keys: dict[str, Any] = {"operation": self.id, "lowest_ready": round(self.lowest_ready, 2)}
+        if self.state == "done":
+            log.info("workers.restart.complete", workers=len(self.asked), **keys)
+        else:
+            log.warning("workers.restart.ended", state=self.state, why=self.why, **keys)
 
     def _measure(self, observed: Iterable[Observed]) -> None:
         for model, base in self.baseline.items():

@@ -10,7 +10,6 @@ to want.
 
 import asyncio
 import secrets
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
@@ -27,7 +26,7 @@ from l40sd.core.model import GpuId, Layout, ModelFacts, ModelName, Placement, Wo
 from l40sd.core.naming import natural
 from l40sd.core.outliers import Peer
 from l40sd.core.outlook import Patience, Slot, outlook
-from l40sd.core.pace import SLACK_S, bound_back_s, bound_s, slowest, start_parallel
+from l40sd.core.pace import bound_back_s, bound_s, slowest, start_parallel
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
 from l40sd.core.plan import Do, Limits, Observed, Order, Wanted, is_settled, plan, ready_share
@@ -49,6 +48,8 @@ TURN_AGAIN_S = 0.5
 OPERATIONS_KEPT = 50
 ENDED_KEPT = 10
 """Operations whose end the next daemon still knows."""
+MISSING_TOLD = 4
+"""Workers that the end of a change names with their reasons; `status` has all."""
 SERVED = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
 """Phases of a worker that receives requests, or did until it was asked not to."""
 
@@ -388,7 +389,8 @@ class Supervisor:
     def _settle(self, change: Change, end: End) -> None:
         """End the change as it is. What is missing is tried again as ever, and what is still to be done is done."""
         self._drained &= {w.placement.worker for w in self.want.wanted}  # a drain ends with its worker
-        missing = "; ".join(self._told_of(worker) for worker in end.missing)
+        missing = "; ".join(self._told_of(worker) for worker in end.missing[:MISSING_TOLD])
+        missing += f"; and {more} more" if (more := len(end.missing) - MISSING_TOLD) > 0 else ""
         if end.is_late:
             missing += f" (not done within {change.back_s if change.turned_at_s else change.forward_s:.0f} s)"
         if change.state == "rolling_back":
@@ -463,42 +465,25 @@ class Supervisor:
                 hint="wait for it: l40sctl wait; or restart --now: all at once, whatever capacity is left",
                 code="under_way",
             )
-        config = self.want.config
-        pace = slowest(config, self.tools.facts, self.tools.past_loads_s, self.at_once(self.want))
-        loads_s = (pace.load_s.get(self.workers[w].wanted.placement.model, 0.0) for w in chosen)
-        baseline = Counter[ModelName]()
-        for o in self._observed():
-            baseline[o.model] += o.weight if o.is_serving else 0
-        self.roll = Roll(
-            pattern=self.want.pattern,
-            asked=chosen,
-            pending=list(chosen),
-            baseline=+baseline,
-            bound_s=sum(load_s + pace.stop_s for load_s in loads_s) + SLACK_S,
-            by=by,
-        )
+        pace = slowest(self.want.config, self.tools.facts, self.tools.past_loads_s, self.at_once(self.want))
+        self.roll = Roll.of(chosen, self._observed(), pace, pattern=self.want.pattern, by=by)
         self._log.info("workers.restart.started", operation=self.roll.id, workers=list(chosen), by=by)
-        self.operations[self.roll.id] = self.roll.status()
+        self._note(self.roll.status())
         self._save()
-        return self.operations[self.roll.id]
+        return self.roll.status()
 
     def _roll_on(self, roll: Roll) -> None:
-        workers = self.want.config.workers
-        before = len(roll.pending)
+        workers, before = self.want.config.workers, len(roll.pending)
         is_over = roll.advance(self.workers, start_parallel=self.at_once(self.want), min_ready=workers.min_ready)
-        self.operations[roll.id] = roll.status()
+        self._note(roll.status())
         if is_over:
             self._end_roll(roll)
         elif len(roll.pending) != before:
             self._save()
 
     def _end_roll(self, roll: Roll) -> None:
-        keys = {"operation": roll.id, "lowest_ready": round(roll.lowest_ready, 2)}
-        if roll.state == "done":
-            self._log.info("workers.restart.complete", workers=len(roll.asked), **keys)
-        else:
-            self._log.warning("workers.restart.ended", state=roll.state, why=roll.why, **keys)
-        self.operations[roll.id] = roll.status()
+        roll.tell_end(self._log)
+        self._note(roll.status())
         self.roll = None
         self._save()
 
@@ -669,7 +654,11 @@ class Supervisor:
             change.lowest_ready = min(change.lowest_ready, share)
         serving = {(o.worker, o.fingerprint) for o in observed if o.is_serving}
         done = sum((w.placement.worker, w.fingerprint) in serving for w in self.want.wanted)
-        self.operations[change.id] = change.status(done=done, total=len(self.want.wanted))
+        self._note(change.status(done=done, total=len(self.want.wanted)))
+
+    def _note(self, operation: OperationStatus) -> None:
+        """Keep how an operation stands, for whoever asks by its id; the oldest are forgotten."""
+        self.operations[operation.id] = operation
         while len(self.operations) > OPERATIONS_KEPT:
             self.operations.pop(next(iter(self.operations)))
 

@@ -135,6 +135,16 @@ async def test_one_gpus_failing_call_hides_that_gpu_only(
     assert [gpu.id for gpu in (await library.inventory()).gpus] == (["GPU-a", "GPU-b"] if is_listed else ["GPU-a"])
 
 
+async def test_a_gpu_without_a_place_hides_itself_only(library: Nvml, answers: Answers) -> None:
+    a, b = TWO["gpus"]
+    answers({**TWO, "gpus": [a, {**b, "busId": "N/A"}]})  # type: ignore[dict-item]
+    facts = await library.inventory()
+    assert ([gpu.id for gpu in facts.gpus], facts.links) == (["GPU-a"], {})
+    await library.memory()
+    assert library.heard is not None
+    assert [(each.id, each.reason) for each in library.heard.failing] == [("GPU-b", "'N/A' is not a PCI address")]
+
+
 async def test_a_gpu_whose_memory_cannot_be_told_is_not_lost(library: Nvml, answers: Answers) -> None:
     """Seen: "Not Supported" for a GPU that shares the host's memory, and the GPU was called lost."""
     a, b = TWO["gpus"]

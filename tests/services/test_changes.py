@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from flaky import engine
 
 from l40sd.core.errors import L40sError
 from l40sd.core.messages import Accepted, ChangePreview, OperationStatus, PatternRequest, RestartRequest
@@ -12,16 +13,9 @@ from l40sd.sim.site import Site
 
 SiteOf = Callable[[str], Site]
 
-SCRIPT = (
-    "for gpu in $(cat {folder}/dead 2>/dev/null); do case $CUDA_VISIBLE_DEVICES in *$gpu*) exit 3;; esac; done;"
-    ' exec "$0" -m l40sd.sim.engine --model "$1" --host {{host}} --port {{port}} --ranks {{ranks}}'
-    " --start-delay-s $(cat {folder}/delay 2>/dev/null || echo 0)"
-)
 
-
-def flaky(folder: Path, more: str = "", workers: str = "") -> str:
+def flaky(folder: Path, workers: str = "") -> str:
     """A model whose workers die on the GPUs that stand in a file, and start as slowly as another file says."""
-    script = SCRIPT.format(folder=folder)
     return f"""
 [host]
 inventory = "l40s-8"
@@ -35,9 +29,6 @@ term_timeout_s = 1
 {workers}
 [health]
 startup_interval_s = 0.05
-[engines.flaky]
-base = "simulated"
-command = ["sh", "-c", '''{script}''', "{{python}}", "{{name}}"]
 [models.toy]
 engine = "flaky"
 attention_heads = 8
@@ -47,7 +38,7 @@ attention_heads = 8
 [[patterns.other.replicas]]
 model = "other"
 tp = 4
-{more}
+{engine(folder)}
 """
 
 

@@ -1,5 +1,6 @@
 """The machine as the daemon sees it: live through NVML and /sys, or from a file."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,12 @@ async def test_a_look_while_nvml_is_silent_changes_nothing(answers: Path) -> Non
     host = await Host.open(HostConfig())
     answers.write_text(json.dumps({**ONE, "crash": True}))
     assert (await host.look(held=())).inventory is host.inventory
+    assert await host.memory() is None
+    answers.write_text(json.dumps({**ONE, "hang": True}))
+    async with asyncio.timeout(10):
+        assert (await host.look(held=())).inventory is host.inventory, (
+            "a reload does not wait for what is known to hang"
+        )
     await host.close()
 
 
