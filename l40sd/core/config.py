@@ -259,10 +259,17 @@ class WorkersConfig:
     backoff_never_ready_limit_s: float = option(
         600.0, "a worker that never became ready: longest delay", least=0, most=86400
     )
-    quarantine_alike: int = option(
-        3, "starts in a row that fail alike, then the worker waits for `l40sctl reset`", least=1, most=100
-    )
+    quarantine_alike: int = option(3, "starts in a row that fail alike, then the worker is given up", least=1, most=100)
     quarantine_per_hour: int = option(6, "restarts within an hour, then the same", least=1, most=1000)
+    given_up_retry_s: float = option(
+        3600.0,
+        "one that was given up is tried once more after this, or at `l40sctl reset`; 0: never",
+        least=0,
+        most=7 * 86400,
+    )
+    refused_retry_s: float = option(
+        60.0, "one that cannot be started as configured: first after this, doubling to that", least=1, most=86400
+    )
     healthy_after_s: float = option(600.0, "healthy for this long clears the record of failures", least=0, most=86400)
     cache_limit_bytes: int = option(
         20 << 30,
@@ -314,6 +321,9 @@ class HealthConfig:
         60.0, "an idle worker is asked for one token this often; 0: never", least=0, most=86400
     )
     canary_timeout_s: float = option(60.0, "for that token", least=0.1, most=3600)
+    unready_timeout_s: float = option(
+        600.0, "its probes fail for this long and it has no requests: restarted; 0: never", least=0, most=86400
+    )
     eject_failures: int = option(
         5, "requests failed in a row, or most of so many of late: no more for a while; 0: never", least=0, most=10_000
     )

@@ -44,7 +44,16 @@ class Fitness:
         canary_error: What the latest canary that failed came to; empty when the last one was well.
     """
 
-    __slots__ = ("_config", "canary_error", "health_error", "outlier", "progress", "readiness")
+    __slots__ = (
+        "_config",
+        "_fed_s",
+        "_unready_s",
+        "canary_error",
+        "health_error",
+        "outlier",
+        "progress",
+        "readiness",
+    )
 
     def __init__(self, config: HealthConfig, *, now_s: float) -> None:
         self._config = config
@@ -52,6 +61,8 @@ class Fitness:
         self.progress = Progress(config, now_s=now_s)
         self.outlier = Outlier(config)
         self.health_error = self.canary_error = ""
+        self._fed_s = now_s
+        self._unready_s = 0.0  # that somebody looked, without a request on it
 
     def feed(self, look: Look, now_s: float) -> bool:
         """Take what a look found; return whether to ask for one token now, and give its result to ``feed_canary``.
@@ -69,6 +80,9 @@ class Fitness:
         else:
             self.readiness.feed(health)
         self.health_error = "" if self.readiness.is_ready else health.error or self.health_error
+        is_of_no_use = not self.readiness.is_ready and not look.leases
+        looked_s = min(now_s - self._fed_s, self._config.unready_timeout_s / 4)  # as progress: not over a pause
+        self._unready_s, self._fed_s = self._unready_s + looked_s if is_of_no_use else 0.0, now_s
         pace = self.progress.feed(look.counters, leases=look.leases, replies=look.replies, now_s=now_s)
         if pace is not Pace.CANARY_DUE and (  # 3
             look.is_suspected or self.progress.is_doubted or self.outlier.is_due(now_s)
@@ -88,9 +102,21 @@ class Fitness:
         self.outlier.feed(counts, now_s)
         return self.outlier.judge(peers, now_s)
 
+    def excuse(self) -> None:
+        """Forget the silence so far: it was somebody else's fault."""
+        self.progress.excuse()
+        self._unready_s = 0.0
+
     @property
     def stalled(self) -> str:
-        """Why it counts as hung; empty when it does not."""
+        """Why it counts as hung; empty when it does not.
+
+        One whose probes fail for long is of no use to anybody, even if it answers canaries: with these switched off, a
+        worker that had closed its port stayed unready until somebody came.
+        """
+        limit_s = self._config.unready_timeout_s
+        if limit_s and self._unready_s >= limit_s:
+            return f"not ready for {limit_s:.0f} s: health: {self.health_error}"
         if not self.progress.is_stalled:
             return ""
         if self.canary_error:

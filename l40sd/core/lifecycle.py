@@ -9,7 +9,7 @@ Everything that decides a transition is in this file; services/worker.py only ca
            │       SPAWN_FAILED   │                │ EXITED   DRAINING ────> DRAINED (goal REST)
         BACKOFF <─────────────────┴────────────────┘             │ EMPTY
            │                                                     v       UNKILLABLE
-       QUARANTINED, FAILED  (until RESET)                    STOPPING ─────────────> STUCK
+       QUARANTINED, FAILED  (until RESET or RETRY_DUE)       STOPPING ─────────────> STUCK
                                                                  │ EXITED
                                                                  v
                             goal GONE: STOPPED · goal RESTART: WAITING · goal SERVE: as the restart policy says
@@ -38,8 +38,8 @@ class Phase(StrEnum):
     DRAINED = "drained"  # idle by the operator's wish
     STOPPING = "stopping"  # told to exit
     BACKOFF = "backoff"  # waits before the next try
-    QUARANTINED = "quarantined"  # tried often enough; waits for `l40sctl reset`
-    FAILED = "failed"  # cannot be started as configured; waits for a new config or `l40sctl reset`
+    QUARANTINED = "quarantined"  # tried often enough; tried again after long, or at `l40sctl reset`
+    FAILED = "failed"  # cannot be started as configured; looked at again ever later, at a new config or at a reset
     STUCK = "stuck"  # cannot be killed; its GPUs are out of use
     STOPPED = "stopped"  # nothing is left of it
 
@@ -92,6 +92,7 @@ class Action(StrEnum):
     CLEAN_UP = "clean_up"  # port, instance directory
     ASK_POLICY = "ask_policy"  # a failure: decide_restart() says BACKOFF, WAITING or QUARANTINED
     WAIT_BLOCKED = "wait_blocked"  # back-off that counts as nobody's failure
+    WAIT_REFUSED = "wait_refused"  # until it is looked at whether it can be started now
     FORGIVE = "forgive"  # clear the record of failures
 
 
@@ -130,7 +131,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.PERMIT: Step(P.SPAWNING, (A.SPAWN,)),
         E.ADOPTED: Step(P.STARTING, (A.WATCH_EXIT, A.WATCH_START)),
         E.RETIRE: _ENDED,
-        E.MISCONFIGURED: Step(P.FAILED),
+        E.MISCONFIGURED: Step(P.FAILED, (A.WAIT_REFUSED,)),
         E.RESET: _AGAIN,
         E.RESTART: _AGAIN,
         # Said before the permit to one that shall rest: it must not serve for a moment in between.
@@ -141,7 +142,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.SPAWNED: Step(P.STARTING, (A.WATCH_EXIT, A.WATCH_START)),
         E.SPAWN_FAILED: Step(Ask.AFTER_EXIT, (A.CLEAN_UP,)),
         E.BLOCKED: Step(P.BACKOFF, (A.CLEAN_UP, A.WAIT_BLOCKED)),
-        E.MISCONFIGURED: Step(P.FAILED, (A.CLEAN_UP,)),
+        E.MISCONFIGURED: Step(P.FAILED, (A.CLEAN_UP, A.WAIT_REFUSED)),
         # The process may come into being at any moment: remember the wish, act when it is known.
         E.RETIRE: Step(P.SPAWNING, goal=G.GONE),
         E.RESTART: Step(P.SPAWNING),
@@ -207,8 +208,10 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.RESET: _AGAIN,
         E.RESTART: _AGAIN,
     },
-    P.QUARANTINED: {E.RETIRE: _ENDED, E.RESET: _AGAIN, E.RESTART: _AGAIN},
-    P.FAILED: {E.RETIRE: _ENDED, E.RESET: _AGAIN, E.RESTART: _AGAIN},
+    # Nobody may be there to reset it: the disk that was not mounted is, the request that ended it has gone. The record
+    # of its failures is kept, so that one that fails as before is back here after one try.
+    P.QUARANTINED: {E.RETRY_DUE: Step(P.WAITING), E.RETIRE: _ENDED, E.RESET: _AGAIN, E.RESTART: _AGAIN},
+    P.FAILED: {E.RETRY_DUE: Step(P.WAITING), E.RETIRE: _ENDED, E.RESET: _AGAIN, E.RESTART: _AGAIN},
     P.STOPPED: {},
 }
 
@@ -295,8 +298,8 @@ class Verdict:
     """What the restart policy says.
 
     Attributes:
-        delay_s: Until the next try; None: no further try before a reset.
-        why: For the operator, when there is no further try.
+        delay_s: Until the next try; None: it is given up, and tried again after long or at a reset.
+        why: For the operator, when it is given up.
     """
 
     record: Record
@@ -323,7 +326,7 @@ def decide_restart(
 
     0. It ended with a request that had been the end of another worker: that counted there. Again at once.
     1. Healthy for long enough: the record starts anew.
-    2. So many starts in a row that fail alike, or so many failures within an hour: no further try.
+    2. So many starts in a row that fail alike, or so many failures within an hour: it is given up.
     3. A worker that was ready: at once, then ``backoff_first_s`` doubling to its limit.
        One that never was: ``never_ready_first_s`` doubling to its limit. Out of memory: twice that.
 
@@ -354,6 +357,14 @@ def decide_restart(
     if is_oom:
         delay_s *= OOM_DELAY_FACTOR
     return Verdict(record=updated, delay_s=delay_s * (1 + 0.1 * jitter))
+
+
+def refused_delay_s(times: int, *, first_s: float, limit_s: float) -> float | None:
+    """Return until when it is looked at again whether a worker can be started, after so many looks; None: never.
+
+    It costs nothing but a line in the log, so it begins soon and becomes rare.
+    """
+    return _doubled(min(first_s, limit_s), times, limit_s) if limit_s else None
 
 
 def forgiven(record: Record, *, ready_for_s: float, limits: RestartLimits) -> Record:

@@ -97,7 +97,12 @@ def wait_s(slot: Slot, patience: Patience) -> float | None:
 
 
 def _is_near(slot: Slot, wait: float, patience: Patience) -> bool:
-    """Whether it is worth waiting for: what is under way always is, a next try if it comes within the longest wait."""
+    """Whether it is worth waiting for: what is under way always is, a next try if it comes within the longest wait.
+
+    What was given up is not: its next try will most likely end as those before.
+    """
+    if slot.phase in (Phase.QUARANTINED, Phase.FAILED):
+        return False
     return slot.next_start_s is None or wait <= patience.queue_s
 
 

@@ -193,7 +193,7 @@ class Watch:
         is_reached = self._instance is None or await self._is_to_blame()
         self.fitness.feed_canary(await self._one_token(self._config.canary_timeout_s), now_s())
         if not is_reached:  # when it was asked; by now it may be, and the silence before that is still no evidence
-            self.fitness.progress.excuse()
+            self.fitness.excuse()
         await self._draw(post, heed)
 
     async def _draw(self, post: Post, heed: Callable[[], None]) -> None:
@@ -203,7 +203,7 @@ class Watch:
             if await self._is_to_blame():
                 post(Event.STALLED, stalled, kind=HUNG)
                 return
-            self.fitness.progress.excuse()
+            self.fitness.excuse()
         heed()
 
     def judge_requests(self) -> None:

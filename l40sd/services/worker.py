@@ -32,6 +32,7 @@ from l40sd.core.lifecycle import (
     RestartLimits,
     decide_restart,
     forgiven,
+    refused_delay_s,
     step,
 )
 from l40sd.core.messages import LastEnd
@@ -57,6 +58,8 @@ JOBS_IN: Mapping[Phase, frozenset[str]] = {
     Phase.STOPPING: frozenset({"exit", "terminate"}),
     Phase.STUCK: frozenset({"exit"}),
     Phase.BACKOFF: frozenset({"timer"}),
+    Phase.QUARANTINED: frozenset({"timer"}),
+    Phase.FAILED: frozenset({"timer"}),
 }
 
 ROUTED_ONCE = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
@@ -250,7 +253,9 @@ class Worker:
             self._take_requests_from_it(is_hung=self._failure is not None and self._failure.kind == HUNG)
             instance.terminate()
             self._start_job("terminate", self._terminate)
-        if self.phase is Phase.BACKOFF and self.next_start_at_s is not None:
+        if self.phase is Phase.QUARANTINED and self.next_start_at_s is None:  # by a daemon that knew no further try
+            self._retry_given_up()
+        if self.phase in (Phase.BACKOFF, Phase.QUARANTINED) and self.next_start_at_s is not None:
             self._start_job("timer", partial(self._retry_later, max(0.0, self.next_start_at_s - now_s())))
 
     def suspect(self) -> None:
@@ -434,8 +439,7 @@ class Worker:
             case Action.SPAWN:
                 self._start_job("spawn", self._spawn)
             case Action.WATCH_EXIT:
-                if self.process is not None and self.process.instance is not None:
-                    self._start_job("exit", partial(self._await_exit, self.process.instance))
+                self._watch_exit()
             case Action.WATCH_START:
                 self._begin_watch()
             case Action.ADD_ROUTE:
@@ -465,8 +469,10 @@ class Worker:
                 self._ask_policy(happening)
             case Action.WAIT_BLOCKED:
                 self._retry_in(self.config.workers.backoff_never_ready_first_s)
+            case Action.WAIT_REFUSED:
+                self._retry_refused()
             case Action.FORGIVE:
-                self.record, self.failed_starts, self.restarts = Record(), 0, 0
+                self.record, self.failed_starts, self.restarts, self._refusals = Record(), 0, 0, 0
                 self._failure, self.last_lines = None, ()
 
     def _take_requests_from_it(self, *, is_hung: bool) -> None:
@@ -543,6 +549,10 @@ class Worker:
         )
         self._start_job("startup", partial(self.watch.startup, self.post))
 
+    def _watch_exit(self) -> None:
+        if self.process is not None and self.process.instance is not None:
+            self._start_job("exit", partial(self._await_exit, self.process.instance))
+
     async def _await_exit(self, instance: Instance) -> None:
         record = await instance.exited()
         is_wish = self.phase is Phase.STOPPING and self._failure is None
@@ -556,6 +566,7 @@ class Worker:
         """It has come up: for the first time, or again under the eyes of this daemon."""
         assert self.process is not None
         process = self.process
+        self._refusals = 0
         if process.ready_at_s is None:
             process.ready_at_s = now_s()
             if not process.is_adopted:
@@ -630,6 +641,7 @@ class Worker:
         self._ready_for_s = None if process.ready_at_s is None else now_s() - process.ready_at_s
 
     _ready_for_s: float | None = None
+    _refusals: int = 0  # times in a row that it could not be started as configured
 
     def _ask_policy(self, happening: Happening) -> None:
         failure = self._failure or happening
@@ -657,6 +669,7 @@ class Worker:
         if verdict.delay_s is None:
             self.phase = Phase.QUARANTINED
             self.reason = f"{verdict.why}: {self.reason}"
+            self._retry_given_up()
         elif verdict.delay_s == 0.0:
             self.phase = Phase.WAITING
         else:
@@ -667,6 +680,17 @@ class Worker:
         workers = self.config.workers
         within_s = EXIT_SEEN_WITHIN_S + workers.term_timeout_s + workers.kill_timeout_s
         return self._tools.routes.take_excuse(self.id, now_s() - within_s)
+
+    def _retry_refused(self) -> None:
+        workers = self.config.workers
+        delay_s = refused_delay_s(self._refusals, first_s=workers.refused_retry_s, limit_s=workers.given_up_retry_s)
+        self._refusals += 1
+        if delay_s is not None:
+            self._retry_in(delay_s)
+
+    def _retry_given_up(self) -> None:
+        if self.config.workers.given_up_retry_s:
+            self._retry_in(self.config.workers.given_up_retry_s)
 
     def _retry_in(self, delay_s: float) -> None:
         self.next_start_at_s = now_s() + delay_s

@@ -192,6 +192,18 @@ def test_a_suspect_whose_health_says_503_is_out_at_once() -> None:
             assert run.phase is Phase.UNREADY
 
 
+def test_one_whose_probes_fail_for_long_is_restarted_unless_it_still_has_requests() -> None:
+    """Its port was closed, its process lived, canaries were switched off: it stayed unready until somebody came."""
+    config = replace(HEALTH, canary_interval_s=0, unready_timeout_s=20)
+    for leases in (0, 1):
+        run = Run(Fitness(config, now_s=0.0))
+        for _ in range(HEALTH.fall + 21):
+            run.look(SAYS_NO, "still", leases=leases)
+        assert ("not ready for 20 s: health: status 503" in run.fitness.stalled) == (leases == 0)
+        run.fitness.excuse()
+        assert not run.fitness.stalled
+
+
 def test_from_everywhere_one_that_answers_every_canary_with_an_error_counts_as_hung() -> None:
     """Fault 2: it says that it is well, its gauges claim work, and every request gets 500."""
     for start in WALK:

@@ -19,6 +19,7 @@ from l40sd.core.lifecycle import (
     Step,
     decide_restart,
     forgiven,
+    refused_delay_s,
     step,
 )
 
@@ -93,6 +94,35 @@ def test_from_everywhere_a_retired_worker_can_end() -> None:
                     assert after.goal is not None
                     todo.extend((phase, after.goal) for phase in policy_answers(after))
         assert (Phase.STOPPED, Goal.GONE) in reached or (place[0] is Phase.STOPPED), place
+
+
+def test_every_phase_is_left_without_an_operator() -> None:
+    """A worker that had been given up, or whose program was on a disk that was mounted later, waited for a person."""
+    by_people = {Event.DRAIN, Event.UNDRAIN, Event.RESTART, Event.RETIRE, Event.RESET}
+    for (phase, goal), row in WALK.items():
+        ways = {s.phase for event, s in row.items() if s is not None and event not in by_people} - {phase}
+        assert ways or phase is Phase.STOPPED, (phase, goal)
+    for phase in (Phase.QUARANTINED, Phase.FAILED):
+        after = WALK[phase, Goal.SERVE][Event.RETRY_DUE]
+        assert after is not None
+        assert after.phase is Phase.WAITING
+        assert Action.FORGIVE not in after.actions, "its failures are remembered"
+
+
+def test_a_worker_that_cannot_be_started_is_looked_at_again_ever_later() -> None:
+    delays = [refused_delay_s(n, first_s=60, limit_s=3600) for n in range(8)]
+    assert delays == [60, 120, 240, 480, 960, 1920, 3600, 3600]
+    assert refused_delay_s(0, first_s=60, limit_s=0) is None
+
+
+def test_one_that_is_tried_again_after_it_was_given_up_has_one_try() -> None:
+    record = Record()
+    for n in range(3):
+        record, delay = fail(record, at_s=n * 60.0)
+    assert delay is None
+    for n in range(1, 4):
+        record, delay = fail(record, at_s=n * 3600.0 + 200)
+        assert delay is None, "it fails as before"
 
 
 def test_a_goal_once_gone_stays_gone() -> None:

@@ -12,7 +12,7 @@ from l40sd.core.outlook import LATEST_S, Patience, Slot, outlook
 
 PATIENCE = Patience(queue_s=120.0, load_s=30.0, external_s=600.0)
 ON_ITS_WAY = {Phase.WAITING, Phase.SPAWNING, Phase.STARTING, Phase.UNREADY, Phase.DRAINING, Phase.STOPPING}
-GIVEN_UP = {Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED}
+GIVEN_UP = {Phase.QUARANTINED, Phase.FAILED}
 
 
 def seen(*slots: Slot, is_wanted: bool = True) -> Outlook:
@@ -28,8 +28,14 @@ def test_waiting_is_for_what_is_on_its_way(phase: Phase, goal: Goal) -> None:
 
 
 @pytest.mark.parametrize("phase", sorted(GIVEN_UP))
-def test_a_next_try_is_waited_for_when_it_comes_within_the_longest_wait(phase: Phase) -> None:
-    near, far = seen(Slot(phase=phase, next_start_s=60)), seen(Slot(phase=phase, next_start_s=100))
+def test_what_was_given_up_is_not_waited_for_although_it_is_tried_again(phase: Phase) -> None:
+    found = seen(Slot(phase=phase, next_start_s=10))
+    assert (found.is_coming, found.retry_after_s) == (False, 40)
+    assert "next try in 40 s" in found.note
+
+
+def test_a_next_try_is_waited_for_when_it_comes_within_the_longest_wait() -> None:
+    near, far = (seen(Slot(phase=Phase.BACKOFF, next_start_s=s)) for s in (60, 100))
     assert (near.is_coming, near.retry_after_s) == (True, 90)
     assert (far.is_coming, far.retry_after_s) == (False, 130), "it also has to load"
     assert "next try in 130 s" in far.note

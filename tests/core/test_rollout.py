@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -233,8 +234,8 @@ def test_a_worker_that_was_in_trouble_before_does_not_hold_up_the_change(phase: 
     """It is wanted as it is, so nothing touches it, and the change waited for it for ever."""
     n = [*wanted_layout([("m", 1)] * 10), *wanted_layout([("m", 1)] * 10 + [("n", 2)])[-1:]]
     world = [replace(o, phase=phase) if o.worker == "m-gpu0" else o for o in ready(A)]
-    change = play(n, A, world=world, fates={"m-gpu0": Fate.BLOCKED})
-    assert change.run().missing == ("m-gpu0",)
+    change = play(n, A, world=world, fates={"m-gpu0": Fate.BLOCKED}, min_ready=1.0)
+    assert change.run() == End(missing=(WorkerId("m-gpu0"),))  # nor is it late, nor is going back any use
     assert not change.is_back
     assert change.world[WorkerId("n-gpu10-11")].phase is Phase.READY
 
@@ -258,6 +259,12 @@ def test_when_the_floor_is_lost_everything_goes_back() -> None:
     assert change.is_back
     assert change.terms.is_trial is False
     assert is_settled(A, list(change.world.values()))
+
+
+def test_it_goes_back_when_the_floor_is_lost_and_not_when_all_have_been_tried() -> None:
+    change = play(B, A, fates={w.placement.worker: Fate.DIES for w in B[1:]}, min_ready=0.8)
+    change.run()
+    assert (Do.RETIRE, "m-gpu11") not in change.orders[: change.turned_at]
 
 
 def test_all_of_the_capacity_is_a_floor_as_well() -> None:
@@ -301,6 +308,23 @@ def test_a_launch_that_served_a_short_while_ago_is_not_put_on_trial_again() -> N
     assert once.orders[:3] == [(Do.RETIRE, "m-gpu0"), (Do.RETIRE, "m-gpu1"), (Do.START, "m-gpu0-1")]
     assert [do for do, _ in again.orders[:6]] == [Do.RETIRE] * 6
     assert again.now_s < once.now_s
+
+
+@pytest.mark.parametrize("min_ready", [0.0, 0.5, 1.0])
+def test_every_fate_of_every_worker_has_its_end(min_ready: float) -> None:
+    """Walked completely for three workers in new launches; a fate is that of the GPU, so the old worker shares it."""
+    old, new = wanted_layout([("m", 1)] * 3), wanted_layout([("m", 1)] * 3, fingerprint="g")
+    for fated in product(Fate, repeat=3):
+        fates = {w.placement.worker: fate for w, fate in zip(new, fated, strict=True)}
+        change = play(new, old, fates=dict(fates), min_ready=min_ready)
+        end = change.run()
+        unlucky = {worker for worker, fate in fates.items() if fate is not Fate.COMES_UP}
+        assert end.missing or change.is_back or not unlucky, fated
+        if not set(fated) & set(ENDLESS):
+            fails_trial = fated[0] not in (Fate.COMES_UP, Fate.FALLS)
+            assert change.is_back == (fails_trial or 3 - len(unlucky) < 3 * min_ready), fated
+            assert set(end.missing) <= unlucky, fated
+            assert not end.is_late, fated
 
 
 fates = st.dictionaries(st.integers(0, 11), st.sampled_from(list(Fate)), max_size=4)

@@ -183,8 +183,8 @@ async def saturated(rig: Rig) -> Outcome:
     28,
     "a worker exits at once, with 0 or with 1",
     how="two models, each with an engine that exits before it opens its port",
-    expected="Tried again after a delay that doubles; after three starts that fail alike it waits for"
-    " `l40sctl reset`, and status says why.",
+    expected="Tried again after a delay that doubles; after three starts that fail alike it is given"
+    " up until `l40sctl reset`, but for one try an hour, and status says why.",
     promise="15 s, 30 s, then no more",
     within_s=20.0,
 )
@@ -272,7 +272,7 @@ count = 1
     30,
     "a worker flaps: ready for a moment, then it dies, again and again",
     how="it dies 0.3 s after each start; quarantine_per_hour = 4",
-    expected="Being ready for a moment clears nothing: after so many failures within an hour it waits for a reset.",
+    expected="Being ready for a moment clears nothing: after so many failures within an hour it is given up.",
     promise="at most 6 restarts an hour",
     within_s=25.0,
 )

@@ -1,7 +1,9 @@
 """What happens to a worker's processes: killed, hung, hidden, too many, not to be killed at all."""
 
+import asyncio
 import os
 import signal
+import sys
 from pathlib import Path
 
 import psutil
@@ -302,3 +304,71 @@ async def rank_killed(rig: Rig) -> Outcome:
     _, ready_s = await rig.told(site, mark, "worker.ready", victim.id)
     here = Outcome(took_s=ready_s, note="no memory controller lent here: killed by SIGKILL, not named as OOM")
     return await machine.inject_too(rig, 51, here)
+
+
+@fault(
+    65,
+    "a worker answers every request with an error at once, its /health says 200",
+    how="500 for every request but those for one token, under load; later it is well again",
+    expected="After five failed in a row it gets no more requests (never the last worker of a model), with an event;"
+    " status says why; once its time out is over and it made a token it comes back, slowly.",
+    promise="out within 1 s under load; back after 10 s, doubling to 300 s",
+    within_s=2.0,
+)
+async def errors_at_once(rig: Rig) -> Outcome:
+    site = rig.site(count=3, args=PACED, health={"eject_first_s": 1.0, "slow_start_s": 1.0})
+    await rig.serve(site)
+    async with rig.loaded(site) as tally:
+        victim = await busiest(site)
+        mark = await rig.mark(site)
+        await set_faults(victim, error_but_one=1e9)
+        event, out_s = await rig.told(site, mark, "worker.ejected", victim.id)
+        answered, failed = tally.answered, tally.failed
+        await until(lambda: tally.answered > answered + 12, "the load goes on")
+        during = tally.failed - failed
+        await set_faults(victim, error_but_one=None)
+        _, back_s = await rig.told(site, mark, "worker.ready", victim.id)
+        served = worker_of(await site.status(), victim.id).served
+
+        async def serves() -> bool:
+            return worker_of(await site.status(), victim.id).served > served
+
+        await until(serves, "it serves again")
+    check("requests on it failed" in event.data["reason"], event)
+    check(during <= 6, f"{during} requests failed while it was out: those that it still had")
+    check(pids(await site.status())[victim.id] == victim.pid, "it was not restarted")
+    return Outcome(took_s=out_s, lost=tally.failed, note=f"back after {back_s:.1f} s; eject_first_s was 1")
+
+
+@fault(
+    66,
+    "a worker that somebody else runs makes no token for a while, its /health says 200",
+    how="a simulated engine of its own as an external worker; it hangs, then goes on",
+    expected="Its canary finds it: it gets no more requests, and who asks waits, then gets 503; it comes back by itself"
+    " when it answers a canary.",
+    promise="out after canary_interval_s and canary_timeout_s: 120 s; back within probe_interval_s of a good canary",
+    within_s=8.0,
+)
+async def external_hangs(rig: Rig) -> Outcome:
+    command = (sys.executable, "-m", "l40sd.sim.engine", "--model", "far", "--host", "127.0.0.1", "--port", "0")
+    engine = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    rig.at_end(engine.kill)
+    assert engine.stdout is not None
+    await engine.stdout.readuntil(b"listening on ")
+    port = int((await engine.stdout.readuntil(b"\n")).rpartition(b":")[2])
+    far = f'[models.far]\nengine = "external"\nendpoints = ["http://127.0.0.1:{port}"]\n'
+    site = rig.site(extra=far, proxy={"queue_timeout_s": 0.5})
+    status = await rig.serve(site)
+    worker = next(w for w in status.workers if w.model == "far")
+    check((await ask(site, model="far"))[0] == 200, "it serves")
+    mark = await rig.mark(site)
+    await set_faults(worker, hang_after=0)
+    event, out_s = await rig.told(site, mark, "worker.unready", worker.id)
+    check("token" in event.data["reason"], event)
+    check((await ask(site, model="far"))[0] == 503, "nobody is sent there")
+    check((await ask(site))[0] == 200, "others serve")
+    well = await rig.mark(site)
+    await set_faults(worker, hang_after=None)
+    _, back_s = await rig.told(site, well, "worker.ready", worker.id)
+    check((await ask(site, model="far"))[0] == 200, "it serves again")
+    return Outcome(took_s=out_s, note=f"back {back_s:.1f} s after it was well")
