@@ -106,7 +106,7 @@ _COMPILERS = {"TORCHINDUCTOR_CACHE_DIR": "{cache}/inductor", "TRITON_CACHE_DIR":
 #   then [DONE]). With the drain's time they run to their end; what is cut after that is cut visibly.
 # - SIGTERM to the API server alone: it drains, then ends EngineCore and the ranks. To all of them: TP and PP ranks end
 #   at once, and every open stream with them. Until its Python has come to the handler, SIGTERM just ends it.
-# - It then still has its port, and answers /health with 200, until the last stream is done.
+# - It then keeps its port until the last stream is done: /health says 200, a new request gets 500.
 # - With a key, /health and /metrics stay open.
 # - iteration_tokens_total counts engine steps: it moves during a long chunked prefill, when both token counters rest.
 # - Custom all-reduce on a pair without working peer access hangs at the start; above two GPUs it wants NVLink.

@@ -42,6 +42,7 @@ class Client(asyncio.Protocol):
 
     __slots__ = (
         "_address",
+        "_ahead_bytes",
         "_allowed",
         "_chunks",
         "_head",
@@ -78,7 +79,8 @@ class Client(asyncio.Protocol):
         self._held = b""
         self._is_reading = False
         self._address = ""  # that it is counted under
-        self._taken_bytes = 0  # of the memory for bodies
+        self._taken_bytes = 0  # of the memory for bodies, for the present one,
+        self._ahead_bytes = 0  # and for what was sent ahead
         self._models = ModelMemory()
         self._template: HeadTemplate | None = None  # of a head that was admitted,
         self._known_target = b""  # for this target,
@@ -139,6 +141,17 @@ class Client(asyncio.Protocol):
         if len(self._held) > AHEAD_LIMIT_BYTES and not self.is_closing and self not in self._shared.unread:
             self.transport.pause_reading()
             self._shared.unread.add(self)
+            self._ahead_bytes = len(self._held)
+            try:
+                self._shared.bounds.take_memory(self._ahead_bytes)
+            except Refused:  # there is no place for an answer to it: that of the present request comes first
+                self.reset()
+
+    def _read_on(self) -> None:
+        """Read a client again that had sent too far ahead."""
+        self._shared.unread.discard(self)
+        self._shared.bounds.body_bytes -= self._ahead_bytes
+        self._ahead_bytes = 0
 
     def eof_received(self) -> None:
         """Take a half-closed connection for a client that has gone: that is what it nearly always is."""
@@ -147,7 +160,7 @@ class Client(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of everything."""
         self._shared.clients.discard(self)
-        self._shared.unread.discard(self)
+        self._read_on()
         self._shared.bounds.leave(self._address)
         self._address = ""
         self._gone()
@@ -359,7 +372,7 @@ class Client(asyncio.Protocol):
         if self._is_reading or not self._is_free():
             return
         if self in self._shared.unread:
-            self._shared.unread.discard(self)
+            self._read_on()
             self.transport.resume_reading()
         self._is_reading = True
         try:

@@ -173,7 +173,7 @@ class Exchange:
             self._refuse(unknown_model(routes, self._name))
             return
         self._model = model
-        if self._shared.poison and self._is_refused_as_poison():
+        if self._shared.poison.lengths and self._is_refused_as_poison():
             return
         lease = routes.take(model)
         if lease is not None:
@@ -206,7 +206,7 @@ class Exchange:
     def _is_refused_as_poison(self) -> bool:
         """Refuse a request that workers died of; one that may be innocent goes on, and is known to have been aboard."""
         poison, body = self._shared.poison, memoryview(self._body)[self._body_at :]
-        if not poison.may_know(len(body)):
+        if len(body) not in poison.lengths:
             return False
         fingerprint = poison.fingerprint(self._target, body)
         entry = poison.known(fingerprint)
@@ -605,6 +605,8 @@ class Exchange:
     def broke(self, error: Exception) -> None:
         """End a request that our own code fails on: with an answer while none has begun, and holding nothing."""
         if self._phase is Phase.ENDED:
+            if self._client.exchange is self:  # it holds nothing, and its client waits for an answer
+                self._client.reset()
             return
         if isinstance(error, Refused):
             self._refuse(error)
@@ -648,12 +650,14 @@ class Exchange:
     def _end(self, problem: str, status: int = 0, *, is_failed: bool = False) -> None:
         shared = self._shared
         status = self._reply.status if self._reply else status
-        if shared.config.access_log:
-            self._log(problem, status)
-        if is_failed:
-            shared.failures.note(problem, shared.now_s, lambda: self._account(status))
-        self._phase = Phase.ENDED
-        self._let_go()
+        try:
+            if shared.config.access_log:
+                self._log(problem, status)
+            if is_failed:
+                shared.failures.note(problem, shared.now_s, lambda: self._account(status))
+        finally:
+            self._phase = Phase.ENDED
+            self._let_go()
 
     def _let_go(self) -> None:
         """Hold nothing any more: no place in line, no dial, no connection, no lease."""

@@ -61,17 +61,17 @@ class Poison:
     Args:
         limit: Fingerprints kept; beyond it the oldest goes.
         kept_s: For how long, from the latest death on; 0: none is kept.
+
+    Attributes:
+        lengths: Of the bodies in the table, each with how many there are: one of another length need not be hashed.
     """
 
     def __init__(self, *, limit: int, kept_s: float) -> None:
         self._entries: OrderedDict[Fingerprint, Entry] = OrderedDict()  # the latest death last
-        self._lengths: Counter[int] = Counter()
+        self.lengths: Counter[int] = Counter()
         self._latest: dict[Route, End] = {}
         self._secret = secrets.token_bytes(32)
         self.configure(limit=limit, kept_s=kept_s)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def configure(self, *, limit: int, kept_s: float) -> None:
         """Change the bounds."""
@@ -86,10 +86,6 @@ class Poison:
         digest.update(body)
         return digest.digest()
 
-    def may_know(self, length: int) -> bool:
-        """Return whether a body of this length may be in the table; without it nobody has to hash one."""
-        return length in self._lengths
-
     def note(self, fingerprint: Fingerprint, length: int, route: Route, now_s: float) -> End:
         """Count an end of this route's worker against a request that it had not answered a byte of; return that end."""
         end = self._latest.get(route)
@@ -101,7 +97,7 @@ class Poison:
         entry = self._entries.pop(fingerprint, None)
         if entry is None:
             entry = Entry(length, 0.0)
-            self._lengths[length] += 1
+            self.lengths[length] += 1
         entry.until_s = now_s + self._kept_s
         if end not in entry.ends:
             entry.ends = [*entry.ends, end][-2 * DEATHS_LIMIT :]
@@ -129,6 +125,6 @@ class Poison:
 
     def _drop(self, fingerprint: Fingerprint) -> None:
         entry = self._entries.pop(fingerprint)
-        self._lengths[entry.length] -= 1
-        if not self._lengths[entry.length]:
-            del self._lengths[entry.length]
+        self.lengths[entry.length] -= 1
+        if not self.lengths[entry.length]:
+            del self.lengths[entry.length]

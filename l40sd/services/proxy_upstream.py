@@ -26,15 +26,17 @@ KINDS_LIMIT = 4
 TAIL_LIMIT_BYTES = 1 << 20
 BROKEN = (httptools.HttpParserError, httptools.HttpParserUpgrade)  # nobody asked for another protocol
 ABORTED = "the engine says that it aborted this request"
+ABORTED_WITHIN_BYTES = 512
 _aborted = re.compile(rb'"finish_reason":\s*"abort"').search
 
 
 def says_aborted(data: bytes) -> bool:
     """Return whether the end of a reply says that the engine aborted it (vLLM and SGLang, when they are stopped).
 
-    In a text that a model wrote the quotes would be escaped. 0.1 us for a KiB that does not.
+    In a text that a model wrote the quotes would be escaped. What stands behind the reason is short (300 bytes with
+    vLLM), so that only an end has to be searched: 0.3 us.
     """
-    return b'"abort"' in data and _aborted(data) is not None
+    return data.find(b'"abort"', -ABORTED_WITHIN_BYTES) >= 0 and _aborted(data) is not None
 
 
 class Asker(Protocol):

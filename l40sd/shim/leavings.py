@@ -6,7 +6,7 @@ removed with it.
 """
 
 # pathlib would cost every shim 5 ms and 1 MB.
-# ruff: noqa: PTH102, PTH106, PTH108, PTH116, PTH119
+# ruff: noqa: PTH102, PTH106, PTH108, PTH116, PTH119, PTH120
 
 import contextlib
 import fcntl
@@ -20,13 +20,17 @@ FOLDER = "l40sd-"
 """How a temporary folder's name begins; what is not called so is never removed."""
 
 RUN_DIGITS = 10
+FORGOTTEN_AFTER_S = 60.0
+"""A folder that nobody holds is let be for so long: its daemon may be about to clear up after a killed shim."""
 
 
-def make_folder(path: str) -> bool:
+def make_folder(path: str, now_s: float) -> bool:
     """Make a run's temporary folder; False where that cannot be, and the usual one has to do.
 
-    It stays locked while this process lives: systemd-tmpfiles lets be what is locked, however old.
+    It stays locked while this process lives: systemd-tmpfiles lets be what is locked, however old. Folders that were
+    left beside it go first: the daemon of a shim that was killed may have another /tmp (PrivateTmp=).
     """
+    sweep(os.path.dirname(path), now_s - FORGOTTEN_AFTER_S)
     try:
         os.mkdir(path, 0o700)
         fcntl.flock(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_SH)
@@ -66,7 +70,7 @@ def remove_folder(path: str) -> None:
 def sweep(place: str, before_s: float) -> list[str]:
     """Remove runs' folders of which nobody knows any more: older than that, and no shim holds them; return their names.
 
-    Whoever was to remove them was killed, and its record with it.
+    Whoever was to remove them was killed, or has another /tmp.
     """
     removed = []
     with contextlib.suppress(OSError), os.scandir(place) as entries:

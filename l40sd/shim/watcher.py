@@ -1,5 +1,5 @@
 # pathlib would cost every shim 5 ms and 1 MB.
-# ruff: noqa: PTH100, PTH116, PTH120
+# ruff: noqa: PTH100, PTH120
 """The shim's one loop: start the engine, pass its output on, and leave nobody behind.
 
     start ----exec fails----------------------------------------> exit.json (exec-failed)
@@ -51,19 +51,21 @@ def main(argv: list[str]) -> int:
     try:
         with open(f"{directory}/spec.json", "rb") as file:
             spec = json.load(file)
+            began_s = os.fstat(file.fileno()).st_ctime
     except FileNotFoundError:
         return 0  # the daemon that wrote it has withdrawn it: see Processes.adopt
     with contextlib.suppress(OSError):
         tree.write_text("/proc/self/comm", "l40sd-shim")
     with contextlib.suppress(OSError):  # lowering it needs CAP_SYS_RESOURCE
         tree.write_text("/proc/self/oom_score_adj", str(SHIM_OOM_SCORE))
-    return Watcher(directory, spec).run()
+    return Watcher(directory, spec, began_s).run()
 
 
 class Watcher:
     """One instance from its engine's fork to its exit record."""
 
-    def __init__(self, directory: str, spec: dict[str, Any]) -> None:
+    def __init__(self, directory: str, spec: dict[str, Any], began_s: float) -> None:
+        """``began_s``: when this was asked for, as files have their times."""
         self.directory = directory
         self.spec = spec
         engine.prctl(engine.PR_SET_CHILD_SUBREAPER, 1)
@@ -71,6 +73,7 @@ class Watcher:
         self.group = groups.join(spec, self.log)
         self.started_s = time.monotonic()
         self.folder = ""  # the run's temporary one
+        self.began_s = began_s
         self.signals: set[int] = set()
         self.poller = select.poll()
         self.readers: dict[int, Callable[[], None]] = {}
@@ -99,7 +102,7 @@ class Watcher:
         runtime_dir = os.path.dirname(os.path.dirname(self.directory))
         marks = {INSTANCE_VARIABLE: self.spec["instance"], RUNTIME_VARIABLE: runtime_dir}
         folder = self.spec.get("tmp", "")
-        if folder and leavings.make_folder(folder):
+        if folder and leavings.make_folder(folder, self.began_s):
             self.folder = marks["TMPDIR"] = folder
         self.engine, self.output_fd, self.exec_fd = engine.fork(self.spec, marks, self.group)
         self.on_readable(self.output_fd, lambda: void(self.read_output()))
@@ -115,8 +118,7 @@ class Watcher:
             self.exec_answered()
         while self.output_fd in self.readers and self.read_output():
             pass  # all writers are dead: this ends with what is in the pipe
-        with contextlib.suppress(OSError):
-            leavings.remove(self.folder, os.stat(f"{self.directory}/spec.json").st_ctime)
+        leavings.remove(self.folder, self.began_s)
         return self.write_exit()
 
     def on_readable(self, descriptor: int, do: Callable[[], None]) -> None:

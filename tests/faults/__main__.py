@@ -4,11 +4,25 @@ import argparse
 import sys
 from pathlib import Path
 
-from faults import changes, clients, daemons, deaths, ends, followers, gpus, output, starts, state, system, workers
+from faults import (
+    changes,
+    clients,
+    daemons,
+    deaths,
+    ends,
+    followers,
+    gpus,
+    hostile,
+    output,
+    starts,
+    state,
+    system,
+    workers,
+)
 from faults.suite import FAULTS, Result, now_s, recall, remember, run_all, summary, table
 
 RESULTS = Path(__file__).resolve().parents[2] / ".cache" / "faults" / "results.json"
-MODULES = (workers, daemons, starts, output, state, clients, followers, system, gpus, deaths, ends, changes)
+MODULES = (workers, daemons, starts, output, state, clients, followers, system, gpus, deaths, ends, changes, hostile)
 QUICK_SLACK = 3.0
 SECOND_TRIES = 3
 

@@ -18,6 +18,7 @@ from ssekit import decode
 
 from faults.rig import PACED, Broken, Rig, ask, check, engine_state, kill, pids, until, worker_of
 from faults.suite import NotHereError, Outcome, fault
+from l40sd.core.descriptors import share
 from l40sd.sim.api import BREAKS
 from l40sd.sim.site import Site
 
@@ -182,13 +183,13 @@ sys.stdin.read()
     within_s=None,
 )
 async def idle_crowd(rig: Rig) -> Outcome:
-    # Each may need a second descriptor, for a connection to a worker: the daemon admits half of its limit.
-    affordable = resource.getrlimit(resource.RLIMIT_NOFILE)[1] // 2 - 500
+    affordable = share(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 20_000).clients - 100
     count = min(2000 if rig.is_quick else 10_000, affordable)
     if count < 1000:
         raise NotHereError("needs a limit of 3000 file descriptors")
     stay_s = 6.0 if rig.is_quick else 20.0
-    site = rig.site(proxy={"client_header_timeout_s": stay_s, "client_idle_timeout_s": stay_s})
+    deadlines = {"client_header_timeout_s": stay_s, "client_idle_timeout_s": stay_s}
+    site = rig.site(proxy={"address_connection_limit": 20_000, **deadlines})
     await rig.serve(site)
     assert site.daemon is not None
     process = psutil.Process(site.daemon.pid)

@@ -113,13 +113,10 @@ def test_only_a_folder_of_a_run_is_removed(tmp_path: Path) -> None:
     assert (tmp_path / "data" / "sub").exists()
 
 
-async def test_folders_of_which_nobody_knows_any_more_are_removed_by_the_next_daemon(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their shim and their daemon's record were gone at once: nobody else would have removed them, ever."""
+async def test_folders_of_which_nobody_knows_any_more_are_removed_by_the_next_run(site: Site, tmp_path: Path) -> None:
+    """Their shim was killed, and under systemd the daemon has another /tmp: nobody would have removed them."""
     place = tmp_path / "tmp"
     place.mkdir()
-    monkeypatch.setenv("TMPDIR", str(place))
     for name in ("l40sd-00000000aa", "l40sd-00000000bb", "l40sd-fault79-x", "l40sd-zzzzzzzzzz", "other"):
         (place / name / "sub").mkdir(parents=True)
         os.utime(place / name, (1e9, 1e9))
@@ -129,10 +126,11 @@ async def test_folders_of_which_nobody_knows_any_more_are_removed_by_the_next_da
     instance = await processes.spawn(site.spec("echo $$ > up; exec sleep 1000", tmp=str(held)), 10)
     await site.pid_in("up")
     os.utime(held, (1e9, 1e9))
-    await (await site.open()).adopt()
+    next_one = await processes.spawn(site.spec("exec sleep 1000", tmp=str(place / "l40sd-00000000dd")), 10)
     left = sorted(os.listdir(place))
-    assert left == ["l40sd-00000000bb", held.name, "l40sd-fault79-x", "l40sd-zzzzzzzzzz", "other"]
-    await end(processes, instance)
+    ours = ["l40sd-00000000bb", held.name, "l40sd-00000000dd"]
+    assert left == [*ours, "l40sd-fault79-x", "l40sd-zzzzzzzzzz", "other"]
+    await end(processes, instance, next_one)
 
 
 def test_this_process_uses_its_own_files() -> None:

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,8 +35,6 @@ FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.05
 """Between two looks for run.json: a shim takes about 60 ms, and a poll needs no descriptor and cannot be missed."""
 CLEAR_TIMEOUT_S = 5.0
 CORRUPT_KEPT = 10
-FORGOTTEN_AFTER_S = 600.0
-"""A temporary folder that nobody holds is let be for so long: its own daemon may be about to clear up after it."""
 ENDING_S = 0.5
 """From the moment that a process has no environment any more until it is a zombie."""
 REMOVE_TRIES = 10
@@ -142,8 +139,7 @@ class Processes:
           4. a complete record whose shim lives: adopted
           5. a complete record whose shim is gone: the rest is killed, ended as shim-lost; or stuck
           6. no complete record: half-born, killed
-        Then cgroups and marked processes that no directory speaks of are killed, and temporary folders that nobody
-        holds are removed.
+        Then cgroups and marked processes that no directory speaks of are killed.
         """
         adoption = Adoption()
         gone: list[Instance] = []
@@ -160,9 +156,6 @@ class Processes:
             else:
                 adoption.ended.append((instance.spec, record))
         await self._kill_strays(adoption)
-        place = os.environ.get("TMPDIR") or "/tmp"
-        before_s = datetime.now().astimezone().timestamp() - FORGOTTEN_AFTER_S
-        await asyncio.to_thread(leavings.sweep, place, before_s)
         return adoption
 
     def forget(self, instance_id: str) -> None:

@@ -80,6 +80,31 @@ async def test_bodies_together_are_bounded_and_who_is_refused_may_come_again(sta
     assert (await here.ask(post(body_of(3 * MIB // 2)))).status == 200
 
 
+async def test_what_is_sent_ahead_counts_as_well(stand: StartStand) -> None:
+    here = await stand(body_memory_bytes=MIB, body_limit_bytes=MIB)
+    go_on = asyncio.Event()
+
+    async def behave(talk: Conversation, request: Request) -> None:
+        await go_on.wait()
+        await answer_ok(talk, request)
+
+    here.worker.behave = behave
+    clients = [await here.dial() for _ in range(20)]
+    for client in clients:
+        client.writer.write(post() + post(body_of(200_000)))
+    await here.until(lambda: here.proxy.stats.connections < 20)
+    assert memory(here) <= MIB + 300_000
+    go_on.set()
+    served = 0
+    for client in clients:
+        try:
+            served += (await client.reply()).status == 200
+        except (ConnectionError, asyncio.IncompleteReadError):
+            continue
+    assert 0 < served < 20
+    await here.until(lambda: memory(here) == 0)
+
+
 @pytest.mark.parametrize("how", ["reset", "half", "chunks", "refused", "unknown", "lost worker"])
 async def test_memory_for_bodies_is_given_back_however_it_ends(stand: StartStand, how: str) -> None:
     here = await stand(retries=0)

@@ -30,6 +30,7 @@ from proxykit import (
 )
 
 from l40sd.core.handed import Handed
+from l40sd.core.model import Outlook
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import CatalogEntry, Routes
 
@@ -44,7 +45,7 @@ async def hand_over(stand: Stand, *, add_first: bool = False) -> int:
     assert stand.routes.waiting(CHAT) == 0
     routes = Routes(queue_limit=stand.config.queue_limit, in_flight_limit=stand.config.in_flight_limit)
     routes.on_failure = lambda worker, kind: stand.failures.append((worker, kind))
-    routes.set_catalog({CHAT: CatalogEntry(aliases=("gpt",), note="the daemon has just started")})
+    routes.set_catalog({CHAT: CatalogEntry(aliases=("gpt",), outlook=Outlook(note="the daemon has just started"))})
     stand.routes = routes
     stand.proxy = Proxy(stand.config, routes)
     if add_first:

@@ -233,3 +233,21 @@ async def test_a_deadline_that_our_code_fails_on_does_not_stop_the_clock_of_the_
         assert (await s.ask(post())).status == 500
     reply = await s.ask(post())
     assert (reply.status, json.loads(reply.body)["error"]["code"]) == (504, "worker_timeout")
+
+
+async def test_even_an_end_that_our_code_fails_on_holds_nobody(
+    stand: StartStand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = await stand(workers=1, retries=0)
+
+    async def reset(talk: Conversation, request: Request) -> None:
+        talk.reset()
+
+    s.worker.behave = reset
+    dialog = await s.dial()
+    with monkeypatch.context() as broken:
+        broken.setattr("l40sd.services.proxy_failures.Failures.note", lambda *_: b"\xff".decode())
+        await dialog.send(post())
+        assert await dialog.rest() == b""
+    assert s.leases() == 0
+    await s.until(lambda: s.proxy.stats.connections == 0)
