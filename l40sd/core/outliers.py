@@ -129,6 +129,14 @@ class Outlier:
             return f"the last {in_row} requests on it failed"
         return f"{self.failed_share * 100:.0f} % of the requests on it failed of late"
 
+    def way_back(self, now_s: float) -> str:
+        """Return when one that is out may come back, for the operator; empty for one that is not out."""
+        if self.standing is not Standing.OUT:
+            return ""
+        if self.is_due(now_s):
+            return "back as soon as it makes a token"
+        return f"asked for a token in {self.out_until_s - now_s:.0f} s, then back"
+
     def _is_failing(self) -> bool:
         enough = self._config.eject_failures
         if not enough or self._counts is None:

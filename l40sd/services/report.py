@@ -72,9 +72,10 @@ def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
 def _why(worker: Worker, supervisor: Supervisor) -> str:
     is_coming = worker.phase is Phase.STARTING and worker.watch is not None
     reason = worker.watch.startup_reason if is_coming and worker.watch else worker.reason or worker.concern
+    parts = [reason, worker.way_back]
     if supervisor.is_drained(worker) and worker.phase not in (Phase.DRAINING, Phase.DRAINED):
-        return "; ".join(filter(None, [reason, "drained: it receives no requests until undrain"]))
-    return reason
+        parts.append("drained: it receives no requests until undrain")
+    return "; ".join(filter(None, parts))
 
 
 def status(

@@ -281,6 +281,12 @@ class Worker:
         return Peer(is_routed=self.phase is Phase.READY, failed_share=self.watch.fitness.outlier.failed_share)
 
     @property
+    def way_back(self) -> str:
+        """When a worker that is out for its failed requests may come back; empty for any other."""
+        is_out = self.watch is not None and self.phase is Phase.UNREADY
+        return self.watch.fitness.outlier.way_back(now_s()) if is_out and self.watch else ""
+
+    @property
     def concern(self) -> str:
         """What is wrong with a worker that serves nevertheless; empty when all is well."""
         outlier = self.watch.fitness.outlier if self.watch is not None and self.phase is Phase.READY else None

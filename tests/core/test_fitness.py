@@ -125,6 +125,9 @@ def ways_on(run: Run) -> Iterator[Run]:
         yield after
 
 
+STATES = 20_000
+
+
 def walk() -> list[Run]:
     begin = Run(Fitness(HEALTH, now_s=0.0))
     begin.fitness.feed_requests(Counts(), [WELL], 0.0)
@@ -134,6 +137,7 @@ def walk() -> list[Run]:
         for after in ways_on(todo.popleft()):
             if (key := after.key) not in seen:
                 seen[key] = after
+                assert len(seen) < STATES, "something of it grows without end"
                 todo.append(after)
     return list(seen.values())
 
@@ -190,6 +194,7 @@ def test_a_suspect_whose_health_says_503_is_out_at_once() -> None:
             run = start.copy()
             run.look(SAYS_NO, "still", fails=True)
             assert run.phase is Phase.UNREADY
+            assert not run.fitness.readiness.is_ready, "for what it says, not only for its failed requests"
 
 
 def test_one_whose_probes_fail_for_long_is_restarted_unless_it_still_has_requests() -> None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from l40sd.core.config import HealthConfig
@@ -66,6 +66,8 @@ def test_the_last_worker_is_kept_and_no_more_than_half_are_out(peers: tuple[Peer
     assert judged(Counts(failed=9, in_row=9), peers=peers) is standing
 
 
+@example(routed=[], out_share=1.0)
+@example(routed=[False, False], out_share=1.0)
 @given(st.lists(st.booleans(), max_size=11), st.floats(0, 1))
 def test_whoever_is_out_and_whatever_is_allowed_somebody_stays(routed: list[bool], out_share: float) -> None:
     peers = tuple(Peer(is_routed=is_routed, failed_share=0.0) for is_routed in routed)

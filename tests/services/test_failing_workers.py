@@ -74,6 +74,7 @@ async def test_a_worker_on_which_requests_fail_is_out_after_a_handful_and_back_w
     status = await until_out(site, failing.id)
     shown = next(w for w in status.workers if w.id == failing.id)
     assert "requests on it failed" in shown.reason
+    assert "back" in shown.reason, "and when it may come back"
     assert shown.pid == failing.pid, "it is left alone, not restarted"
     await set_faults(failing, error_but_one=None)
     status = await site.until_ready("toys", 20)
