@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 RULE = Path(__file__).parents[1] / "systemd/50-l40sd.rules"
+EARLIER = RULE.with_name("49-l40sd-start.rules")
 NODE = shutil.which("node")
 UNITS = "org.freedesktop.systemd1.manage-units"
 WORKER = "l40s-worker@m-gpu0-1a.service"
@@ -25,10 +26,10 @@ console.log(JSON.stringify(answers));
 pytestmark = pytest.mark.skipif(NODE is None, reason="needs a JavaScript engine: node")
 
 
-def asked(*questions: tuple[str, dict[str, str], dict[str, str]]) -> list[str]:
+def asked(*questions: tuple[str, dict[str, str], dict[str, str]], rule: Path = RULE) -> list[str]:
     """Return the rule's answers to (action, details, subject)."""
     assert NODE is not None
-    script = HARNESS % (RULE.read_text(encoding="utf-8"), json.dumps(questions))
+    script = HARNESS % (rule.read_text(encoding="utf-8"), json.dumps(questions))
     answers: list[str] = json.loads(subprocess.check_output([NODE, "-e", script], text=True, timeout=30))
     return answers
 
@@ -38,8 +39,8 @@ def verb(name: str, unit: str = WORKER, **subject: str) -> tuple[str, dict[str, 
 
 
 def test_the_daemon_may_do_with_its_workers_what_it_does_and_nothing_else() -> None:
-    """`stop` was allowed and never used."""
-    used, others = ("start", "kill", "reset-failed"), ("stop", "restart", "reload", "set-property", "clean", "")
+    """Seen: `start` was allowed, and with `--job-mode=flush`, which polkit is not told of, cancelled others' jobs."""
+    used, others = ("kill", "reset-failed"), ("start", "stop", "restart", "reload", "set-property", "clean", "")
     assert asked(*map(verb, used)) == ["yes"] * len(used)
     assert set(asked(*map(verb, others))) == {"no"}
     units = (
@@ -50,17 +51,30 @@ def test_the_daemon_may_do_with_its_workers_what_it_does_and_nothing_else() -> N
         f"x{WORKER}",
         f"{WORKER}x",
     )
-    assert set(asked(*(verb("start", unit) for unit in units))) == {"no"}
+    assert set(asked(*(verb("kill", unit) for unit in units))) == {"no"}
     assert asked(("org.freedesktop.systemd1.reload-daemon", {}, {"user": "l40sd"})) == ["no"]
 
 
 def test_an_engine_may_not_although_it_runs_as_the_daemons_user() -> None:
-    """Seen: `systemctl start --job-mode=flush` of a worker's unit cancelled the other jobs of the host."""
-    assert asked(verb("start", system_unit=WORKER), verb("kill", system_unit="cron.service")) == ["no", "no"]
-    assert asked(verb("start", system_unit="l40sd.service")) == ["yes"]
-    assert asked(verb("start", system_unit="")) == ["yes"], "not known: before polkit 126"
+    """Where polkit can tell: from version 126 on."""
+    assert asked(verb("kill", system_unit=WORKER), verb("kill", system_unit="cron.service")) == ["no", "no"]
+    assert asked(verb("kill", system_unit="l40sd.service")) == ["yes"]
+    assert asked(verb("kill", system_unit="")) == ["yes"], "not known: before polkit 126"
 
 
 def test_what_concerns_others_is_left_to_other_rules() -> None:
     assert asked((UNITS, {"unit": WORKER, "verb": "start"}, {"user": "root"})) == ["not handled"]
     assert asked(("org.freedesktop.login1.power-off", {}, {"user": "l40sd"})) == ["not handled"]
+
+
+def test_the_rule_for_a_daemon_of_an_earlier_release_lets_it_start_workers_and_leaves_the_rest() -> None:
+    starts = verb("start"), verb("start", system_unit="l40sd.service")
+    assert asked(*starts, rule=EARLIER) == ["yes", "yes"]
+    others = (
+        verb("kill"),
+        verb("start", "dbus.service"),
+        verb("start", system_unit=WORKER),
+        (UNITS, {"unit": WORKER, "verb": "start"}, {"user": "root"}),
+        ("org.freedesktop.systemd1.reload-daemon", {}, {"user": "l40sd"}),
+    )
+    assert set(asked(*others, rule=EARLIER)) == {"not handled"}

@@ -141,6 +141,29 @@ def test_upgrade_turns_the_daemon_into_the_new_release_and_touches_no_worker(ser
     assert json.loads(serving.output(CHAT))["choices"]
 
 
+def test_a_daemon_that_does_not_know_the_starter_starts_workers_until_it_is_upgraded(host: Container) -> None:
+    """What an earlier release looks like: `start` in polkit's rule, no socket, and a daemon that asks systemctl."""
+    earlier = "/etc/polkit-1/rules.d/49-l40sd-start.rules"
+    adapters = "/opt/l40sd/current/lib/python3*/site-packages/l40sd/adapters"
+    host.run("systemctl stop l40sd; rm /usr/local/lib/systemd/system/l40s-start*; systemctl daemon-reload")
+    host.run(f"sed -i s,/run/l40s-start.sock,/run/none, {adapters}/process/providers.py")
+    host.run('sed -i \'s/\\["kill"/["start", "kill"/\' /etc/polkit-1/rules.d/50-l40sd.rules')
+    host.write("/etc/l40sd/l40sd.toml", CONFIG)
+    host.run("systemctl start l40sd")
+    wait_until_ready(host)
+    for _ in range(2):
+        said = host.output("/src/scripts/install --wheels /wheels", timeout_s=180)
+        assert "lets it start workers in the old way" in said
+    host.run("l40sctl switch-pattern B", timeout_s=120)
+    host.run(f"test -e {earlier}")
+    host.run("l40sctl upgrade", timeout_s=120)
+    wait_until_ready(host)
+    until(lambda: host.run(f"test -e {earlier}", check=False).returncode == 1, "the old way is closed")
+    host.run("l40sctl switch-pattern A", timeout_s=120)
+    assert status(host)["provider"] == "unit"
+    host.run("systemctl stop l40sd")
+
+
 def test_an_upgrade_lets_a_stream_finish_that_takes_longer_than_the_watchdog(host: Container) -> None:
     """Seen: nobody fed the watchdog while the open streams finished, and systemd killed the daemon in mid upgrade."""
     host.run("systemctl stop l40sd")
@@ -316,7 +339,7 @@ def test_when_the_host_goes_down_the_daemon_drains_its_workers_itself(serving: C
 def test_without_polkit_rules_the_workers_survive_a_restart_as_well(host: Container) -> None:
     """Ubuntu 22.04's case: the drop-in that install adds there, and no rule."""
     rule = "/etc/polkit-1/rules.d/50-l40sd.rules"
-    host.run(f"systemctl stop l40sd; mv {rule} /root/")
+    host.run(f"systemctl stop l40sd; mv {rule} /root/; systemctl mask --runtime l40s-start.socket")
     try:
         drop_in(host, host.output("cat /src/systemd/l40sd.service.d/no-polkit-rules.conf"))
         host.write("/etc/l40sd/l40sd.toml", CONFIG)
@@ -334,5 +357,5 @@ def test_without_polkit_rules_the_workers_survive_a_restart_as_well(host: Contai
         host.run("systemctl stop l40sd", timeout_s=STOP_TIMEOUT_S)
         assert processes_of_l40sd(host) == ""
     finally:
-        host.run(f"mv /root/50-l40sd.rules {rule}")
+        host.run(f"mv /root/50-l40sd.rules {rule}; systemctl unmask --runtime l40s-start.socket")
         drop_in(host, "")

@@ -88,7 +88,7 @@ def test_a_polkit_without_rules_gets_the_drop_in_and_no_rule_is_left(bare: Conta
     bare.write("/usr/local/sbin/pkaction", "#!/bin/sh\necho pkaction version 0.105\n")
     bare.run("chmod +x /usr/local/sbin/pkaction")
     bare.run(INSTALL, timeout_s=INSTALL_TIMEOUT_S)
-    bare.run(f"test ! -e {rule} -a -e {drop_in}")
+    bare.run(f"test ! -e {rule} -a -e {drop_in} -a ! -e {UNITS}/l40s-start.socket")
     assert bare.show("l40sd.service", "KillMode", "Delegate") == {"KillMode": "process", "Delegate": "yes"}
     bare.run("rm /usr/local/sbin/pkaction")
     bare.run(INSTALL, timeout_s=INSTALL_TIMEOUT_S)

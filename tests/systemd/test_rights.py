@@ -1,6 +1,7 @@
 """The unit files, and what the unprivileged user may do with them: exactly his own workers, nothing else."""
 
 import re
+import shlex
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,9 +14,29 @@ UNITS = (
     "l40sd-up.service",
     "l40sd.socket",
     "l40sd-down.target",
+    "l40s-start.socket",
+    "l40s-start@.service",
     "l40s-worker@.service",
     "l40s-workers.slice",
 )
+STAND_IN_DAEMON = """\
+[Service]
+Type=exec
+ExecStart=
+ExecStart=/bin/sleep 1000
+WatchdogSec=0
+"""
+CONNECT = 'import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect("/run/l40s-start.sock"); '
+ANSWER = 'print(s.recv(4096).decode(), end="")'
+ASK = f"python3 -c '{CONNECT} s.sendall(sys.stdin.buffer.read()); s.shutdown(1); {ANSWER}'"
+ASK_NOTHING = f"python3 -c '{CONNECT} {ANSWER}' </dev/null"
+MANY = """python3 -c '
+import socket
+open = []
+for _ in range(300):
+    open.append(socket.socket(socket.AF_UNIX))
+    open[-1].connect("/run/l40s-start.sock")
+'"""
 STAND_IN = """\
 [Service]
 ExecStart=
@@ -41,49 +62,126 @@ def test_systemd_finds_nothing_to_say_about_the_units(host: Container) -> None:
 
 def test_the_daemon_is_exposed_no_more_than_its_work_asks_for(host: Container, say: Callable[[str], None]) -> None:
     scores = {}
-    for unit in ("l40sd.service", "l40s-worker@.service"):
+    for unit in ("l40sd.service", "l40s-start@.service", "l40s-worker@.service"):
         report = host.run(f"systemd-analyze security --offline=yes --no-pager {unit}", check=False).stdout
         found = re.search(r"Overall exposure level for \S+: ([\d.]+)", report)
         assert found, report
         scores[unit] = float(found[1])
     say("systemd-analyze security (0 best, 10 worst): " + ", ".join(f"{unit} {s}" for unit, s in scores.items()))
     assert scores["l40sd.service"] <= 2.5
+    assert scores["l40s-start@.service"] <= 2.0
     assert scores["l40s-worker@.service"] <= 7.5
 
 
-def tells_units(host: Container) -> bool:
-    """Whether polkit tells a rule its caller's unit: then the daemon may do more than a shell of its user."""
-    version = re.search(r"(\d+)$", host.output("pkaction --version").strip())
-    assert version
-    return int(version[1]) >= 126
+@pytest.fixture
+def asking(stand_in: Container) -> Iterator[Container]:
+    """The host, with a process in place of the daemon, and its starter open."""
+    folder = "/run/systemd/system/l40sd.service.d"
+    stand_in.run("systemctl stop l40sd")
+    stand_in.write(f"{folder}/stand-in.conf", STAND_IN_DAEMON)
+    stand_in.run("systemctl daemon-reload && systemctl start l40sd")
+    yield stand_in
+    stand_in.run(f"systemctl stop l40sd; rm {folder}/stand-in.conf; systemctl daemon-reload")
 
 
-def test_the_daemon_user_starts_and_kills_its_workers(stand_in: Container) -> None:
-    if tells_units(stand_in):
-        pytest.skip("only l40sd.service may here; test_daemon.py sees it do so")
+def within_the_daemon(command: str) -> str:
+    """Return a command of root's that runs this one as a process of l40sd.service."""
+    group = "/sys/fs/cgroup$(systemctl show --property=ControlGroup --value l40sd.service)"
+    become = "exec setpriv --reuid=l40sd --regid=l40sd --init-groups"
+    return f"echo $$ > {group}/cgroup.procs && {become} sh -c {shlex.quote(command)}"
+
+
+def answer_to(host: Container, given: str) -> str:
+    """Return what the starter answers to a process of the daemon's; nothing when it has too many connections."""
+    return host.run(within_the_daemon(ASK), given=given, check=False).stdout
+
+
+def worker_units(host: Container) -> str:
+    return host.output("systemctl list-units --all --no-legend --plain 'l40s-worker@*' | cut -d' ' -f1")
+
+
+def test_the_daemon_has_its_workers_started_and_kills_them(asking: Container) -> None:
     unit = "l40s-worker@tiny-gpu0-1-01h0.service"
-    stand_in.run(f"systemctl start {unit}", user="l40sd")
-    assert stand_in.show(unit, "ActiveState", "User", "Slice") == {
-        "ActiveState": "active", "User": "l40sd", "Slice": "l40s-workers.slice"
-    }  # fmt: skip
-    stand_in.run(f"systemctl kill --signal=CONT {unit}", user="l40sd")
-    stand_in.run(f"systemctl kill --signal=KILL {unit}", user="l40sd")
-    until(lambda: stand_in.show(unit, "ActiveState")["ActiveState"] != "active", "the killed worker has ended")
-    stand_in.run(f"systemctl start {unit}", user="l40sd")
-    stand_in.run(f"systemctl stop {unit}")
-    assert stand_in.show(unit, "ActiveState")["ActiveState"] == "inactive"
+    assert answer_to(asking, "tiny-gpu0-1-01h0\n") == "0 \n"
+    until(lambda: asking.show(unit, "ActiveState")["ActiveState"] == "active", "the worker has been started")
+    assert asking.show(unit, "User", "Slice") == {"User": "l40sd", "Slice": "l40s-workers.slice"}
+    asking.run(within_the_daemon(f"systemctl kill --signal=CONT {unit}"))
+    asking.run(within_the_daemon(f"systemctl kill --signal=KILL {unit}"))
+    until(lambda: asking.show(unit, "ActiveState")["ActiveState"] != "active", "the killed worker has ended")
 
 
-def test_a_process_of_the_daemon_user_outside_its_service_starts_nothing_where_polkit_can_tell(
-    stand_in: Container,
-) -> None:
-    """Seen: code in an engine cancelled the host's other jobs by ``--job-mode=flush``, which polkit is not told of."""
-    if not tells_units(stand_in):
-        pytest.skip("this polkit does not tell a rule its caller's unit")
-    command = "systemctl start --job-mode=flush l40s-worker@b.service </dev/null"
-    refused = stand_in.run(command, user="l40sd", check=False)
+@pytest.mark.parametrize("mode", ["", "--job-mode=flush", "--job-mode=replace-irreversibly"])
+def test_the_daemon_starts_no_worker_itself_in_whatever_mode(asking: Container, mode: str) -> None:
+    """Seen: a process of the daemon's user cancelled the host's other jobs by ``--job-mode=flush``."""
+    refused = asking.run(within_the_daemon(f"systemctl start {mode} l40s-worker@b.service </dev/null"), check=False)
     assert refused.returncode != 0
     assert REFUSED.search(refused.stdout + refused.stderr), refused
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("A\n", "not the name"),
+        ("../x\n", "not the name"),
+        ("a b\n", "not the name"),
+        ("a.service\n", "not the name"),
+        ("a\nb\n", "not the name"),
+        ("a", "not the name"),
+        ("\n", "not the name"),
+        ("", "not the name"),
+        ("--job-mode=flush a\n", "not the name"),
+        ("$(touch /tmp/x)\n", "not the name"),
+        ("\u00e4\n", "not the name"),
+        ("a" * 236 + "\n", "longer than 235"),
+        ("a" * 100_000 + "\n", "not the name"),
+    ],
+)
+def test_the_starter_starts_nothing_but_an_instance(asking: Container, given: str, said: str) -> None:
+    assert answer_to(asking, given).startswith(f"1 refused: {said}")
+    assert worker_units(asking) == ""
+
+
+def test_the_longest_name_that_systemd_can_give_a_unit_is_started(asking: Container) -> None:
+    assert answer_to(asking, "a" * 235 + "\n") == "0 \n"
+
+
+def test_what_systemd_refuses_is_passed_on(asking: Container) -> None:
+    asking.run("systemctl mask --runtime l40s-worker@masked.service")
+    assert re.fullmatch(r"1 Failed to start .*masked.*\n", answer_to(asking, "masked\n"))
+    asking.run("systemctl unmask --runtime l40s-worker@masked.service")
+
+
+def test_one_that_asks_nothing_is_sent_away(asking: Container) -> None:
+    said = asking.run(within_the_daemon(ASK_NOTHING)).stdout
+    assert said == "1 refused: nothing came within 5 s\n"
+    until(lambda: asking.output("systemctl list-units --all --no-legend 'l40s-start@*'") == "", "its unit is gone")
+
+
+def test_the_daemon_user_outside_its_service_is_not_heard(asking: Container) -> None:
+    """An engine is one."""
+    assert asking.run(ASK, user="l40sd", given="a\n").stdout == "1 refused: only l40sd.service may ask\n"
+    assert worker_units(asking) == ""
+
+
+def test_another_user_cannot_connect_to_the_starter(asking: Container) -> None:
+    refused = asking.run(ASK, user="nobody", given="a\n", check=False)
+    assert "PermissionError" in refused.stderr
+    assert asking.output("stat -c '%a %U %G' /run/l40s-start.sock") == "600 l40sd l40sd"
+
+
+def test_many_connections_close_the_starter_for_nobody(asking: Container) -> None:
+    """More than MaxConnections= at once, and more than systemd's own limit of 200 in 2 s."""
+    asking.run(MANY, user="l40sd")
+    assert asking.show("l40s-start.socket", "ActiveState")["ActiveState"] == "active"
+    until(lambda: answer_to(asking, "a\n") == "0 \n", "the daemon is heard again")
+
+
+def test_the_starter_is_open_from_start_to_stop(asking: Container) -> None:
+    asking.run("systemctl restart l40sd")
+    assert answer_to(asking, "a\n") == "0 \n"
+    asking.run("systemctl stop l40sd")
+    until(lambda: asking.show("l40s-start.socket", "ActiveState")["ActiveState"] == "inactive", "the starter is closed")
+    asking.run("test ! -e /run/l40s-start.sock")
 
 
 def test_the_daemon_user_owns_its_workers_cgroup(stand_in: Container) -> None:
@@ -96,6 +194,10 @@ def test_the_daemon_user_owns_its_workers_cgroup(stand_in: Container) -> None:
 
 
 FORBIDDEN = (
+    "systemctl start l40s-worker@b.service",
+    "systemctl start --job-mode=flush l40s-worker@b.service",
+    "systemctl start l40s-start@0-1-0.service",
+    "systemctl start l40s-start.socket",
     "systemctl start dbus.service",
     "systemctl stop l40sd.service",
     "systemctl restart systemd-journald.service",
@@ -135,11 +237,10 @@ FORBIDDEN = (
 )
 
 
-# The last three are not polkit's words. systemd 257 does name a transient unit to polkit, and our rule would let it
-# pass; it may not be made because the template has that name. `edit` has its own way to say that a folder is not ours.
+# `edit` has its own way to say that a folder is not ours, and systemd to say that a unit may not be isolated.
 REFUSED = re.compile(
-    "denied|authentication required"
-    "|already loaded or has a fragment file|may not be isolated|failed to create directories",
+    "denied|authentication required|already loaded or has a fragment file|may not be isolated"
+    "|failed to create directories",
     re.IGNORECASE,
 )
 

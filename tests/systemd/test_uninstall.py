@@ -12,4 +12,4 @@ def test_uninstall_ends_a_running_daemon_and_its_workers(host: Container) -> Non
     wait_until_ready(host)
     host.run("/opt/l40sd/uninstall", timeout_s=STOP_TIMEOUT_S)
     assert processes_of_l40sd(host) == ""
-    assert host.run("test -e /run/l40sd -o -e /opt/l40sd", check=False).returncode == 1
+    assert host.run("test -e /run/l40sd -o -e /opt/l40sd -o -e /run/l40s-start.sock", check=False).returncode == 1

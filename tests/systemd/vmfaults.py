@@ -253,6 +253,7 @@ def systemctl(daemon: Daemon) -> Survived:
     assert machine.show("l40sd.service", "ActiveState", "Result") == {"ActiveState": "inactive", "Result": "success"}
 
     # Without polkit's rules the workers' cgroups are below the daemon's own, whose controllers must stay off.
+    machine.run("systemctl mask --runtime l40s-start.socket")
     machine.run(f"mv {RULE} /root/ && cp /opt/test/no-polkit-rules.conf {NO_POLKIT} && systemctl daemon-reload")
     try:
         daemon.serve()
@@ -261,6 +262,7 @@ def systemctl(daemon: Daemon) -> Survived:
         machine.run("systemctl stop l40sd")
         assert machine.run("ps -u l40sd -o pid,args --no-headers", check=False).stdout == ""
     finally:
+        machine.run("systemctl unmask --runtime l40s-start.socket")
         machine.run(f"systemctl stop l40sd; mv /root/50-l40sd.rules {RULE}; rm -f {NO_POLKIT}; systemctl daemon-reload")
     daemon.serve()
     return Survived(
