@@ -137,7 +137,7 @@ async def run_one(one: Fault, *, is_quick: bool, slack: float, keep: Path | None
         problem = f"took {outcome.took_s:.1f} s, more than {one.within_s * slack:g} s ({outcome.note})"
     if problem and keep is not None:
         shutil.rmtree(keep / folder.name, ignore_errors=True)
-        shutil.move(folder, keep / folder.name)
+        shutil.copytree(folder, keep / folder.name, symlinks=True, ignore=_sockets)
         problem += f" [{keep / folder.name}]"
     shutil.rmtree(folder, ignore_errors=True)
     if problem or outcome is None:
@@ -150,6 +150,11 @@ async def run_one(one: Fault, *, is_quick: bool, slack: float, keep: Path | None
         lost=outcome.lost,
         note=outcome.note,
     )
+
+
+def _sockets(folder: str, names: list[str]) -> list[str]:
+    """Return what of a folder cannot be copied."""
+    return [name for name in names if (Path(folder) / name).is_socket()]
 
 
 def run_all(

@@ -1,5 +1,6 @@
 """The suite's own account: a fault that is not survived shows, and one that was not run counts as neither."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ async def test_what_is_left_behind_is_not_survived() -> None:
         return Outcome(took_s=0.0)
 
     assert "socket" in (await result_of(run)).note
+
+
+async def test_a_failed_faults_folder_is_kept_although_a_socket_is_in_it(tmp_path: Path) -> None:
+    async def run(rig: Rig) -> Outcome:
+        (rig.folder / "daemon.log").write_text("why\n")
+        with socket.socket(socket.AF_UNIX) as control:
+            control.bind(str(rig.folder / "control.sock"))
+        raise Broken("seen otherwise")
+
+    result = await run_one(fault_of(run), is_quick=True, slack=1.0, keep=tmp_path)
+    kept = Path(result.note.partition("[")[2].rstrip("]"))
+    assert [path.name for path in kept.iterdir()] == ["daemon.log"]
 
 
 async def test_a_fault_that_cannot_be_injected_here_is_neither(tmp_path: Path) -> None:
