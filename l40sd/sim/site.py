@@ -6,6 +6,7 @@ control socket.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import signal
@@ -158,7 +159,11 @@ class Site:
 
     def leftovers(self) -> list[str]:
         """Return every process of this site that lives, in words: shims and what carries a worker's marker."""
-        return [f"{process.pid} {' '.join(process.cmdline())[:200]}" for process in self.processes()]
+        left = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):  # gone since it was found
+                left.append(f"{process.pid} {' '.join(process.cmdline())[:200]}")
+        return left
 
     def processes(self) -> list[psutil.Process]:
         """Return the living processes of this site but the daemon: shims by their folder, engines by the marker."""

@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import psutil
+from soak.living import doubly_owned
+from soak.living import living as holders
 
 from faults.rig import (
     PACED,
@@ -111,16 +112,9 @@ def all_born(instances: Path, count: int) -> bool:
 
 
 def check_one_owner_each(site: Site) -> None:
-    """Raise when a GPU is in two engines' hands, as their own environment says."""
-    owners: Counter[str] = Counter()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            environ = process.environ()
-            is_engine = "l40sd.sim.engine" in " ".join(process.cmdline())
-            if is_engine and environ.get("L40SD_RUNTIME_DIR") == str(site.folder / "run"):
-                owners.update(environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
-    twice = [gpu for gpu, count in owners.items() if count > 1]
-    check(not twice, f"GPUs with two owners: {twice}")
+    """Raise when a GPU is in two instances' hands at one moment, as their own environment says."""
+    twice = doubly_owned(holders(site.folder / "run"))
+    check(not twice, "; ".join(twice))
 
 
 def daemon_pids_note(site: Site, text: str) -> bool:
