@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stranger import passable
+from stranger import BECOME, passable
 
 from l40sd.adapters.lock import DaemonLock
 from l40sd.core.errors import L40sError
@@ -98,7 +98,7 @@ def test_an_earlier_versions_file_is_closed_to_others(path: Path) -> None:
 def test_another_user_cannot_hold_the_lock(path: Path) -> None:
     """Seen: a read lock of any local user kept the daemon from starting, and the shims from seeing that none lives."""
     lock = DaemonLock.acquire(path)
-    program = "import sys\ntry: os.open(sys.argv[1], os.O_RDONLY)\nexcept PermissionError: print('refused')"
+    program = f"import sys; {BECOME}try: os.open(sys.argv[1], os.O_RDONLY)\nexcept PermissionError: print('refused')"
     with passable(path):
         said = subprocess.check_output([sys.executable, "-c", program, str(path)], text=True)
     assert said == "refused\n"
