@@ -13,10 +13,10 @@ from time import process_time
 
 from l40sd.core.config import Config, ModelConfig
 from l40sd.core.hostfile import parse_host_file
-from l40sd.core.model import Gpu, Inventory, ModelName, NumaNode, Pattern, PciAddress, ReplicaSpec
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
 from l40sd.core.topology import invented_id, links_of
+from l40sd.model import Gpu, Inventory, ModelName, NumaNode, Pattern, PciAddress, ReplicaSpec
 
 SMALL, LARGE = ModelName("small"), ModelName("large")
 CONFIG = Config(models={name: ModelConfig(name=name) for name in (SMALL, LARGE)})

@@ -13,8 +13,8 @@ from click.shell_completion import CompletionItem
 from rich.console import Console, RenderableType
 
 from l40sd.client import UNREACHABLE, Client, socket_path
-from l40sd.core.errors import L40sError
-from l40sd.core.messages import ErrorBody, PatternView, WorkerStatus, encode
+from l40sd.errors import L40sError
+from l40sd.messages import ErrorBody, PatternView, WorkerStatus, encode
 
 F = TypeVar("F", bound=Callable[..., Any])
 

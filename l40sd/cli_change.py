@@ -9,8 +9,8 @@ from l40sd.cli_base import EXIT_FAILED, Session, common, complete_pattern, compl
 from l40sd.cli_layout import preview_view, warnings_of
 from l40sd.cli_wait import begin
 from l40sd.client import worker_path
-from l40sd.core.errors import L40sError
-from l40sd.core.messages import Accepted, ChangePreview, PatternRequest, RestartRequest, WorkerStatus, encode
+from l40sd.errors import L40sError
+from l40sd.messages import Accepted, ChangePreview, PatternRequest, RestartRequest, WorkerStatus, encode
 
 
 @click.command("switch-pattern")

@@ -10,8 +10,8 @@ from l40sd.adapters import configfiles
 from l40sd.cli_base import Session, common
 from l40sd.core.config import Config
 from l40sd.core.configfile import load
-from l40sd.core.messages import encode
-from l40sd.core.model import Inventory, ModelFacts, ModelName
+from l40sd.messages import encode
+from l40sd.model import Inventory, ModelFacts, ModelName
 from l40sd.services import preflight
 from l40sd.services.host import Host
 

@@ -6,18 +6,18 @@ import os
 import click
 
 from l40sd.adapters import configfiles
-from l40sd.adapters.systemd import last_error, unit_facts
 from l40sd.cli_base import EXIT_FAILED, Session, common, exit_code_of, leave
 from l40sd.cli_status import checks_view
 from l40sd.client import UNREACHABLE
 from l40sd.core.configfile import Loaded
-from l40sd.core.errors import L40sError
-from l40sd.core.messages import Check
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
+from l40sd.errors import L40sError
+from l40sd.messages import Check
 from l40sd.services import preflight
 from l40sd.services.host import Host
 from l40sd.services.preflight import FAILED, OK, WARNING
+from l40sd.systemd import last_error, unit_facts
 
 UNIT = "l40sd.service"
 

@@ -14,12 +14,12 @@ from l40sd.cli_layout import topology_view
 from l40sd.core import views
 from l40sd.core.config import Config, HostConfig, ModelConfig
 from l40sd.core.configfile import load
-from l40sd.core.errors import L40sError
 from l40sd.core.hostfile import parse_host_file
-from l40sd.core.messages import Topology
-from l40sd.core.model import Inventory, ModelFacts, ModelName
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
+from l40sd.errors import L40sError
+from l40sd.messages import Topology
+from l40sd.model import Inventory, ModelFacts, ModelName
 
 
 @click.command()

@@ -10,8 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from l40sd.cli_base import EXIT_FAILED, EXIT_INTERRUPTED, Session, common, leave
 from l40sd.cli_status import heading, percent, span
 from l40sd.client import UNREACHABLE
-from l40sd.core.errors import L40sError
-from l40sd.core.messages import Accepted, OperationStatus, Status, encode
+from l40sd.errors import L40sError
+from l40sd.messages import Accepted, OperationStatus, Status, encode
 
 POLL_S = 0.2
 AWAY_LIMIT_S = 60.0

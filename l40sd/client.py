@@ -10,8 +10,8 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from l40sd.core.errors import L40sError
-from l40sd.core.messages import ErrorBody, Event, LogPart, decode, encode
+from l40sd.errors import L40sError
+from l40sd.messages import ErrorBody, Event, LogPart, decode, encode
 
 T = TypeVar("T")
 

@@ -19,21 +19,21 @@ import click
 import structlog
 import uvloop
 
-from l40sd import __version__, log
-from l40sd.adapters import configfiles, handover, heap, systemd
+from l40sd import __version__, log, systemd
+from l40sd.adapters import configfiles, handover, heap
 from l40sd.adapters.apikeys import read_keys
-from l40sd.adapters.clock import now_s
 from l40sd.adapters.lock import DaemonLock
+from l40sd.clock import now_s
 from l40sd.core.config import Config
 from l40sd.core.configfile import Loaded, load
 from l40sd.core.ending import PROXY_GRACE_S, Ending
-from l40sd.core.errors import ConfigError, L40sError
-from l40sd.core.model import Outlook
-from l40sd.core.trust import distrust, unusable
+from l40sd.errors import ConfigError, L40sError
+from l40sd.model import Outlook
 from l40sd.services.events import Events
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import CatalogEntry, Routes
 from l40sd.streams import abandon
+from l40sd.trust import distrust, unusable
 
 if TYPE_CHECKING:
     RunWorkers = Callable[

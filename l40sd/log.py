@@ -26,7 +26,7 @@ from typing import Any, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from l40sd.core.eventline import text_of, told
+from l40sd.event_line import text_of, told
 
 EventSink = Callable[[str, str, Mapping[str, Any]], None]
 """Called with (level, event, data); data is plain JSON. Must neither block nor log."""

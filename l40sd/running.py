@@ -15,10 +15,9 @@ from pathlib import Path
 
 import structlog
 
-from l40sd import log
-from l40sd.adapters import configfiles, handover, systemd
+from l40sd import log, systemd
+from l40sd.adapters import configfiles, handover
 from l40sd.adapters.apikeys import read_keys
-from l40sd.adapters.clock import now_s
 from l40sd.adapters.eventfile import EventFile
 from l40sd.adapters.lock import DaemonLock
 from l40sd.adapters.ports import PortPool
@@ -26,15 +25,16 @@ from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Processes
 from l40sd.adapters.store import Store
 from l40sd.adapters.workerkeys import WorkerKeys
+from l40sd.clock import now_s
 from l40sd.core import configshow
 from l40sd.core.config import Config, in_force
 from l40sd.core.configfile import Loaded, load
 from l40sd.core.ending import PROXY_GRACE_S, Ending
-from l40sd.core.errors import L40sError
 from l40sd.core.keyfile import key_changes
-from l40sd.core.messages import Check, Status
-from l40sd.core.naming import natural
 from l40sd.core.presence import changes
+from l40sd.errors import L40sError
+from l40sd.messages import Check, Status
+from l40sd.naming import natural
 from l40sd.services import report
 from l40sd.services.control import Control, Doors
 from l40sd.services.doctor import examine

@@ -20,8 +20,8 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from l40sd.core.errors import L40sError
-from l40sd.core.messages import Status
+from l40sd.errors import L40sError
+from l40sd.messages import Status
 from l40sd.sim.load import Mix, Tally, load
 from l40sd.sim.site import Site
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from l40sd.core.messages import ErrorBody, encode
+from l40sd.messages import ErrorBody, encode
 
 Reply = tuple[int, Any]
 """A status and what becomes the body: bytes as they are, an iterator of bytes as chunks, anything else as JSON."""

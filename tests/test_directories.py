@@ -8,8 +8,8 @@ import pytest
 
 from l40sd.core.config import Config, DaemonConfig
 from l40sd.core.configfile import Loaded
-from l40sd.core.errors import ConfigError, L40sError
 from l40sd.daemon import prepare_directories
+from l40sd.errors import ConfigError, L40sError
 from l40sd.services.preflight import refuse_unusable
 
 KEYS = ("state_dir", "runtime_dir", "log_dir")

@@ -12,7 +12,7 @@ import structlog
 import uvloop
 
 from l40sd.core.config import ProxyConfig
-from l40sd.core.model import ModelName, WorkerId
+from l40sd.model import ModelName, WorkerId
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import Backend, Routes
 

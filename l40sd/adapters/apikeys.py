@@ -3,8 +3,8 @@
 import os
 import stat
 
-from l40sd.core.errors import L40sError
 from l40sd.core.keyfile import parse_keys
+from l40sd.errors import L40sError
 
 SIZE_LIMIT_BYTES = 1 << 20
 

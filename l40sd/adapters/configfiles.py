@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 
 DEFAULT_PATH = Path("/etc/l40sd/l40sd.toml")
 SIZE_LIMIT_BYTES = 1 << 20

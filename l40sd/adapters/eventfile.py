@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from l40sd.core.messages import Event, decode, encode
+from l40sd.messages import Event, decode, encode
 from l40sd.shim.tree import write_file
 
 READ_LIMIT_BYTES = 16 << 20

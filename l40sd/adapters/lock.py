@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 from typing import Self
 
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 
 WRITE_LOCK = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 """struct flock over the whole file, 64 bit."""

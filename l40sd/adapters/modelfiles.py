@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from l40sd.core.checkpoint import count, numbers_of, weights_of
-from l40sd.core.model import ModelFacts
+from l40sd.model import ModelFacts
 
 JSON_LIMIT_BYTES = 64 << 20
 """An index names every tensor: 15 MB for a mixture of many experts, the largest known."""

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from l40sd.core.errors import L40sError
-from l40sd.core.model import GpuId, Link
 from l40sd.core.presence import Failing, Heard
 from l40sd.core.topology import NvmlFacts, NvmlGpu, normal_pci
+from l40sd.errors import L40sError
+from l40sd.model import GpuId, Link
 
 LIBRARY_VARIABLE = "L40SD_NVML_LIBRARY"
 """For tests: a module or .py file to use in place of pynvml."""

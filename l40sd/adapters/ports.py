@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 
 LISTEN = "0A"
 """TCP_LISTEN in /proc/net/tcp."""

@@ -15,7 +15,7 @@ import aiohttp
 
 from l40sd.core.engines import Probes
 from l40sd.core.health import REFUSED, TIMEOUT, Counters, ProbeResult
-from l40sd.core.model import ListedModel
+from l40sd.model import ListedModel
 
 __all__ = ["ANSWER_LIMIT_BYTES", "Counters", "ProbeResult", "Prober", "sum_metrics"]
 

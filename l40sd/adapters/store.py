@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 from l40sd.shim.tree import write_file
 
 

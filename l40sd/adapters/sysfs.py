@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from l40sd.core.cpus import parse_cpu_list
-from l40sd.core.errors import L40sError
-from l40sd.core.model import NumaNode, PciAddress
 from l40sd.core.topology import PciFacts, SysfsFacts
+from l40sd.errors import L40sError
+from l40sd.model import NumaNode, PciAddress
 
 _BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}|[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _TOTAL = re.compile(r"MemTotal:\s*(\d+) kB")

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 from l40sd.core.config import slug
-from l40sd.core.model import ModelName
+from l40sd.model import ModelName
 from l40sd.shim.tree import write_file
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{32}")

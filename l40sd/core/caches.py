@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from l40sd.core.config import Config, slug
-from l40sd.core.model import Placement
+from l40sd.model import Placement
 
 YOUNG_S = 3600.0
 """A cache used within this time may belong to a worker that is only just coming up."""

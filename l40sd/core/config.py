@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
-from l40sd.core.model import ModelName, Pattern
+from l40sd.model import ModelName, Pattern
 
 BUILT_IN_ENGINES = ("vllm", "sglang", "tensorrt-llm", "llama-cpp", "torchrun", "simulated", "external")
 NEXT_DAEMON = "needs a restart: `systemctl restart l40sd`"

@@ -18,7 +18,7 @@ from l40sd.core.config import (
     slug,
 )
 from l40sd.core.cors import origin_problem
-from l40sd.core.model import ModelName, Pattern
+from l40sd.model import ModelName, Pattern
 
 KeyPath = tuple[str | int, ...]
 """A key's place in the TOML tree: table names, then the key; numbers are places in an array."""

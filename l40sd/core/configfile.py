@@ -29,8 +29,8 @@ from l40sd.core.config import (
 )
 from l40sd.core.configcheck import KeyPath, Problem, check
 from l40sd.core.configvalue import BadValue, shown, value_of
-from l40sd.core.errors import ConfigError, L40sError
-from l40sd.core.model import ModelName, Pattern, ReplicaSpec
+from l40sd.errors import ConfigError, L40sError
+from l40sd.model import ModelName, Pattern, ReplicaSpec
 
 SECTIONS: Mapping[str, type] = {
     "daemon": DaemonConfig,

@@ -8,7 +8,7 @@ from typing import Any
 from l40sd.core.config import Config, options_of
 from l40sd.core.configcheck import KeyPath
 from l40sd.core.configfile import SECTIONS, key_text
-from l40sd.core.model import Pattern, ReplicaSpec
+from l40sd.model import Pattern, ReplicaSpec
 
 _SECRET_KEY = re.compile(r"(?i)(token|secret|password|credentials?|key)$")
 _HIDDEN = "***"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 
 CPU_LIMIT = 1 << 16
 """Above any kernel's NR_CPUS (8192); keeps ``0-4000000000`` from filling the memory."""

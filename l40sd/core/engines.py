@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 
 from l40sd.core.config import EngineConfig
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from l40sd.core.grouping import Grouping
-from l40sd.core.model import GpuId, Inventory, Link, ModelName
 from l40sd.core.shape import Cost, Replica, Shape
 from l40sd.core.tree import Part, tree_of
+from l40sd.model import GpuId, Inventory, Link, ModelName
 
 Kind = tuple[ModelName, int, int]
 """Replicas that are alike: model, TP, PP."""

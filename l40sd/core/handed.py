@@ -6,7 +6,7 @@ monotonic clock, which an exec does not touch.
 
 from dataclasses import dataclass
 
-from l40sd.core.model import Backend, ModelName
+from l40sd.model import Backend, ModelName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from statistics import median
 
 from l40sd.core.config import Config, HealthConfig
 from l40sd.core.engines import Probes
-from l40sd.core.model import ModelFacts, ModelName
+from l40sd.model import ModelFacts, ModelName
 
 REFUSED = "refused"
 TIMEOUT = "timeout"

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from l40sd.core.ground import Counts, Ground, Kind, positions_of
-from l40sd.core.model import Placement
 from l40sd.core.shape import Cost, Replica, Shape, cost_of
+from l40sd.model import Placement
 
 TRIES_LEAST = 32
 TRIES_FOR = 20_000

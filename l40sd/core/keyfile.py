@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Iterator
 
-from l40sd.core.errors import ConfigError, L40sError
+from l40sd.errors import ConfigError, L40sError
 
 _KEY = re.compile(r"[!-~]{1,4096}")
 _COMMENT = re.compile(r"(^|[ \t])#.*")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from l40sd.core.lifecycle import Goal, Phase
-from l40sd.core.model import SOON_S, Outlook
+from l40sd.model import SOON_S, Outlook
 
 UNKNOWN_S = 60.0
 """The same where nothing is, and only an operator can change that."""

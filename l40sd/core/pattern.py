@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 
 from l40sd.core.config import Config, ModelConfig, is_external
-from l40sd.core.errors import ConfigError, DoesNotFit, L40sError
-from l40sd.core.model import Inventory, ModelFacts, ModelName, Pattern, ReplicaSpec
+from l40sd.errors import ConfigError, DoesNotFit, L40sError
+from l40sd.model import Inventory, ModelFacts, ModelName, Pattern, ReplicaSpec
 
 PP_USUAL = 4
 """Stages of pattern D where the host has as many GPUs: 3 x PP4 on twelve."""

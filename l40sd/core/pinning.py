@@ -12,7 +12,7 @@ then share caches and no two workers share a core. Blocks differ by at most one 
 from collections.abc import Sequence
 
 from l40sd.core.cpus import cores_of
-from l40sd.core.model import Gpu, GpuId, Inventory, NumaNode
+from l40sd.model import Gpu, GpuId, Inventory, NumaNode
 
 
 def pin(inventory: Inventory, gpus: Sequence[GpuId]) -> tuple[frozenset[int], tuple[int, ...]]:

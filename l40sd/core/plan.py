@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from l40sd.core.lifecycle import COMING_UP, Goal, Phase
-from l40sd.core.model import GpuId, ModelName, Placement, WorkerId
+from l40sd.model import GpuId, ModelName, Placement, WorkerId
 
 Shape = tuple[ModelName, int, int]
 """Model, TP, PP: what has to prove itself once before more of it replace what works."""

@@ -8,8 +8,8 @@ restarts too, until the operator says that it was removed or another card is fou
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from l40sd.core.model import Gpu, GpuId, Inventory
 from l40sd.core.topology import NvmlGpu
+from l40sd.model import Gpu, GpuId, Inventory
 
 NOT_LISTED = "NVML does not list it"
 NO_PERMISSION = "Insufficient Permissions"

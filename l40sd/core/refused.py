@@ -1,6 +1,6 @@
 """A request that the proxy answers with an error instead of a worker's reply."""
 
-from l40sd.core.model import SOON_S
+from l40sd.model import SOON_S
 
 
 class Refused(Exception):  # noqa: N818 - what happens to the request, in the protocol's word

@@ -14,8 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from l40sd.core.lifecycle import Goal, Phase
-from l40sd.core.model import ModelName, WorkerId
 from l40sd.core.plan import Limits, Observed, Order, Shape, Wanted, base_capacity, capacity, is_kept, is_settled, plan
+from l40sd.model import ModelName, WorkerId
 
 GIVEN_UP = frozenset({Phase.QUARANTINED, Phase.FAILED, Phase.STUCK})
 """Phases that only the operator, or the kernel, ends."""

@@ -13,8 +13,8 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from l40sd.core.errors import L40sError
-from l40sd.core.model import Gpu, GpuId, Inventory, Link, NumaNode, PciAddress
+from l40sd.errors import L40sError
+from l40sd.model import Gpu, GpuId, Inventory, Link, NumaNode, PciAddress
 
 _PCI = re.compile(r"(?:([0-9a-f]{1,8}):)?([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])")
 

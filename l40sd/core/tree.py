@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from l40sd.core.model import Link
+from l40sd.model import Link
 
 Form = tuple[Any, ...]
 """Link, number of GPUs, and the forms of the children that have more than one: equal for parts that are alike."""

@@ -6,9 +6,9 @@ from l40sd.core import launch as launching
 from l40sd.core.config import Config
 from l40sd.core.cpus import format_cpu_list
 from l40sd.core.hostfile import format_host_file
-from l40sd.core.messages import GroupView, Topology, TopologyGpu
-from l40sd.core.model import GpuId, Inventory, Layout, Link
 from l40sd.core.topology import switches_of
+from l40sd.messages import GroupView, Topology, TopologyGpu
+from l40sd.model import GpuId, Inventory, Layout, Link
 
 
 def topology(

@@ -4,12 +4,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from l40sd.adapters.clock import boot_id, now_s
+from l40sd.clock import boot_id, now_s
 from l40sd.core.config import Config
-from l40sd.core.messages import OperationStatus, plain
-from l40sd.core.model import Layout, ModelName, WorkerId
 from l40sd.core.plan import Wanted
 from l40sd.core.rollout import Terms
+from l40sd.messages import OperationStatus, plain
+from l40sd.model import Layout, ModelName, WorkerId
 
 UNDER_WAY = ("running", "rolling_back")
 UNKNOWN_BOUND_S = 3600.0

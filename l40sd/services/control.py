@@ -28,8 +28,8 @@ from aiohttp import web
 
 from l40sd import __version__
 from l40sd.adapters.process import Position
-from l40sd.core.errors import L40sError
-from l40sd.core.messages import (
+from l40sd.errors import L40sError
+from l40sd.messages import (
     Accepted,
     Check,
     ErrorBody,

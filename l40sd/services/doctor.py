@@ -7,8 +7,8 @@ from pathlib import Path
 from l40sd.core import configshow
 from l40sd.core.config import Config
 from l40sd.core.descriptors import needed
-from l40sd.core.messages import Check
-from l40sd.core.naming import natural
+from l40sd.messages import Check
+from l40sd.naming import natural
 from l40sd.services import preflight
 from l40sd.services.host import Host
 from l40sd.services.preflight import FAILED, OK, WARNING

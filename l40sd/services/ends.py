@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from l40sd.adapters.process import ExitRecord, InstanceSpec, Processes
 from l40sd.core import logcauses
-from l40sd.core.messages import LastEnd
+from l40sd.messages import LastEnd
 
 LAST_LINES = 12
 

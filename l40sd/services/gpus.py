@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Sequence
 
-from l40sd.adapters.clock import now_s
-from l40sd.core.model import GpuId
+from l40sd.clock import now_s
+from l40sd.model import GpuId
 from l40sd.services.host import GpuMemory, Host
 
 POLL_S = 0.5

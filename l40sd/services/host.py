@@ -15,9 +15,9 @@ from l40sd.adapters.nvml import GpuMemory as GpuMemory
 from l40sd.adapters.nvml import Nvml, NvmlSilentError
 from l40sd.adapters.sysfs import read_sysfs
 from l40sd.core.config import Config, HostConfig
-from l40sd.core.model import GpuId, Inventory, ModelFacts, ModelName
 from l40sd.core.presence import Heard, Known, Lost
 from l40sd.core.topology import NvmlFacts, NvmlGpu, join
+from l40sd.model import GpuId, Inventory, ModelFacts, ModelName
 
 AUTO = "auto"
 FACTS_TIMEOUT_S = 30.0

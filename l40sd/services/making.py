@@ -6,15 +6,15 @@ import shutil
 from pathlib import Path
 
 from l40sd.adapters import caches
-from l40sd.adapters.clock import wall_time_s
 from l40sd.adapters.process import InstanceSpec
+from l40sd.clock import wall_time_s
 from l40sd.core import launch as launching
 from l40sd.core.config import Config
-from l40sd.core.errors import L40sError
 from l40sd.core.launch import Launch
-from l40sd.core.messages import plain
-from l40sd.core.model import InstanceId, ModelFacts, Placement
 from l40sd.core.plan import Wanted
+from l40sd.errors import L40sError
+from l40sd.messages import plain
+from l40sd.model import InstanceId, ModelFacts, Placement
 from l40sd.services.tools import Tools
 from l40sd.shim import leavings
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from l40sd.adapters.clock import boot_id, now_s
+from l40sd.clock import boot_id, now_s
 from l40sd.core.lifecycle import Goal, Phase, Record
-from l40sd.core.messages import LastEnd, plain, restore
-from l40sd.core.model import WorkerId
+from l40sd.messages import LastEnd, plain, restore
+from l40sd.model import WorkerId
 
 TOLD = (Phase.READY, Phase.DRAINED, Phase.STOPPING, Phase.STUCK, Phase.BACKOFF, Phase.QUARANTINED)
 """Phases that the next daemon is told of. The first two it has to find confirmed; with the others it goes on. From any

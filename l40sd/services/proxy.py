@@ -20,9 +20,9 @@ import structlog
 from l40sd.adapters import heap
 from l40sd.core.config import ProxyConfig
 from l40sd.core.descriptors import BACKLOG
-from l40sd.core.errors import L40sError
 from l40sd.core.handed import Handed
-from l40sd.core.model import WorkerId
+from l40sd.errors import L40sError
+from l40sd.model import WorkerId
 from l40sd.services import listeners
 from l40sd.services.proxy_client import Client
 from l40sd.services.proxy_handover import gather, settle, take_over

@@ -36,9 +36,9 @@ from l40sd.adapters.http import (
 )
 from l40sd.adapters.requestbody import replace_model
 from l40sd.core.handed import HandedExchange, HandedReply
-from l40sd.core.model import ModelName
 from l40sd.core.refused import Refused
 from l40sd.core.retrypolicy import DEATHS_LIMIT, TABLE, Next, Seen, decide
+from l40sd.model import ModelName
 from l40sd.services.proxy_breaks import end_of_stream, ended_whole
 from l40sd.services.proxy_metrics import CLIENT_GONE
 from l40sd.services.proxy_pages import no_worker, refused_as_poison, unknown_model

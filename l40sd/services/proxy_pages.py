@@ -8,9 +8,9 @@ from http import HTTPStatus
 from typing import Any, NamedTuple
 from urllib.parse import unquote, unquote_plus
 
-from l40sd.core.messages import encode
-from l40sd.core.model import ListedModel, ModelName
 from l40sd.core.refused import Refused
+from l40sd.messages import encode
+from l40sd.model import ListedModel, ModelName
 from l40sd.services.routes import Line, Routes
 
 JSON = b"application/json"

@@ -1,14 +1,18 @@
-"""What the running parts look like from outside, as the records of core/messages.py. Reads, changes nothing."""
+"""What the running parts look like from outside, as the records of messages.py. Reads, changes nothing."""
 
 from collections.abc import Mapping, Sequence
 
 from l40sd import __version__
-from l40sd.adapters.clock import now_s
+from l40sd.clock import now_s
 from l40sd.core import views
 from l40sd.core.cpus import format_cpu_list
-from l40sd.core.errors import L40sError
 from l40sd.core.lifecycle import Goal, Phase
-from l40sd.core.messages import (
+from l40sd.core.pace import usual
+from l40sd.core.pattern import patterns_of
+from l40sd.core.plan import Do
+from l40sd.core.rehearsal import rehearse
+from l40sd.errors import L40sError
+from l40sd.messages import (
     ChangePreview,
     ChangeStep,
     GpuStatus,
@@ -18,12 +22,8 @@ from l40sd.core.messages import (
     Topology,
     WorkerStatus,
 )
-from l40sd.core.model import GpuId, Layout, Link, Placement
-from l40sd.core.naming import natural
-from l40sd.core.pace import usual
-from l40sd.core.pattern import patterns_of
-from l40sd.core.plan import Do
-from l40sd.core.rehearsal import rehearse
+from l40sd.model import GpuId, Layout, Link, Placement
+from l40sd.naming import natural
 from l40sd.services.change import Want
 from l40sd.services.host import GpuMemory
 from l40sd.services.proxy import Proxy

@@ -19,9 +19,9 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from l40sd.core.balancer import AWAY, choose, load_with_one_more
-from l40sd.core.model import Backend as Backend
-from l40sd.core.model import ListedModel, ModelName, Outlook, WorkerId
 from l40sd.core.outliers import Counts
+from l40sd.model import Backend as Backend
+from l40sd.model import ListedModel, ModelName, Outlook, WorkerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,15 +15,11 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from l40sd.adapters.clock import now_s
 from l40sd.adapters.process import Adoption
 from l40sd.adapters.store import Store
+from l40sd.clock import now_s
 from l40sd.core.config import Config
-from l40sd.core.errors import DoesNotFit, L40sError
 from l40sd.core.lifecycle import Event, Goal, Phase
-from l40sd.core.messages import OperationStatus, plain
-from l40sd.core.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
-from l40sd.core.naming import natural
 from l40sd.core.outliers import Peer
 from l40sd.core.outlook import Patience, Slot, outlook
 from l40sd.core.pace import bound_back_s, bound_s, slowest, start_parallel
@@ -31,6 +27,10 @@ from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
 from l40sd.core.plan import Do, Limits, Observed, Order, Wanted, is_settled, plan, ready_share
 from l40sd.core.rollout import Decision, End, begin, decide, models_leaving
+from l40sd.errors import DoesNotFit, L40sError
+from l40sd.messages import OperationStatus, plain
+from l40sd.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
+from l40sd.naming import natural
 from l40sd.services.change import UNDER_WAY, Change, Want, state_of
 from l40sd.services.learned import Learned
 from l40sd.services.learned import recalled as learned

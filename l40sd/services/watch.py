@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Protocol
 
 from l40sd.adapters.activity import activity_of
-from l40sd.adapters.clock import now_s
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Instance
+from l40sd.clock import now_s
 from l40sd.core.config import HealthConfig
 from l40sd.core.fitness import Fitness, Look
 from l40sd.core.health import TIMEOUT, ProbeResult, Stage, Startup, StartVerdict
 from l40sd.core.launch import Launch
 from l40sd.core.lifecycle import Event
-from l40sd.core.model import ListedModel
 from l40sd.core.outliers import Counts, Peer
+from l40sd.model import ListedModel
 
 LOOKS_PER_INTERVAL = 4
 """Looks at a worker on which requests go on failing, in one ``probe_interval_s``."""

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from l40sd.adapters.clock import now_s
 from l40sd.adapters.ports import HeldPort
 from l40sd.adapters.process import ExitRecord, Instance
+from l40sd.clock import now_s
 from l40sd.core.config import Config, ModelConfig, WorkersConfig
 from l40sd.core.engines import ends_streams
-from l40sd.core.errors import L40sError
 from l40sd.core.health import startup_timeout_s
 from l40sd.core.launch import Launch
 from l40sd.core.lifecycle import (
@@ -35,11 +34,12 @@ from l40sd.core.lifecycle import (
     refused_delay_s,
     step,
 )
-from l40sd.core.messages import LastEnd
-from l40sd.core.model import WorkerId
 from l40sd.core.outliers import Peer, Standing
 from l40sd.core.outlook import Slot
 from l40sd.core.plan import Observed, Wanted
+from l40sd.errors import L40sError
+from l40sd.messages import LastEnd
+from l40sd.model import WorkerId
 from l40sd.services.ends import End, end_of, last_end_of
 from l40sd.services.gpus import wait_until_free
 from l40sd.services.making import launch_of, refuse_misconfigured, spec_of, with_cache

@@ -23,8 +23,8 @@ from typing import Self, TypeVar
 import psutil
 
 from l40sd.client import UNREACHABLE, Client
-from l40sd.core.errors import L40sError
-from l40sd.core.messages import Event, OperationStatus, PatternRequest, Status, encode
+from l40sd.errors import L40sError
+from l40sd.messages import Event, OperationStatus, PatternRequest, Status, encode
 
 T = TypeVar("T")
 

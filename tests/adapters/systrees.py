@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from l40sd.core.cpus import format_cpu_list
-from l40sd.core.model import Inventory
+from l40sd.model import Inventory
 
 Recorded = Mapping[str, Any]
 """Path below /sys -> text, ``{"link": target}``, or None for a file that could not be read."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from l40sd.adapters.apikeys import SIZE_LIMIT_BYTES, read_keys
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 
 
 @pytest.fixture

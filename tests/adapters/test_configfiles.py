@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from l40sd.adapters import configfiles
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 
 
 def test_the_file_is_chosen_by_option_then_environment_then_default() -> None:

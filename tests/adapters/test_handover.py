@@ -8,7 +8,7 @@ import pytest
 
 from l40sd.adapters import handover
 from l40sd.core.handed import Handed, HandedConnection, HandedExchange, HandedReply
-from l40sd.core.model import Backend, ModelName, WorkerId
+from l40sd.model import Backend, ModelName, WorkerId
 
 
 def exchange(upstream: int) -> HandedExchange:

@@ -11,7 +11,7 @@ import pytest
 from stranger import BECOME, passable
 
 from l40sd.adapters.lock import DaemonLock
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 from l40sd.shim.watcher import lock_is_free
 
 HOLDER = """

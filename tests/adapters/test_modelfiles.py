@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from l40sd.adapters.modelfiles import read_model_facts
-from l40sd.core.model import ModelFacts
+from l40sd.model import ModelFacts
 
 
 def folder(path: Path, config: Any, weights: dict[str, int]) -> Path:

@@ -12,8 +12,8 @@ import pytest
 
 from l40sd.adapters import nvml
 from l40sd.adapters.nvml import GpuMemory, Nvml, NvmlSilentError
-from l40sd.core.model import GpuId, Link
 from l40sd.core.presence import Failing
+from l40sd.model import GpuId, Link
 
 FAKE = str(Path(__file__).with_name("fake_nvml.py"))
 RECORDED = json.loads((Path(__file__).parents[1] / "fixtures/nvml_h200/nvml.json").read_text())

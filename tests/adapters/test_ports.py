@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from l40sd.adapters.ports import PortPool, who_has
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 
 IP_LOCAL_PORT_RANGE = 51  # Linux 6.3
 ENGINES = {

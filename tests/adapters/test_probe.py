@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from l40sd.adapters.probe import ANSWER_LIMIT_BYTES, Prober, sum_metrics
 from l40sd.core.engines import ENGINES, Probes
 from l40sd.core.health import Counters
-from l40sd.core.model import ListedModel
+from l40sd.model import ListedModel
 
 VLLM = ENGINES["vllm"].probes
 LLAMA = ENGINES["llama-cpp"].probes

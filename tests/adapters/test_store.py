@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from l40sd.adapters.store import Store
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 
 KILLS = 1000
 

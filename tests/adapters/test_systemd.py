@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from l40sd.adapters import clock, systemd
-from l40sd.adapters.systemd import Notifier, job_of, listen_sockets, own_unit
+from l40sd import clock, systemd
+from l40sd.systemd import Notifier, job_of, listen_sockets, own_unit
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_watchdog_is_fed_twice_as_often_as_asked(environ: dict[str, str], ex
 def test_passed_sockets_come_by_name_and_close_on_exec() -> None:
     code = """
 import os
-from l40sd.adapters.systemd import listen_sockets
+from l40sd.systemd import listen_sockets
 os.environ["LISTEN_PID"] = str(os.getpid())
 found = listen_sockets()
 print({name: [s.getsockname()[1] for s in sockets] for name, sockets in found.items()})

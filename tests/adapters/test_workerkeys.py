@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from l40sd.adapters.workerkeys import WorkerKeys
-from l40sd.core.model import ModelName
+from l40sd.model import ModelName
 
 MODEL = ModelName("org/Llama-8B")
 

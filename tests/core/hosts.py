@@ -5,8 +5,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from l40sd.core.cpus import cores_of
-from l40sd.core.model import Gpu, GpuId, Inventory, NumaNode, PciAddress
 from l40sd.core.topology import invented_id, links_of
+from l40sd.model import Gpu, GpuId, Inventory, NumaNode, PciAddress
 
 Switch = list[Any]
 """Items are ``"g"``, a GPU, or a Switch below this one."""

@@ -20,8 +20,8 @@ from l40sd.core.config import (
 from l40sd.core.configcheck import PLACEHOLDERS, listen_problem
 from l40sd.core.configfile import SECTIONS, load, parse
 from l40sd.core.engines import ENGINES
-from l40sd.core.errors import ConfigError
-from l40sd.core.model import ModelName
+from l40sd.errors import ConfigError
+from l40sd.model import ModelName
 
 MAIN = "/etc/l40sd/l40sd.toml"
 MODEL = '[models.m]\nsource = "/models/m"\n'

@@ -4,7 +4,7 @@ import pytest
 
 from l40sd.core.configfile import load
 from l40sd.core.cors import Cors, origin_problem, preflight_fields
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 
 
 @pytest.mark.parametrize(

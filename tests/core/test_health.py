@@ -23,7 +23,7 @@ from l40sd.core.health import (
     Turn,
     startup_timeout_s,
 )
-from l40sd.core.model import ModelFacts, ModelName
+from l40sd.model import ModelFacts, ModelName
 
 OK = ProbeResult(ok=True, status=200)
 REFUSED = ProbeResult(ok=False, error="refused")

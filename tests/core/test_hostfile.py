@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l40sd.core.cpus import cores_of, format_cpu_list
-from l40sd.core.errors import ConfigError, L40sError
 from l40sd.core.hostfile import format_host_file, parse_host_file
-from l40sd.core.model import Gpu, GpuId, Inventory, Link, NumaNode, PciAddress
 from l40sd.core.topology import links_of, pci_order
+from l40sd.errors import ConfigError, L40sError
+from l40sd.model import Gpu, GpuId, Inventory, Link, NumaNode, PciAddress
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 HOSTS = Path(__file__).parents[2] / "l40sd/sim/hosts"

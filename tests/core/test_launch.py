@@ -16,9 +16,9 @@ from launches import MODEL, config, gpu_id, host, placement
 
 from l40sd.core.config import BUILT_IN_ENGINES, EngineConfig, HostConfig, WorkersConfig
 from l40sd.core.engines import ENGINES, ends_streams, resolve
-from l40sd.core.errors import L40sError
 from l40sd.core.launch import Launch, build, program_of
-from l40sd.core.model import Link
+from l40sd.errors import L40sError
+from l40sd.model import Link
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "TP4": (4, 1), "PP4": (1, 4), "TP2xPP2": (2, 2)}

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core.naming import natural
+from l40sd.naming import natural
 
 
 def test_numbers_in_names_count_as_numbers() -> None:

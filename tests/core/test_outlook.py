@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l40sd.core.lifecycle import Goal, Phase
-from l40sd.core.model import Outlook
 from l40sd.core.outlook import LATEST_S, Patience, Slot, outlook
+from l40sd.model import Outlook
 
 PATIENCE = Patience(queue_s=120.0, load_s=30.0, external_s=600.0)
 ON_ITS_WAY = {Phase.WAITING, Phase.SPAWNING, Phase.STARTING, Phase.UNREADY, Phase.DRAINING, Phase.STOPPING}

@@ -8,10 +8,10 @@ from test_plan import ready, wanted_layout
 
 from l40sd.core.config import Config, ModelConfig, WorkersConfig
 from l40sd.core.health import PROLONGED_AT_MOST
-from l40sd.core.model import Inventory, ModelFacts, ModelName, NumaNode
 from l40sd.core.pace import FEW, SLACK_S, bound_back_s, bound_s, slowest, start_parallel, usual
 from l40sd.core.rehearsal import rehearse
 from l40sd.core.rollout import begin
+from l40sd.model import Inventory, ModelFacts, ModelName, NumaNode
 
 M = ModelName("m")
 GIB = 1 << 30

@@ -5,10 +5,10 @@ from hosts import tree_host
 
 from l40sd.core.config import Config, EngineConfig, ModelConfig, is_external
 from l40sd.core.engines import resolve
-from l40sd.core.errors import ConfigError, L40sError
-from l40sd.core.model import ModelFacts, ModelName, Pattern, ReplicaSpec
 from l40sd.core.pattern import check_pattern, external_models, find_pattern, own_models, patterns_of, warnings_of
 from l40sd.core.placement import place
+from l40sd.errors import ConfigError, L40sError
+from l40sd.model import ModelFacts, ModelName, Pattern, ReplicaSpec
 
 M, N, E = ModelName("llama"), ModelName("qwen"), ModelName("remote")
 EXTERNAL = ModelConfig(name=E, engine="external", endpoints=("http://127.0.0.1:1",))

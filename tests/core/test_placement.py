@@ -12,9 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from l40sd.core.config import Config, ModelConfig
-from l40sd.core.errors import DoesNotFit, L40sError
 from l40sd.core.hostfile import parse_host_file
-from l40sd.core.model import (
+from l40sd.core.pattern import patterns_of
+from l40sd.core.placement import place, slug
+from l40sd.errors import DoesNotFit, L40sError
+from l40sd.model import (
     Gpu,
     GpuId,
     Inventory,
@@ -28,8 +30,6 @@ from l40sd.core.model import (
     ReplicaSpec,
     WorkerId,
 )
-from l40sd.core.pattern import patterns_of
-from l40sd.core.placement import place, slug
 
 M, N = ModelName("llama"), ModelName("qwen")
 CONFIG = Config(models={M: ModelConfig(name=M), N: ModelConfig(name=N)})

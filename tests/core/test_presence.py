@@ -5,9 +5,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core.model import GpuId, PciAddress
 from l40sd.core.presence import Failing, Heard, Known
 from l40sd.core.topology import NvmlGpu
+from l40sd.model import GpuId, PciAddress
 
 
 def gpu(number: int, index: int | None = None, *, uuid: str = "") -> NvmlGpu:

@@ -3,9 +3,9 @@
 import pytest
 from hosts import gpus_of, tree_host
 
-from l40sd.core.errors import L40sError
-from l40sd.core.model import Gpu, GpuId, Inventory, Link, NumaNode, PciAddress
 from l40sd.core.topology import NvmlFacts, NvmlGpu, PciFacts, SysfsFacts, join, normal_pci, pci_order, switches_of
+from l40sd.errors import L40sError
+from l40sd.model import Gpu, GpuId, Inventory, Link, NumaNode, PciAddress
 
 
 def letters(inventory: Inventory, one: int, other: int) -> str:

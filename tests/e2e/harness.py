@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from l40sd.core.messages import Status
+from l40sd.messages import Status
 from l40sd.sim.load import Mix, Tally
 from l40sd.sim.site import Site
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from harness import SiteOf
 
-from l40sd.core.messages import WorkerStatus
+from l40sd.messages import WorkerStatus
 from l40sd.sim.site import Site
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]

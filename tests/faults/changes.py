@@ -4,7 +4,7 @@ import flaky
 
 from faults.rig import Rig, check, post
 from faults.suite import Outcome, fault
-from l40sd.core.messages import Status
+from l40sd.messages import Status
 from l40sd.sim.site import Site
 
 CHANGE_S = 60.0

@@ -31,8 +31,8 @@ from faults.rig import (
     until,
 )
 from faults.suite import Outcome, fault
-from l40sd.core.errors import L40sError
-from l40sd.core.messages import Status
+from l40sd.errors import L40sError
+from l40sd.messages import Status
 from l40sd.sim.load import Mix, load
 from l40sd.sim.site import Site
 

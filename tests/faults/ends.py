@@ -7,7 +7,7 @@ from pathlib import Path
 
 from faults.rig import Rig, check, kill, now, post, until
 from faults.suite import Outcome, fault
-from l40sd.core.messages import WorkerStatus
+from l40sd.messages import WorkerStatus
 from l40sd.sim.site import Site
 
 IN_ORDER = "all is in order"

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import psutil
 
-from l40sd.core.messages import Event, Status, WorkerStatus
+from l40sd.messages import Event, Status, WorkerStatus
 from l40sd.sim.load import Mix, Tally, load
 from l40sd.sim.site import Site
 

@@ -12,7 +12,7 @@ from faults import machine
 from faults.output import SmallDisk
 from faults.rig import PACED, PATIENCE_S, Rig, ask, busiest, check, pids, post, until
 from faults.suite import NotHereError, Outcome, fault
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 
 TWO = """
 [[patterns.pairs.replicas]]

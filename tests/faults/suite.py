@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from faults.rig import Broken, Rig
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 
 QUICK_LIMIT_S = 120.0
 FULL_LIMIT_S = 1200.0

@@ -19,8 +19,8 @@ import urllib.request
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from l40sd.core.errors import L40sError
-from l40sd.core.messages import Status, Topology, WorkerStatus
+from l40sd.errors import L40sError
+from l40sd.messages import Status, Topology, WorkerStatus
 from l40sd.sim.load import Mix, load
 from l40sd.sim.site import MARKER, Site
 

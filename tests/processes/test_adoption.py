@@ -15,7 +15,7 @@ from processkit import PATIENCE_S, Site, end, is_alive, until
 from l40sd.adapters.process import Instance, Processes
 from l40sd.adapters.process.providers import choose
 from l40sd.adapters.process.remains import Remains
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 from l40sd.shim import groups, tree
 
 FOREVER = "exec sleep 1000"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from flaky import engine
 
-from l40sd.core.errors import L40sError
-from l40sd.core.messages import Accepted, ChangePreview, OperationStatus, PatternRequest, RestartRequest
+from l40sd.errors import L40sError
+from l40sd.messages import Accepted, ChangePreview, OperationStatus, PatternRequest, RestartRequest
 from l40sd.sim.site import Site
 
 SiteOf = Callable[[str], Site]

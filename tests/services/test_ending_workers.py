@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 
-from l40sd.core.messages import WorkerStatus
+from l40sd.messages import WorkerStatus
 from l40sd.sim.site import Site
 
 SiteOf = Callable[[str], Site]

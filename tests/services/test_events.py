@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l40sd.adapters.eventfile import EventFile
-from l40sd.core.messages import Event, encode
+from l40sd.messages import Event, encode
 from l40sd.services.events import Events, Wanted
 
 ALL = Wanted()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import aiohttp
 from aiohttp import web
 
-from l40sd.core.messages import Status, WorkerStatus
+from l40sd.messages import Status, WorkerStatus
 from l40sd.sim.site import Site
 
 SiteOf = Callable[[str], Site]

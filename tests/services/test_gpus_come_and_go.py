@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from l40sd.core.messages import Check, Status
+from l40sd.messages import Check, Status
 from l40sd.sim.site import Site
 
 SiteOf = Callable[[str], Site]

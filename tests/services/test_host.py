@@ -10,8 +10,8 @@ import pytest
 from l40sd.adapters import nvml
 from l40sd.adapters.hostfiles import bundled_hosts
 from l40sd.core.config import Config, HostConfig, ModelConfig
-from l40sd.core.errors import L40sError
-from l40sd.core.model import GpuId, ModelFacts, ModelName
+from l40sd.errors import L40sError
+from l40sd.model import GpuId, ModelFacts, ModelName
 from l40sd.services import host as host_module
 from l40sd.services.host import GpuMemory, Host
 

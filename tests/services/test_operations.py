@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from l40sd.core.errors import L40sError
-from l40sd.core.messages import OperationStatus, Status, WorkerStatus
+from l40sd.errors import L40sError
+from l40sd.messages import OperationStatus, Status, WorkerStatus
 from l40sd.sim.site import Site
 
 SiteOf = Callable[[str], Site]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 from l40sd.sim.load import Mix, load
 from l40sd.sim.site import Site
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.adapters import clock
+from l40sd import clock
 from l40sd.core.lifecycle import Goal, Phase, Record
-from l40sd.core.messages import Status, WorkerStatus
-from l40sd.core.model import WorkerId
+from l40sd.messages import Status, WorkerStatus
+from l40sd.model import WorkerId
 from l40sd.services import past
 from l40sd.services.past import TOLD, Past
 from l40sd.sim.site import Site

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 from l40sd.sim.site import Site
 
 SiteOf = Callable[[str], Site]

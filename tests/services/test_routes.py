@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from l40sd.core.model import ModelName, WorkerId
+from l40sd.model import ModelName, WorkerId
 from l40sd.services.routes import Backend, CatalogEntry, FailureKind, Lease, Routes, Waiter
 
 CHAT = ModelName("chat")

@@ -22,7 +22,7 @@ from l40sd.core.config import Config, ModelConfig
 from l40sd.core.engines import ENGINES
 from l40sd.core.health import Counters
 from l40sd.core.launch import build
-from l40sd.core.model import GpuId, Inventory, ModelName, Placement, WorkerId
+from l40sd.model import GpuId, Inventory, ModelName, Placement, WorkerId
 
 DEADLINE_S = 20
 PROBES = ENGINES["simulated"].probes

@@ -4,7 +4,7 @@ import argparse
 import secrets
 import sys
 
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 from soak import connections, kills, operations
 from soak.ground import Broken
 

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 from soak.ground import GOOD, SHAPES, Broken, Census, Ground, config, kill, parts_of, worker_of
 from soak.living import living
 

@@ -27,8 +27,8 @@ from l40sd.adapters.process.records import (
     write_spec,
 )
 from l40sd.adapters.process.remains import Remains, is_of, mark_of, marked, remove_group, trusted_group
-from l40sd.core.errors import L40sError
-from l40sd.core.naming import natural
+from l40sd.errors import L40sError
+from l40sd.naming import natural
 from l40sd.shim import OWN_GROUP, leavings, tree
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.05

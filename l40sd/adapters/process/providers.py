@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l40sd.adapters.process.remains import remove_group, unit_of
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 from l40sd.shim import groups, tree
 
 UNIT_RUNTIME_DIR = Path("/run/l40sd")

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from l40sd.core.trust import distrust
 from l40sd.shim import PROTOCOL, tree
+from l40sd.trust import distrust
 
 T = TypeVar("T")
 

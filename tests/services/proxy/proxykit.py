@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from l40sd.core.config import ProxyConfig
-from l40sd.core.model import ModelName, Outlook, WorkerId
+from l40sd.model import ModelName, Outlook, WorkerId
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import Backend, CatalogEntry, FailureKind, Routes
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from proxykit import CHAT, STREAM_HEAD, Conversation, Dialog, Request, Stand, answer_ok, chunk, plain, post
 
-from l40sd.core.errors import L40sError
-from l40sd.core.model import ListedModel, ModelName, WorkerId
+from l40sd.errors import L40sError
+from l40sd.model import ListedModel, ModelName, WorkerId
 from l40sd.services.routes import CatalogEntry
 
 StartStand = Callable[..., Awaitable[Stand]]

@@ -32,7 +32,7 @@ from proxykit import (
 )
 from ssekit import decode
 
-from l40sd.core.model import WorkerId
+from l40sd.model import WorkerId
 from l40sd.services.routes import CatalogEntry, FailureKind
 
 StartStand = Callable[..., Awaitable[Stand]]

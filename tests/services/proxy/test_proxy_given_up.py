@@ -20,7 +20,7 @@ from proxykit import (
     unchunked,
 )
 
-from l40sd.core.model import WorkerId
+from l40sd.model import WorkerId
 
 StartStand = Callable[..., Awaitable[Stand]]
 ABORTED_WHOLE = json.dumps({"choices": [{"message": {"content": ""}, "finish_reason": "abort"}]}).encode()

@@ -30,7 +30,7 @@ from proxykit import (
 )
 
 from l40sd.core.handed import Handed
-from l40sd.core.model import Outlook
+from l40sd.model import Outlook
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import CatalogEntry, Routes
 

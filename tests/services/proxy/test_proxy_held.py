@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from proxykit import CHAT, Behaviour, Conversation, Request, Stand, answer_ok, chunk, post
 
-from l40sd.core.model import WorkerId
+from l40sd.model import WorkerId
 from l40sd.services.routes import FailureKind
 
 StartStand = Callable[..., Awaitable[Stand]]

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from proxykit import CHAT, STREAM_HEAD, Conversation, FakeWorker, Request, Stand, answer_ok, chunk, post
 
-from l40sd.core.model import WorkerId
+from l40sd.model import WorkerId
 from l40sd.services import proxy_exchange
 from l40sd.services.routes import FailureKind
 

@@ -8,7 +8,7 @@ import pytest
 from proxykit import STREAM_HEAD, Conversation, Request, Stand, chunk, plain, post
 from structlog.testing import capture_logs
 
-from l40sd.core.model import WorkerId
+from l40sd.model import WorkerId
 
 StartStand = Callable[..., Awaitable[Stand]]
 ASK = post(extra=b"X-Request-Id: r-17\r\n")

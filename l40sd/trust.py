@@ -2,7 +2,7 @@
 
 import stat
 
-from l40sd.core.errors import L40sError
+from l40sd.errors import L40sError
 
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
