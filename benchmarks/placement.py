@@ -11,7 +11,7 @@ from importlib import resources
 from statistics import median
 from time import process_time
 
-from l40sd.core.config import Config, ModelConfig
+from l40sd.config.options import Config, ModelConfig
 from l40sd.core.hostfile import parse_host_file
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import click
 
-from l40sd.adapters import configfiles
 from l40sd.cli_base import Session, common
-from l40sd.core.config import Config
-from l40sd.core.configfile import load
+from l40sd.config import files as config_files
+from l40sd.config.load import load
+from l40sd.config.options import Config
 from l40sd.messages import encode
 from l40sd.model import Inventory, ModelFacts, ModelName
 from l40sd.services import preflight
@@ -34,8 +34,8 @@ def check(session: Session, file: str | None) -> None:
 
     Without FILE: $L40SD_CONFIG, else /etc/l40sd/l40sd.toml.
     """
-    path = configfiles.find(file, os.environ)
-    loaded = load(configfiles.read(path))
+    path = config_files.find(file, os.environ)
+    loaded = load(config_files.read(path))
     preflight.refuse_unusable(loaded)
     inventory, facts = asyncio.run(_this_machine(loaded.config))
     preflight.refuse_failing(loaded, facts, inventory if inventory.gpus else None)

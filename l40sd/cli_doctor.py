@@ -5,11 +5,11 @@ import os
 
 import click
 
-from l40sd.adapters import configfiles
 from l40sd.cli_base import EXIT_FAILED, Session, common, exit_code_of, leave
 from l40sd.cli_status import checks_view
 from l40sd.client import UNREACHABLE
-from l40sd.core.configfile import Loaded
+from l40sd.config import files as config_files
+from l40sd.config.load import Loaded
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
 from l40sd.errors import L40sError
@@ -48,7 +48,7 @@ def doctor(session: Session, config_path: str | None) -> None:
 
 async def _without_daemon(config_path: str | None) -> list[Check]:
     """Return the unit's state and its last error, then what a start would find, as far as the configuration goes."""
-    path = configfiles.find(config_path, os.environ)
+    path = config_files.find(config_path, os.environ)
     loaded, checks = await asyncio.to_thread(preflight.config_on_disk, path)
     return [*await _unit(), *checks, *(await _start(loaded) if loaded is not None else [])]
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from l40sd.adapters import configfiles
 from l40sd.adapters.hostfiles import SIZE_LIMIT_BYTES, read_host
 from l40sd.adapters.modelfiles import read_model_facts
 from l40sd.cli_base import Session, common, complete_pattern
 from l40sd.cli_layout import topology_view
+from l40sd.config import files as config_files
+from l40sd.config.load import load
+from l40sd.config.options import Config, HostConfig, ModelConfig
 from l40sd.core import views
-from l40sd.core.config import Config, HostConfig, ModelConfig
-from l40sd.core.configfile import load
 from l40sd.core.hostfile import parse_host_file
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
@@ -83,7 +83,7 @@ def _local(host: str, pattern: str | None, config_file: str | None, *, force: bo
         model = ModelName("model")
         config = Config(host=HostConfig(), models={model: ModelConfig(name=model, engine="simulated")})
         return _placed(inventory, pattern, config, {}, force=force)
-    config = load(configfiles.read(Path(config_file))).config
+    config = load(config_files.read(Path(config_file))).config
     facts = {model.name: read_model_facts(model.source) for model in config.models.values() if model.source}
     return _placed(inventory, pattern, config, facts, force=force)
 

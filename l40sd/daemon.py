@@ -20,12 +20,13 @@ import structlog
 import uvloop
 
 from l40sd import __version__, log, systemd
-from l40sd.adapters import configfiles, handover, heap
+from l40sd.adapters import handover, heap
 from l40sd.adapters.apikeys import read_keys
 from l40sd.adapters.lock import DaemonLock
 from l40sd.clock import now_s
-from l40sd.core.config import Config
-from l40sd.core.configfile import Loaded, load
+from l40sd.config import files as config_files
+from l40sd.config.load import Loaded, load
+from l40sd.config.options import Config
 from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.errors import ConfigError, L40sError
 from l40sd.model import Outlook
@@ -51,9 +52,9 @@ THREADS = 8
 @click.version_option(__version__, prog_name="l40sd")
 def main(config_path: str | None, *, check_config: bool) -> None:
     """Run the host's inference workers: place, start, watch, balance and reshape them."""
-    path = configfiles.find(config_path, os.environ)
+    path = config_files.find(config_path, os.environ)
     try:
-        loaded = load(configfiles.read(path))
+        loaded = load(config_files.read(path))
         if check_config:
             from l40sd.services.preflight import refuse_unusable  # not in the way of an upgrade
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 
 from l40sd import log, systemd
-from l40sd.adapters import configfiles, handover
+from l40sd.adapters import handover
 from l40sd.adapters.apikeys import read_keys
 from l40sd.adapters.eventfile import EventFile
 from l40sd.adapters.lock import DaemonLock
@@ -26,9 +26,10 @@ from l40sd.adapters.process import Processes
 from l40sd.adapters.store import Store
 from l40sd.adapters.workerkeys import WorkerKeys
 from l40sd.clock import now_s
-from l40sd.core import configshow
-from l40sd.core.config import Config, in_force
-from l40sd.core.configfile import Loaded, load
+from l40sd.config import files as config_files
+from l40sd.config import show as config_show
+from l40sd.config.load import Loaded, load
+from l40sd.config.options import Config, in_force
 from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.core.keyfile import key_changes
 from l40sd.core.presence import changes
@@ -188,7 +189,7 @@ class Daemon:
             doctor=self._examine,
             reload=lambda forget_gpus: self.reload(forget_gpus=forget_gpus),
             upgrade=self.upgrade,
-            config_toml=lambda: configshow.to_toml(self._loaded.config, self._loaded.origins),
+            config_toml=lambda: config_show.to_toml(self._loaded.config, self._loaded.origins),
             config_files=lambda: self._loaded.files,
             config_diff=self._config_diff,
         )
@@ -211,7 +212,7 @@ class Daemon:
         """
         self.notifier.reloading()
         try:
-            fresh = load(configfiles.read(self._path))
+            fresh = load(config_files.read(self._path))
             config = in_force(self._started, fresh.config)
             keys = read_keys(config.proxy.api_keys_file)
             changed = self._differences(fresh.config, keys)
@@ -359,12 +360,12 @@ class Daemon:
 
     def _config_diff(self) -> str:
         """Return what a reload would say and change."""
-        fresh = load(configfiles.read(self._path)).config
+        fresh = load(config_files.read(self._path)).config
         return "\n".join(self._differences(fresh, read_keys(fresh.proxy.api_keys_file)))
 
     def _differences(self, fresh: Config, keys: Collection[str]) -> list[str]:
         """Return how files that were just read differ from what is in force."""
-        return [*configshow.diff(self._loaded.config, fresh), *key_changes(self._proxy.api_keys, keys)]
+        return [*config_show.diff(self._loaded.config, fresh), *key_changes(self._proxy.api_keys, keys)]
 
 
 def own_python() -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from l40sd.core.config import Config, DaemonConfig
-from l40sd.core.configfile import Loaded
+from l40sd.config.load import Loaded
+from l40sd.config.options import Config, DaemonConfig
 from l40sd.daemon import prepare_directories
 from l40sd.errors import ConfigError, L40sError
 from l40sd.services.preflight import refuse_unusable

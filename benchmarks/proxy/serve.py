@@ -11,7 +11,7 @@ import signal
 import structlog
 import uvloop
 
-from l40sd.core.config import ProxyConfig
+from l40sd.config.options import ProxyConfig
 from l40sd.model import ModelName, WorkerId
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import Backend, Routes

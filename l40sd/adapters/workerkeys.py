@@ -11,7 +11,7 @@ import secrets
 import stat
 from pathlib import Path
 
-from l40sd.core.config import slug
+from l40sd.config.options import slug
 from l40sd.model import ModelName
 from l40sd.shim.tree import write_file
 

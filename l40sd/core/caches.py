@@ -6,7 +6,7 @@ One folder for each model and shape: replicas alike share it, and what they comp
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from l40sd.core.config import Config, slug
+from l40sd.config.options import Config, slug
 from l40sd.model import Placement
 
 YOUNG_S = 3600.0

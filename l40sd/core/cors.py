@@ -4,21 +4,19 @@ A browser lets a page read a reply from another origin only where the reply name
 about first (preflight, OPTIONS); a "simple" one, such as a POST of ``text/plain``, it just sends, and only keeps the
 answer from the page: an engine that reads any body as JSON would work for whatever page its user has open.
 
-Sources: the Fetch standard, "CORS protocol" and "CORS-safelisted request-header"; RFC 6454 for the origin's text.
+Sources: the Fetch standard, "CORS protocol" and "CORS-safelisted request-header".
 """
 
 import re
 
+from l40sd.config.origins import EVERYBODY
 from l40sd.core.refused import Refused
 
-EVERYBODY = "*"
 MAX_AGE_S = 600
 EXPOSED = b"x-request-id, x-l40s-worker, x-l40s-source, retry-after"
 SIMPLE_TYPES = (b"", b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data")
 
-_origin = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?:\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?")
 _names = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?:[ \t]*,[ \t]*[!#$%&'*+\-.^_`|~0-9A-Za-z]+)*").fullmatch
-_own_port = {"http": "80", "https": "443"}
 
 
 class Cors:
@@ -77,20 +75,6 @@ def preflight_fields(methods: tuple[bytes, ...], asked_for: bytes) -> bytes:
     names = b"access-control-allow-headers: %b\r\n" % asked_for if _names(asked_for) else b""
     age = b"access-control-max-age: %d\r\n" % MAX_AGE_S
     return b"access-control-allow-methods: %b\r\n" % b", ".join(methods) + names + age
-
-
-def origin_problem(origin: str) -> tuple[str, str]:
-    """Return what is wrong with a configured origin and what to write instead; empty texts when nothing is."""
-    if origin in (EVERYBODY, "null"):
-        return "", ""
-    match = _origin.fullmatch(origin)
-    if match is None:
-        bare = re.sub(r"(?<=[^/:])/.*", "", origin.lower())
-        hint = f'"{bare}"' if _origin.fullmatch(bare) else 'e.g. "https://chat.example.org" or "http://localhost:5173"'
-        return f'"{origin}" is no origin: scheme://host or scheme://host:port in lower case, or "*"', hint
-    if match["port"] is not None and match["port"] == _own_port.get(match["scheme"]):
-        return f'"{origin}" is never sent: browsers leave the usual port out', f'"{origin.rpartition(":")[0]}"'
-    return "", ""
 
 
 def _refused(origin: bytes) -> Refused:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
 
-from l40sd.core.config import EngineConfig
+from l40sd.config.options import EngineConfig
 from l40sd.errors import L40sError
 
 

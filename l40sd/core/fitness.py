@@ -11,7 +11,7 @@ and one whose canary had failed never came back.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from l40sd.core.config import HealthConfig
+from l40sd.config.options import HealthConfig
 from l40sd.core.health import TIMEOUT, Counters, Pace, ProbeResult, Progress, Readiness
 from l40sd.core.lifecycle import Event, Phase
 from l40sd.core.outliers import Counts, Outlier, Peer, Standing

@@ -12,7 +12,7 @@ from enum import IntEnum, StrEnum
 from math import inf
 from statistics import median
 
-from l40sd.core.config import Config, HealthConfig
+from l40sd.config.options import Config, HealthConfig
 from l40sd.core.engines import Probes
 from l40sd.model import ModelFacts, ModelName
 

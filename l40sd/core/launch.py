@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from urllib.parse import urlsplit
 
+from l40sd.config.options import Config, ModelConfig
 from l40sd.core.caches import folder_of
-from l40sd.core.config import Config, ModelConfig
 from l40sd.core.cpus import format_cpu_list
 from l40sd.core.engines import Engine, Probes, TermTo, When, resolve
 from l40sd.errors import L40sError

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from l40sd.core.config import HealthConfig
+from l40sd.config.options import HealthConfig
 
 BETTER = 0.5
 """Another worker is clearly better when it fails at most this part as often."""

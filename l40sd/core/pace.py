@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from l40sd.core.config import Config
+from l40sd.config.options import Config
 from l40sd.core.engines import resolve
 from l40sd.core.health import PROLONGED_AT_MOST, startup_timeout_s
 from l40sd.core.launch import term_timeout_s

@@ -6,7 +6,7 @@ Where the GPUs are is the business of placement.py; here only numbers count: GPU
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 
-from l40sd.core.config import Config, ModelConfig, is_external
+from l40sd.config.options import Config, ModelConfig, is_external
 from l40sd.errors import ConfigError, DoesNotFit, L40sError
 from l40sd.model import Inventory, ModelFacts, ModelName, Pattern, ReplicaSpec
 

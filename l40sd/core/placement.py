@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from l40sd.core.config import Config
+from l40sd.config.options import Config
 from l40sd.core.ground import Counts, Ground, Kind, more, positions_of
 from l40sd.core.keeping import Keeper
 from l40sd.core.pattern import check_pattern, external_models, warnings_of

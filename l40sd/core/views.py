@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from l40sd.config.options import Config
 from l40sd.core import launch as launching
-from l40sd.core.config import Config
 from l40sd.core.cpus import format_cpu_list
 from l40sd.core.hostfile import format_host_file
 from l40sd.core.topology import switches_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from l40sd.clock import boot_id, now_s
-from l40sd.core.config import Config
+from l40sd.config.options import Config
 from l40sd.core.plan import Wanted
 from l40sd.core.rollout import Terms
 from l40sd.messages import OperationStatus, plain

@@ -4,8 +4,8 @@ import asyncio
 import resource
 from pathlib import Path
 
-from l40sd.core import configshow
-from l40sd.core.config import Config
+from l40sd.config import show as config_show
+from l40sd.config.options import Config
 from l40sd.core.descriptors import needed
 from l40sd.messages import Check
 from l40sd.naming import natural
@@ -51,7 +51,7 @@ def _files(config: Config, path: Path, reload_problem: str) -> list[Check]:
         checks = [
             Check(name="config", state=FAILED, found=f"the latest reload was refused: {reload_problem}", hint=hint)
         ]
-    elif changed := configshow.diff(config, loaded.config):
+    elif changed := config_show.diff(config, loaded.config):
         found = f"{path} is not what is in force: {len(changed)} differences"
         checks = [Check(name="config", state=WARNING, found=found, hint="l40sctl config diff; l40sctl reload")]
     return [*checks, *preflight.key_file(loaded.config)]

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from l40sd.clock import now_s
-from l40sd.core.config import HostConfig
+from l40sd.config.options import HostConfig
 from l40sd.core.presence import Lost
 from l40sd.services.host import Host
 

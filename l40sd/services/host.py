@@ -14,7 +14,7 @@ from l40sd.adapters.nvidiaproc import read_nvidia_proc
 from l40sd.adapters.nvml import GpuMemory as GpuMemory
 from l40sd.adapters.nvml import Nvml, NvmlSilentError
 from l40sd.adapters.sysfs import read_sysfs
-from l40sd.core.config import Config, HostConfig
+from l40sd.config.options import Config, HostConfig
 from l40sd.core.presence import Heard, Known, Lost
 from l40sd.core.topology import NvmlFacts, NvmlGpu, join
 from l40sd.model import GpuId, Inventory, ModelFacts, ModelName

@@ -16,11 +16,11 @@ from typing import Any
 
 import msgspec
 
-from l40sd.adapters import configfiles
 from l40sd.adapters.apikeys import read_keys
 from l40sd.adapters.hostfiles import read_host
-from l40sd.core.config import Config
-from l40sd.core.configfile import Loaded, key_text, load, origin_of
+from l40sd.config import files as config_files
+from l40sd.config.load import Loaded, key_text, load, origin_of
+from l40sd.config.options import Config
 from l40sd.core.exposure import connects_to, is_loopback
 from l40sd.core.launch import build, program_of
 from l40sd.core.pattern import patterns_of
@@ -124,7 +124,7 @@ def _patterns(config: Config, inventory: Inventory, facts: Facts) -> Iterator[Do
 def config_on_disk(path: Path) -> tuple[Loaded | None, list[Check]]:
     """Return the configuration that the next start would read, if it can be, and what is wrong with its files."""
     try:
-        loaded = load(configfiles.read(path))
+        loaded = load(config_files.read(path))
         refuse_unusable(loaded)
     except ConfigError as error:
         what = [Check(name="config", state=FAILED, found=each.what if not each.where else f"{each.where}: {each.what}",

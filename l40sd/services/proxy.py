@@ -18,7 +18,7 @@ from pathlib import Path
 import structlog
 
 from l40sd.adapters import heap
-from l40sd.core.config import ProxyConfig
+from l40sd.config.options import ProxyConfig
 from l40sd.core.descriptors import BACKLOG
 from l40sd.core.handed import Handed
 from l40sd.errors import L40sError

@@ -4,7 +4,7 @@ import asyncio
 import ipaddress
 from collections import Counter
 
-from l40sd.core.config import ProxyConfig
+from l40sd.config.options import ProxyConfig
 from l40sd.core.descriptors import Shares, share
 from l40sd.core.refused import Refused
 

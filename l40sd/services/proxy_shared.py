@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from l40sd.core.config import ProxyConfig
+from l40sd.config.options import ProxyConfig
 from l40sd.core.cors import Cors
 from l40sd.services.proxy_bounds import Bounds
 from l40sd.services.proxy_failures import Failures

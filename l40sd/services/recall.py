@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import msgspec
 
 from l40sd.adapters.process import Adoption, ExitRecord, Instance, InstanceSpec
-from l40sd.core.config import Config, ModelConfig
+from l40sd.config.options import Config, ModelConfig
 from l40sd.core.placement import part_of
 from l40sd.core.plan import Wanted
 from l40sd.core.topology import NvmlGpu

@@ -18,7 +18,7 @@ from typing import Any
 from l40sd.adapters.process import Adoption
 from l40sd.adapters.store import Store
 from l40sd.clock import now_s
-from l40sd.core.config import Config
+from l40sd.config.options import Config
 from l40sd.core.lifecycle import Event, Goal, Phase
 from l40sd.core.outliers import Peer
 from l40sd.core.outlook import Patience, Slot, outlook

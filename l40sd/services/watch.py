@@ -14,7 +14,7 @@ from l40sd.adapters.activity import activity_of
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Instance
 from l40sd.clock import now_s
-from l40sd.core.config import HealthConfig
+from l40sd.config.options import HealthConfig
 from l40sd.core.fitness import Fitness, Look
 from l40sd.core.health import TIMEOUT, ProbeResult, Stage, Startup, StartVerdict
 from l40sd.core.launch import Launch

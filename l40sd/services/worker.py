@@ -17,7 +17,7 @@ from typing import Any
 from l40sd.adapters.ports import HeldPort
 from l40sd.adapters.process import ExitRecord, Instance
 from l40sd.clock import now_s
-from l40sd.core.config import Config, ModelConfig, WorkersConfig
+from l40sd.config.options import Config, ModelConfig, WorkersConfig
 from l40sd.core.engines import ends_streams
 from l40sd.core.health import startup_timeout_s
 from l40sd.core.launch import Launch

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from l40sd.core.config import Config, EngineConfig, HostConfig, ModelConfig, WorkersConfig
+from l40sd.config.options import Config, EngineConfig, HostConfig, ModelConfig, WorkersConfig
 from l40sd.model import Gpu, GpuId, Inventory, Link, ModelName, NumaNode, PciAddress, Placement, WorkerId
 
 MODEL = ModelName("llama")

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launches import config, placement
 
+from l40sd.config.options import Config, DaemonConfig
 from l40sd.core.caches import YOUNG_S, Cache, folder_of, to_remove
-from l40sd.core.config import Config, DaemonConfig
 
 NOW_S = 1e9
 OLD_S = NOW_S - 10 * YOUNG_S

@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core import configshow, overrides
-from l40sd.core.config import (
+from l40sd.config import overrides
+from l40sd.config import show as config_show
+from l40sd.config.check import PLACEHOLDERS, listen_problem
+from l40sd.config.load import SECTIONS, load, parse
+from l40sd.config.options import (
     BUILT_IN_ENGINES,
     Config,
     EngineConfig,
@@ -17,8 +20,6 @@ from l40sd.core.config import (
     in_force,
     options_of,
 )
-from l40sd.core.configcheck import PLACEHOLDERS, listen_problem
-from l40sd.core.configfile import SECTIONS, load, parse
 from l40sd.core.engines import ENGINES
 from l40sd.errors import ConfigError
 from l40sd.model import ModelName
@@ -283,7 +284,7 @@ SECRETS = MODEL + (
 
 def test_show_names_each_values_file_and_hides_secrets() -> None:
     loaded = load([(MAIN, SECRETS), ("conf.d/x.toml", "[proxy]\nretries = 5\n")])
-    text = configshow.to_toml(loaded.config, loaded.origins)
+    text = config_show.to_toml(loaded.config, loaded.origins)
     assert re.search(r"(?m)^retries = 5 +# conf\.d/x\.toml$", text)
     assert re.search(r"(?m)^queue_limit = 1000 +# default$", text)
     assert "abc" not in text
@@ -301,7 +302,7 @@ def test_a_diff_says_what_changed_in_words_and_hides_secrets() -> None:
             ("1", "[proxy]\nretries = 5\nlisten = ['0.0.0.0:1']\n[models.new]\nsource='/n'\n"),
         ]
     )
-    assert configshow.diff(old, new) == (
+    assert config_show.diff(old, new) == (
         'proxy.listen: ["127.0.0.1:8080"] -> ["0.0.0.0:1"] (needs a restart: `systemctl restart l40sd`; an address that'
         " l40sd.socket holds is changed there as well, then stop and start)",
         "proxy.retries: 2 -> 5",
@@ -310,7 +311,7 @@ def test_a_diff_says_what_changed_in_words_and_hides_secrets() -> None:
         "patterns.day: fill x m TP2 -> 3 x m TP1",
         "models.new: added (engine vllm)",
     )
-    assert configshow.diff(old, old) == ()
+    assert config_show.diff(old, old) == ()
 
 
 def test_what_is_in_force_after_a_reload_keeps_what_needs_a_restart_and_nothing_else() -> None:
@@ -324,11 +325,11 @@ def test_what_is_in_force_after_a_reload_keeps_what_needs_a_restart_and_nothing_
     assert now.models == fresh.models
     assert in_force(started, started) == started
     assert in_force(fresh, fresh) == fresh
-    pending = configshow.diff(now, fresh)
+    pending = config_show.diff(now, fresh)
     assert len(pending) == 2
     assert all("systemctl restart l40sd" in sentence for sentence in pending)
     health = parse([(MAIN, MODEL + "[health]\nfall = 9\n")])
-    assert configshow.diff(started, health) == ("health.fall: 3 -> 9 (seen by each worker when it is started next)",)
+    assert config_show.diff(started, health) == ("health.fall: 3 -> 9 (seen by each worker when it is started next)",)
 
 
 # --- anything at all ----------------------------------------------------------------------------------------------
@@ -356,7 +357,7 @@ VALUES = st.recursive(
 @given(st.dictionaries(KEYS, VALUES, max_size=4), st.dictionaries(KEYS, VALUES, max_size=2))
 def test_any_toml_is_a_configuration_or_a_list_of_problems(one: dict[str, Any], two: dict[str, Any]) -> None:
     texts = [
-        (name, "\n".join(f"{configshow.toml_value(key)} = {configshow.toml_value(tree[key])}" for key in tree))
+        (name, "\n".join(f"{config_show.toml_value(key)} = {config_show.toml_value(tree[key])}" for key in tree))
         for name, tree in (("one", one), ("two", two))
     ]
     try:
@@ -379,7 +380,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 
 def test_a_delete_character_is_escaped_as_toml_wants_it() -> None:
-    assert configshow.toml_value("\x7f") == '"\\u007f"'  # JSON leaves it as it is, TOML does not allow it
+    assert config_show.toml_value("\x7f") == '"\\u007f"'  # JSON leaves it as it is, TOML does not allow it
 
 
 @given(
@@ -393,7 +394,7 @@ def test_a_delete_character_is_escaped_as_toml_wants_it() -> None:
 def test_what_is_shown_parses_back_to_the_same_configuration(
     source: str, args: list[str], env: dict[str, str], queue_timeout_s: float, count: int | None, tp: int
 ) -> None:
-    value = configshow.toml_value
+    value = config_show.toml_value
     text = (
         f"[proxy]\nqueue_timeout_s = {value(queue_timeout_s)}\n"
         f"[models.'a.b/c']\nsource = {value(source)}\nargs = {value(args)}\nenv = {value(env)}\n"
@@ -401,5 +402,5 @@ def test_what_is_shown_parses_back_to_the_same_configuration(
     )
     config = parse([("one", text)])
     assert config.models[ModelName("a.b/c")].env == env
-    assert parse([("two", configshow.to_toml(config, secrets=True))]) == config
-    assert configshow.diff(config, config) == ()
+    assert parse([("two", config_show.to_toml(config, secrets=True))]) == config
+    assert config_show.diff(config, config) == ()

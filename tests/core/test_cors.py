@@ -2,8 +2,9 @@
 
 import pytest
 
-from l40sd.core.configfile import load
-from l40sd.core.cors import Cors, origin_problem, preflight_fields
+from l40sd.config.load import load
+from l40sd.config.origins import origin_problem
+from l40sd.core.cors import Cors, preflight_fields
 from l40sd.errors import L40sError
 
 

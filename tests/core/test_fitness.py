@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from l40sd.core.config import HealthConfig
+from l40sd.config.options import HealthConfig
 from l40sd.core.fitness import Fitness, Look
 from l40sd.core.health import Counters, ProbeResult
 from l40sd.core.lifecycle import Event, Goal, Phase, step

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core.config import Config, HealthConfig, ModelConfig
+from l40sd.config.options import Config, HealthConfig, ModelConfig
 from l40sd.core.engines import ENGINES, Probes
 from l40sd.core.health import (
     PROLONGED_AT_MOST,

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launches import MODEL, config, gpu_id, host, placement
 
-from l40sd.core.config import BUILT_IN_ENGINES, EngineConfig, HostConfig, WorkersConfig
+from l40sd.config.options import BUILT_IN_ENGINES, EngineConfig, HostConfig, WorkersConfig
 from l40sd.core.engines import ENGINES, ends_streams, resolve
 from l40sd.core.launch import Launch, build, program_of
 from l40sd.errors import L40sError

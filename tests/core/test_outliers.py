@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from l40sd.core.config import HealthConfig
+from l40sd.config.options import HealthConfig
 from l40sd.core.outliers import SLOW_START_FIRST, Counts, Outlier, Peer, Standing
 
 HEALTH = HealthConfig()  # 5 failures, half; out for 10 s doubling to 300 s; 30 s of slow start

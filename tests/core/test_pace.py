@@ -6,7 +6,7 @@ import pytest
 from hosts import tree_host
 from test_plan import ready, wanted_layout
 
-from l40sd.core.config import Config, ModelConfig, WorkersConfig
+from l40sd.config.options import Config, ModelConfig, WorkersConfig
 from l40sd.core.health import PROLONGED_AT_MOST
 from l40sd.core.pace import FEW, SLACK_S, bound_back_s, bound_s, slowest, start_parallel, usual
 from l40sd.core.rehearsal import rehearse

@@ -11,7 +11,7 @@ from hosts import gpus_of, tree_host, tree_hosts
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from l40sd.core.config import Config, ModelConfig
+from l40sd.config.options import Config, ModelConfig
 from l40sd.core.hostfile import parse_host_file
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place, slug

@@ -9,7 +9,7 @@ import pytest
 
 from l40sd.adapters import nvml
 from l40sd.adapters.hostfiles import bundled_hosts
-from l40sd.core.config import Config, HostConfig, ModelConfig
+from l40sd.config.options import Config, HostConfig, ModelConfig
 from l40sd.errors import L40sError
 from l40sd.model import GpuId, ModelFacts, ModelName
 from l40sd.services import host as host_module

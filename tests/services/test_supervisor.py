@@ -15,7 +15,7 @@ from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Adoption, Processes
 from l40sd.adapters.store import Store
 from l40sd.adapters.workerkeys import WorkerKeys
-from l40sd.core.configfile import load
+from l40sd.config.load import load
 from l40sd.services.host import Host
 from l40sd.services.routes import Routes
 from l40sd.services.supervisor import Supervisor

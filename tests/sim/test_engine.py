@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from l40sd.adapters.probe import Prober
-from l40sd.core.config import Config, ModelConfig
+from l40sd.config.options import Config, ModelConfig
 from l40sd.core.engines import ENGINES
 from l40sd.core.health import Counters
 from l40sd.core.launch import build

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from l40sd.core.config import ProxyConfig
+from l40sd.config.options import ProxyConfig
 from l40sd.model import ModelName, Outlook, WorkerId
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import Backend, CatalogEntry, FailureKind, Routes

@@ -14,7 +14,8 @@ from typing import Any
 
 import tomli
 
-from l40sd.core.config import (
+from l40sd.config.check import KeyPath, Problem, check
+from l40sd.config.options import (
     Config,
     DaemonConfig,
     EngineConfig,
@@ -27,8 +28,7 @@ from l40sd.core.config import (
     option,
     options_of,
 )
-from l40sd.core.configcheck import KeyPath, Problem, check
-from l40sd.core.configvalue import BadValue, shown, value_of
+from l40sd.config.values import BadValue, shown, value_of
 from l40sd.errors import ConfigError, L40sError
 from l40sd.model import ModelName, Pattern, ReplicaSpec
 

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from l40sd.core.config import Config, options_of
-from l40sd.core.configcheck import KeyPath
-from l40sd.core.configfile import SECTIONS, key_text
+from l40sd.config.check import KeyPath
+from l40sd.config.load import SECTIONS, key_text
+from l40sd.config.options import Config, options_of
 from l40sd.model import Pattern, ReplicaSpec
 
 _SECRET_KEY = re.compile(r"(?i)(token|secret|password|credentials?|key)$")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import SplitResult, urlsplit
 
-from l40sd.core import overrides
-from l40sd.core.config import (
+from l40sd.config import overrides
+from l40sd.config.options import (
     BUILT_IN_ENGINES,
     BUILT_IN_PATTERNS,
     Config,
@@ -17,7 +17,7 @@ from l40sd.core.config import (
     is_external,
     slug,
 )
-from l40sd.core.cors import origin_problem
+from l40sd.config.origins import origin_problem
 from l40sd.model import ModelName, Pattern
 
 KeyPath = tuple[str | int, ...]

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from l40sd.core.config import Option
+from l40sd.config.options import Option
 
 
 class BadValue(Exception):  # noqa: N818 - it is a verdict, told together with all the others
