@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from l40sd.adapters.hostfiles import SIZE_LIMIT_BYTES, read_host
-from l40sd.adapters.modelfiles import read_model_facts
 from l40sd.cli_base import Session, common, complete_pattern
 from l40sd.cli_layout import topology_view
 from l40sd.config import files as config_files
@@ -20,6 +19,7 @@ from l40sd.core.placement import place
 from l40sd.errors import L40sError
 from l40sd.messages import Topology
 from l40sd.model import Inventory, ModelFacts, ModelName
+from l40sd.sizing.model_files import read_model_facts
 
 
 @click.command()

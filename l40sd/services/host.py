@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from l40sd.adapters.hostfiles import bundled_hosts, read_host
-from l40sd.adapters.modelfiles import read_model_facts
 from l40sd.adapters.nvidiaproc import read_nvidia_proc
 from l40sd.adapters.nvml import GpuMemory as GpuMemory
 from l40sd.adapters.nvml import Nvml, NvmlSilentError
@@ -18,6 +17,7 @@ from l40sd.config.options import Config, HostConfig
 from l40sd.core.presence import Heard, Known, Lost
 from l40sd.core.topology import NvmlFacts, NvmlGpu, join
 from l40sd.model import GpuId, Inventory, ModelFacts, ModelName
+from l40sd.sizing.model_files import read_model_facts
 
 AUTO = "auto"
 FACTS_TIMEOUT_S = 30.0

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from l40sd.adapters.modelfiles import read_model_facts
 from l40sd.model import ModelFacts
+from l40sd.sizing.model_files import read_model_facts
 
 
 def folder(path: Path, config: Any, weights: dict[str, int]) -> Path:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from l40sd.core.checkpoint import count, numbers_of, weights_of
 from l40sd.model import ModelFacts
+from l40sd.sizing.checkpoint import count, numbers_of, weights_of
 
 JSON_LIMIT_BYTES = 64 << 20
 """An index names every tensor: 15 MB for a mixture of many experts, the largest known."""
