@@ -12,10 +12,10 @@ from statistics import median
 from time import process_time
 
 from l40sd.config.options import Config, ModelConfig
-from l40sd.core.hostfile import parse_host_file
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
-from l40sd.core.topology import invented_id, links_of
+from l40sd.hardware.host_file import parse_host_file
+from l40sd.hardware.topology import invented_id, links_of
 from l40sd.model import Gpu, Inventory, ModelName, NumaNode, Pattern, PciAddress, ReplicaSpec
 
 SMALL, LARGE = ModelName("small"), ModelName("large")

@@ -10,10 +10,10 @@ from l40sd.cli_base import Session, common
 from l40sd.config import files as config_files
 from l40sd.config.load import load
 from l40sd.config.options import Config
+from l40sd.hardware.host import Host
 from l40sd.messages import encode
 from l40sd.model import Inventory, ModelFacts, ModelName
 from l40sd.services import preflight
-from l40sd.services.host import Host
 
 
 @click.group(no_args_is_help=True)

@@ -32,16 +32,16 @@ from l40sd.config.load import Loaded, load
 from l40sd.config.options import Config, in_force
 from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.core.keyfile import key_changes
-from l40sd.core.presence import changes
 from l40sd.errors import L40sError
+from l40sd.hardware.gpu_watch import GpuWatch
+from l40sd.hardware.host import Host
+from l40sd.hardware.presence import changes
 from l40sd.messages import Check, Status
 from l40sd.naming import natural
 from l40sd.services import report
 from l40sd.services.control import Control, Doors
 from l40sd.services.doctor import examine
 from l40sd.services.events import Events
-from l40sd.services.gpuwatch import GpuWatch
-from l40sd.services.host import Host
 from l40sd.services.preflight import STATE_NAME
 from l40sd.services.proxy import Proxy
 from l40sd.services.routes import Routes

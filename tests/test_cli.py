@@ -17,7 +17,7 @@ import pytest
 from fakecontrol import FakeControl, refusal, serving
 
 from l40sd import cli, cli_status, cli_wait
-from l40sd.adapters import nvml
+from l40sd.hardware import nvml
 from l40sd.messages import Check, LastEnd, LogPart, OperationStatus, encode
 
 HOST_FILES = Path(cli.__file__).parent / "sim" / "hosts"

@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 from l40sd.config.options import Config, ModelConfig
 from l40sd.core.caches import folder_of
-from l40sd.core.cpus import format_cpu_list
 from l40sd.core.engines import Engine, Probes, TermTo, When, resolve
 from l40sd.errors import L40sError
+from l40sd.hardware.cpus import format_cpu_list
 from l40sd.model import GpuId, Inventory, Link, Placement, WorkerId
 
 __all__ = ["Launch", "Probes", "build", "program_of"]

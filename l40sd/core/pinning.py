@@ -11,7 +11,7 @@ then share caches and no two workers share a core. Blocks differ by at most one 
 
 from collections.abc import Sequence
 
-from l40sd.core.cpus import cores_of
+from l40sd.hardware.cpus import cores_of
 from l40sd.model import Gpu, GpuId, Inventory, NumaNode
 
 

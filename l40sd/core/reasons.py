@@ -5,9 +5,9 @@ from itertools import pairwise
 
 from l40sd.core.ground import Counts, FarPair, Ground, Kind, gpus_needed, positions_of
 from l40sd.core.shape import Replica
-from l40sd.core.topology import shared_part
 from l40sd.core.tree import Part
 from l40sd.errors import DoesNotFit
+from l40sd.hardware.topology import shared_part
 from l40sd.model import GpuId, Inventory, Link
 
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from l40sd.config.options import Config
 from l40sd.core import launch as launching
-from l40sd.core.cpus import format_cpu_list
-from l40sd.core.hostfile import format_host_file
-from l40sd.core.topology import switches_of
+from l40sd.hardware.cpus import format_cpu_list
+from l40sd.hardware.host_file import format_host_file
+from l40sd.hardware.topology import switches_of
 from l40sd.messages import GroupView, Topology, TopologyGpu
 from l40sd.model import GpuId, Inventory, Layout, Link
 

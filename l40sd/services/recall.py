@@ -11,8 +11,8 @@ from l40sd.adapters.process import Adoption, ExitRecord, Instance, InstanceSpec
 from l40sd.config.options import Config, ModelConfig
 from l40sd.core.placement import part_of
 from l40sd.core.plan import Wanted
-from l40sd.core.topology import NvmlGpu
 from l40sd.errors import DoesNotFit, L40sError
+from l40sd.hardware.topology import NvmlGpu
 from l40sd.messages import OperationStatus, restore
 from l40sd.model import GpuId, Layout, ModelName, Placement, WorkerId
 from l40sd.services.change import Change, Want

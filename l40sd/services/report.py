@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from l40sd import __version__
 from l40sd.clock import now_s
 from l40sd.core import views
-from l40sd.core.cpus import format_cpu_list
 from l40sd.core.lifecycle import Goal, Phase
 from l40sd.core.pace import usual
 from l40sd.core.pattern import patterns_of
 from l40sd.core.plan import Do
 from l40sd.core.rehearsal import rehearse
 from l40sd.errors import L40sError
+from l40sd.hardware.cpus import format_cpu_list
+from l40sd.hardware.host import GpuMemory
 from l40sd.messages import (
     ChangePreview,
     ChangeStep,
@@ -25,7 +26,6 @@ from l40sd.messages import (
 from l40sd.model import GpuId, Layout, Link, Placement
 from l40sd.naming import natural
 from l40sd.services.change import Want
-from l40sd.services.host import GpuMemory
 from l40sd.services.proxy import Proxy
 from l40sd.services.supervisor import Supervisor
 from l40sd.services.worker import Worker

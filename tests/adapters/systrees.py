@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from l40sd.core.cpus import format_cpu_list
+from l40sd.hardware.cpus import format_cpu_list
 from l40sd.model import Inventory
 
 Recorded = Mapping[str, Any]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from l40sd.adapters import nvml
-from l40sd.adapters.nvml import GpuMemory, Nvml, NvmlSilentError
-from l40sd.core.presence import Failing
+from l40sd.hardware import nvml
+from l40sd.hardware.nvml import GpuMemory, Nvml, NvmlSilentError
+from l40sd.hardware.presence import Failing
 from l40sd.model import GpuId, Link
 
 FAKE = str(Path(__file__).with_name("fake_nvml.py"))

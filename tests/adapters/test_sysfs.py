@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from systrees import Recorded, tree_of_inventory, write_tree
 
-from l40sd.adapters.nvidiaproc import read_nvidia_proc
-from l40sd.adapters.sysfs import read_sysfs
-from l40sd.core.hostfile import parse_host_file
-from l40sd.core.topology import NvmlFacts, NvmlGpu, PciFacts, SysfsFacts, join
+from l40sd.hardware.host_file import parse_host_file
+from l40sd.hardware.nvidia_proc import read_nvidia_proc
+from l40sd.hardware.sysfs import read_sysfs
+from l40sd.hardware.topology import NvmlFacts, NvmlGpu, PciFacts, SysfsFacts, join
 from l40sd.model import GpuId, Inventory, PciAddress
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -4,8 +4,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from l40sd.core.cpus import cores_of
-from l40sd.core.topology import invented_id, links_of
+from l40sd.hardware.cpus import cores_of
+from l40sd.hardware.topology import invented_id, links_of
 from l40sd.model import Gpu, GpuId, Inventory, NumaNode, PciAddress
 
 Switch = list[Any]

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core.cpus import cores_of, format_cpu_list, parse_cpu_list
 from l40sd.errors import L40sError
+from l40sd.hardware.cpus import cores_of, format_cpu_list, parse_cpu_list
 
 
 @given(st.frozensets(st.integers(min_value=0, max_value=511)))

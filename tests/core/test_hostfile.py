@@ -8,10 +8,10 @@ from hosts import tree_hosts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core.cpus import cores_of, format_cpu_list
-from l40sd.core.hostfile import format_host_file, parse_host_file
-from l40sd.core.topology import links_of, pci_order
 from l40sd.errors import ConfigError, L40sError
+from l40sd.hardware.cpus import cores_of, format_cpu_list
+from l40sd.hardware.host_file import format_host_file, parse_host_file
+from l40sd.hardware.topology import links_of, pci_order
 from l40sd.model import Gpu, GpuId, Inventory, Link, NumaNode, PciAddress
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

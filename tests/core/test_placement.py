@@ -12,10 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from l40sd.config.options import Config, ModelConfig
-from l40sd.core.hostfile import parse_host_file
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place, slug
 from l40sd.errors import DoesNotFit, L40sError
+from l40sd.hardware.host_file import parse_host_file
 from l40sd.model import (
     Gpu,
     GpuId,

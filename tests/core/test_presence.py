@@ -5,8 +5,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core.presence import Failing, Heard, Known
-from l40sd.core.topology import NvmlGpu
+from l40sd.hardware.presence import Failing, Heard, Known
+from l40sd.hardware.topology import NvmlGpu
 from l40sd.model import GpuId, PciAddress
 
 

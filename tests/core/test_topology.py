@@ -3,8 +3,8 @@
 import pytest
 from hosts import gpus_of, tree_host
 
-from l40sd.core.topology import NvmlFacts, NvmlGpu, PciFacts, SysfsFacts, join, normal_pci, pci_order, switches_of
 from l40sd.errors import L40sError
+from l40sd.hardware.topology import NvmlFacts, NvmlGpu, PciFacts, SysfsFacts, join, normal_pci, pci_order, switches_of
 from l40sd.model import Gpu, GpuId, Inventory, Link, NumaNode, PciAddress
 
 

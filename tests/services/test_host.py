@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from l40sd.adapters import nvml
-from l40sd.adapters.hostfiles import bundled_hosts
 from l40sd.config.options import Config, HostConfig, ModelConfig
 from l40sd.errors import L40sError
+from l40sd.hardware import host as host_module
+from l40sd.hardware import nvml
+from l40sd.hardware.host import GpuMemory, Host
+from l40sd.hardware.host_files import bundled_hosts
 from l40sd.model import GpuId, ModelFacts, ModelName
-from l40sd.services import host as host_module
-from l40sd.services.host import GpuMemory, Host
 
 FAKE = str(Path(__file__).parents[1] / "adapters/fake_nvml.py")
 ONE: dict[str, Any] = {"gpus": [{"uuid": "GPU-a", "busId": "00000000:18:00.0", "total": 48 << 30, "used": 3}]}
@@ -186,7 +186,7 @@ async def test_without_nvml_the_kernel_module_still_names_the_gpus(
 
 
 def read_below(root: Path) -> Any:
-    from l40sd.adapters.nvidiaproc import read_nvidia_proc
+    from l40sd.hardware.nvidia_proc import read_nvidia_proc
 
     return read_nvidia_proc(root=root)
 

@@ -16,7 +16,7 @@ from l40sd.adapters.process import Adoption, Processes
 from l40sd.adapters.store import Store
 from l40sd.adapters.workerkeys import WorkerKeys
 from l40sd.config.load import load
-from l40sd.services.host import Host
+from l40sd.hardware.host import Host
 from l40sd.services.routes import Routes
 from l40sd.services.supervisor import Supervisor
 from l40sd.services.tools import Tools

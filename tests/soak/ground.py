@@ -21,8 +21,8 @@ from pathlib import Path
 
 import psutil
 
-from l40sd.core.hostfile import format_host_file, parse_host_file
 from l40sd.errors import L40sError
+from l40sd.hardware.host_file import format_host_file, parse_host_file
 from l40sd.messages import ChangePreview, PatternRequest, Status
 from l40sd.shim import tree
 from l40sd.sim.site import Site

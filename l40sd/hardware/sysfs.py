@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from l40sd.core.cpus import parse_cpu_list
-from l40sd.core.topology import PciFacts, SysfsFacts
 from l40sd.errors import L40sError
+from l40sd.hardware.cpus import parse_cpu_list
+from l40sd.hardware.topology import PciFacts, SysfsFacts
 from l40sd.model import NumaNode, PciAddress
 
 _BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}|[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")

@@ -1,4 +1,4 @@
-"""``python -m l40sd.adapters.nvml_helper``: the process that NVML may hang in. The only importer of pynvml.
+"""``python -m l40sd.hardware.nvml_helper``: the process that NVML may hang in. The only importer of pynvml.
 
 Reads one JSON line per question from stdin, ``{"id": 1, "ask": "inventory" | "memory"}``, and answers with one line,
 ``{"id": 1, "answer": {...}}`` or ``{"id": 1, "error": "..."}``. Ends when stdin does, or when its parent dies.

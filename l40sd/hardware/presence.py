@@ -8,7 +8,7 @@ restarts too, until the operator says that it was removed or another card is fou
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from l40sd.core.topology import NvmlGpu
+from l40sd.hardware.topology import NvmlGpu
 from l40sd.model import Gpu, GpuId, Inventory
 
 NOT_LISTED = "NVML does not list it"

@@ -4,8 +4,8 @@ from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
-from l40sd.core.hostfile import parse_host_file
 from l40sd.errors import L40sError
+from l40sd.hardware.host_file import parse_host_file
 from l40sd.model import Inventory
 
 SIZE_LIMIT_BYTES = 4 << 20

@@ -11,8 +11,8 @@ import structlog
 
 from l40sd.clock import now_s
 from l40sd.config.options import HostConfig
-from l40sd.core.presence import Lost
-from l40sd.services.host import Host
+from l40sd.hardware.host import Host
+from l40sd.hardware.presence import Lost
 
 OFFER = "`l40sctl reload` takes it in: the pattern is placed anew"
 

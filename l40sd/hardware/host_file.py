@@ -26,10 +26,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from l40sd.core.cpus import cores_of, format_cpu_list, parse_cpu_list
-from l40sd.core.smitext import is_smi_text, parse_smi_text
-from l40sd.core.topology import invented_id, invented_pci, links_of, normal_pci, pci_order
 from l40sd.errors import ConfigError, L40sError
+from l40sd.hardware.cpus import cores_of, format_cpu_list, parse_cpu_list
+from l40sd.hardware.nvidia_smi import is_smi_text, parse_smi_text
+from l40sd.hardware.topology import invented_id, invented_pci, links_of, normal_pci, pci_order
 from l40sd.model import Gpu, GpuId, Inventory, Link, NumaNode, PciAddress
 
 MIB = 1 << 20

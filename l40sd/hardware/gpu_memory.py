@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Sequence
 
 from l40sd.clock import now_s
+from l40sd.hardware.host import GpuMemory, Host
 from l40sd.model import GpuId
-from l40sd.services.host import GpuMemory, Host
 
 POLL_S = 0.5
 FREE_BELOW_BYTES = 1 << 30

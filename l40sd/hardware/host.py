@@ -8,14 +8,14 @@ import platform
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from l40sd.adapters.hostfiles import bundled_hosts, read_host
-from l40sd.adapters.nvidiaproc import read_nvidia_proc
-from l40sd.adapters.nvml import GpuMemory as GpuMemory
-from l40sd.adapters.nvml import Nvml, NvmlSilentError
-from l40sd.adapters.sysfs import read_sysfs
 from l40sd.config.options import Config, HostConfig
-from l40sd.core.presence import Heard, Known, Lost
-from l40sd.core.topology import NvmlFacts, NvmlGpu, join
+from l40sd.hardware.host_files import bundled_hosts, read_host
+from l40sd.hardware.nvidia_proc import read_nvidia_proc
+from l40sd.hardware.nvml import GpuMemory as GpuMemory
+from l40sd.hardware.nvml import Nvml, NvmlSilentError
+from l40sd.hardware.presence import Heard, Known, Lost
+from l40sd.hardware.sysfs import read_sysfs
+from l40sd.hardware.topology import NvmlFacts, NvmlGpu, join
 from l40sd.model import GpuId, Inventory, ModelFacts, ModelName
 from l40sd.sizing.model_files import read_model_facts
 

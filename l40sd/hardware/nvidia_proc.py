@@ -6,7 +6,7 @@ Memory sizes and links are not in it. Blocking: call from a thread.
 import re
 from pathlib import Path
 
-from l40sd.core.topology import NvmlGpu, normal_pci, pci_order
+from l40sd.hardware.topology import NvmlGpu, normal_pci, pci_order
 from l40sd.model import GpuId
 
 _FIELD = re.compile(r"^([\w ]+?):\s*(\S.*?)\s*$", re.MULTILINE)

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from l40sd.core.presence import Failing, Heard
-from l40sd.core.topology import NvmlFacts, NvmlGpu, normal_pci
 from l40sd.errors import L40sError
+from l40sd.hardware.presence import Failing, Heard
+from l40sd.hardware.topology import NvmlFacts, NvmlGpu, normal_pci
 from l40sd.model import GpuId, Link
 
 LIBRARY_VARIABLE = "L40SD_NVML_LIBRARY"
@@ -138,7 +138,7 @@ class Nvml:
         return await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "l40sd.adapters.nvml_helper",
+            "l40sd.hardware.nvml_helper",
             self._library,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

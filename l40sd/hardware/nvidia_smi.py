@@ -9,9 +9,9 @@ else is passed over.
 import re
 from collections.abc import Mapping
 
-from l40sd.core.cpus import cores_of, parse_cpu_list
-from l40sd.core.topology import invented_id, invented_pci
 from l40sd.errors import L40sError
+from l40sd.hardware.cpus import cores_of, parse_cpu_list
+from l40sd.hardware.topology import invented_id, invented_pci
 from l40sd.model import Gpu, GpuId, Inventory, Link, NumaNode
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -1,0 +1,1 @@
+"""The host: GPUs, how they are linked, what is on them."""
