@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from l40sd.core.caches import Cache, to_remove
+from l40sd.engines.caches import Cache, to_remove
 
 
 def prepare(folder: Path, *, limit_bytes: int, in_use: Collection[str], now_s: float) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 import aiohttp
 
-from l40sd.core.engines import Probes
 from l40sd.core.health import REFUSED, TIMEOUT, Counters, ProbeResult
+from l40sd.engines.table import Probes
 from l40sd.model import ListedModel
 
 __all__ = ["ANSWER_LIMIT_BYTES", "Counters", "ProbeResult", "Prober", "sum_metrics"]

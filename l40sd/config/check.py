@@ -41,7 +41,7 @@ PLACEHOLDERS = (
         "python",
     ),
 )
-"""What ``{...}`` may stand for in an engine's command and env; core/launch.py fills them in."""
+"""What ``{...}`` may stand for in an engine's command and env; engines/launch.py fills them in."""
 
 _SOCKET_PATH_BYTES = 107  # sun_path in unix(7), less its final NUL
 _SLUG_LIMIT = 80  # a unit's name holds a slug, GPU numbers and a ulid, and ends at 255

@@ -343,7 +343,7 @@ class HealthConfig:
 class EngineConfig:
     """``[engines.NAME]``: changes to a built-in engine, or one of your own.
 
-    Every field left alone keeps the built-in table's value (core/engines.py).
+    Every field left alone keeps the built-in table's value (engines/table.py).
     """
 
     base: str = option("", "built-in engine that this one starts from; empty: the one of the same name")

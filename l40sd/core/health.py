@@ -13,7 +13,7 @@ from math import inf
 from statistics import median
 
 from l40sd.config.options import Config, HealthConfig
-from l40sd.core.engines import Probes
+from l40sd.engines.table import Probes
 from l40sd.model import ModelFacts, ModelName
 
 REFUSED = "refused"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from l40sd.config.options import Config
-from l40sd.core import launch as launching
+from l40sd.engines import launch as launching
 from l40sd.hardware.cpus import format_cpu_list
 from l40sd.hardware.host_file import format_host_file
 from l40sd.hardware.topology import switches_of

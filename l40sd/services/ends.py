@@ -5,7 +5,7 @@ import signal
 from dataclasses import dataclass
 
 from l40sd.adapters.process import ExitRecord, InstanceSpec, Processes
-from l40sd.core import logcauses
+from l40sd.engines import log_causes
 from l40sd.messages import LastEnd
 
 LAST_LINES = 12
@@ -35,11 +35,11 @@ class End:
 
 async def end_of(processes: Processes, spec: InstanceSpec, record: ExitRecord, *, is_wish: bool) -> End:
     """Return what is told of an end. Of a wished one no reason is looked for: engines complain when they stop, too."""
-    lines = await processes.last_run(spec, logcauses.LOG_BYTES)
-    cause = None if is_wish else await asyncio.to_thread(logcauses.find, lines)
+    lines = await processes.last_run(spec, log_causes.LOG_BYTES)
+    cause = None if is_wish else await asyncio.to_thread(log_causes.find, lines)
     kind, says = describe_exit(record)
     log_says = cause.text if cause is not None else ""
-    return End(kind=kind, says=says, log_says=log_says, last_lines=logcauses.shown(lines, cause, LAST_LINES))
+    return End(kind=kind, says=says, log_says=log_says, last_lines=log_causes.shown(lines, cause, LAST_LINES))
 
 
 def last_end_of(record: ExitRecord, how: str, *, why: str) -> LastEnd:

@@ -9,9 +9,9 @@ from l40sd.adapters import caches
 from l40sd.adapters.process import InstanceSpec
 from l40sd.clock import wall_time_s
 from l40sd.config.options import Config
-from l40sd.core import launch as launching
-from l40sd.core.launch import Launch
 from l40sd.core.plan import Wanted
+from l40sd.engines import launch as launching
+from l40sd.engines.launch import Launch
 from l40sd.errors import L40sError
 from l40sd.messages import plain
 from l40sd.model import InstanceId, ModelFacts, Placement

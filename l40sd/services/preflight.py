@@ -21,9 +21,9 @@ from l40sd.config import files as config_files
 from l40sd.config.load import Loaded, key_text, load, origin_of
 from l40sd.config.options import Config
 from l40sd.core.exposure import connects_to, is_loopback
-from l40sd.core.launch import build, program_of
 from l40sd.core.pattern import patterns_of
 from l40sd.core.placement import place
+from l40sd.engines.launch import build, program_of
 from l40sd.errors import ConfigError, L40sError
 from l40sd.hardware.host import AUTO
 from l40sd.hardware.host_files import read_host

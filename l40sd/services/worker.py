@@ -18,9 +18,7 @@ from l40sd.adapters.ports import HeldPort
 from l40sd.adapters.process import ExitRecord, Instance
 from l40sd.clock import now_s
 from l40sd.config.options import Config, ModelConfig, WorkersConfig
-from l40sd.core.engines import ends_streams
 from l40sd.core.health import startup_timeout_s
-from l40sd.core.launch import Launch
 from l40sd.core.lifecycle import (
     OCCUPIES_GPUS,
     Action,
@@ -37,6 +35,8 @@ from l40sd.core.lifecycle import (
 from l40sd.core.outliers import Peer, Standing
 from l40sd.core.outlook import Slot
 from l40sd.core.plan import Observed, Wanted
+from l40sd.engines.launch import Launch
+from l40sd.engines.table import ends_streams
 from l40sd.errors import L40sError
 from l40sd.hardware.gpu_memory import wait_until_free
 from l40sd.messages import LastEnd

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l40sd.adapters.probe import ANSWER_LIMIT_BYTES, Prober, sum_metrics
-from l40sd.core.engines import ENGINES, Probes
 from l40sd.core.health import Counters
+from l40sd.engines.table import ENGINES, Probes
 from l40sd.model import ListedModel
 
 VLLM = ENGINES["vllm"].probes

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from launches import config, placement
 
 from l40sd.config.options import Config, DaemonConfig
-from l40sd.core.caches import YOUNG_S, Cache, folder_of, to_remove
+from l40sd.engines.caches import YOUNG_S, Cache, folder_of, to_remove
 
 NOW_S = 1e9
 OLD_S = NOW_S - 10 * YOUNG_S

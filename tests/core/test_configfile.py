@@ -20,7 +20,7 @@ from l40sd.config.options import (
     in_force,
     options_of,
 )
-from l40sd.core.engines import ENGINES
+from l40sd.engines.table import ENGINES
 from l40sd.errors import ConfigError
 from l40sd.model import ModelName
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l40sd.config.options import Config, HealthConfig, ModelConfig
-from l40sd.core.engines import ENGINES, Probes
 from l40sd.core.health import (
     PROLONGED_AT_MOST,
     Activity,
@@ -23,6 +22,7 @@ from l40sd.core.health import (
     Turn,
     startup_timeout_s,
 )
+from l40sd.engines.table import ENGINES, Probes
 from l40sd.model import ModelFacts, ModelName
 
 OK = ProbeResult(ok=True, status=200)

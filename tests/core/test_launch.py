@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from launches import MODEL, config, gpu_id, host, placement
 
 from l40sd.config.options import BUILT_IN_ENGINES, EngineConfig, HostConfig, WorkersConfig
-from l40sd.core.engines import ENGINES, ends_streams, resolve
-from l40sd.core.launch import Launch, build, program_of
+from l40sd.engines.launch import Launch, build, program_of
+from l40sd.engines.table import ENGINES, ends_streams, resolve
 from l40sd.errors import L40sError
 from l40sd.model import Link
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from l40sd.core.logcauses import BURST_GAP_LINES, Cause, find, shown
+from l40sd.engines.log_causes import BURST_GAP_LINES, Cause, find, shown
 
 CHATTER = [f"(APIServer pid=7) INFO 11-28 14:00:55 [core_client.py:770] [shutdown] line {n}" for n in range(1100)]
 RANK_DIED = [

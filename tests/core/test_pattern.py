@@ -4,9 +4,9 @@ import pytest
 from hosts import tree_host
 
 from l40sd.config.options import Config, EngineConfig, ModelConfig, is_external
-from l40sd.core.engines import resolve
 from l40sd.core.pattern import check_pattern, external_models, find_pattern, own_models, patterns_of, warnings_of
 from l40sd.core.placement import place
+from l40sd.engines.table import resolve
 from l40sd.errors import ConfigError, L40sError
 from l40sd.model import ModelFacts, ModelName, Pattern, ReplicaSpec
 

@@ -19,9 +19,9 @@ import pytest
 
 from l40sd.adapters.probe import Prober
 from l40sd.config.options import Config, ModelConfig
-from l40sd.core.engines import ENGINES
 from l40sd.core.health import Counters
-from l40sd.core.launch import build
+from l40sd.engines.launch import build
+from l40sd.engines.table import ENGINES
 from l40sd.model import GpuId, Inventory, ModelName, Placement, WorkerId
 
 DEADLINE_S = 20
@@ -179,7 +179,7 @@ async def test_a_request_in_chunks_is_read() -> None:
 
 
 async def test_what_the_table_says_about_it_is_so() -> None:
-    """core/engines' record, from the command line to the counters: started, listed, asked, scraped, with its key."""
+    """engines/table.py' record, from the command line to the counters: started, listed, asked, scraped, with its key."""
     name = ModelName("llama")
     config = Config(models={name: ModelConfig(name=name, engine="simulated", aliases=("alias",))})
     host = Inventory(host="h", source="test", gpus=(), numa_nodes=(), links={})

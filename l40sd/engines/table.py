@@ -1,6 +1,6 @@
 """The engines: how each is started, asked how it is, and stopped. One record an engine, nothing hidden elsewhere.
 
-Commands are templates; core/launch.py fills them in. What a record claims was seen by running the version
+Commands are templates; engines/launch.py fills them in. What a record claims was seen by running the version
 named above it, unless it says [source] (read in that version's package) or [docs].
 
 Two facts decide most of the choices below:

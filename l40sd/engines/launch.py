@@ -1,6 +1,6 @@
 """Placement and engine -> exactly what is run, and how it is probed and stopped.
 
-A template of core/engines.py or of ``[engines.NAME]`` is filled in with the worker's values. Only an ASCII name in
+A template of engines/table.py or of ``[engines.NAME]`` is filled in with the worker's values. Only an ASCII name in
 single braces is a placeholder: ``{"mode": 2}`` and ``{{ messages }}`` are what they look like. ``args`` and ``env``
 of ``[models.NAME]`` are passed on letter for letter.
 """
@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from urllib.parse import urlsplit
 
 from l40sd.config.options import Config, ModelConfig
-from l40sd.core.caches import folder_of
-from l40sd.core.engines import Engine, Probes, TermTo, When, resolve
+from l40sd.engines.caches import folder_of
+from l40sd.engines.table import Engine, Probes, TermTo, When, resolve
 from l40sd.errors import L40sError
 from l40sd.hardware.cpus import format_cpu_list
 from l40sd.model import GpuId, Inventory, Link, Placement, WorkerId

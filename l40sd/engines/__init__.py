@@ -1,0 +1,1 @@
+"""What is known of each engine, and what exactly is run."""
