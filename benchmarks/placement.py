@@ -12,11 +12,11 @@ from statistics import median
 from time import process_time
 
 from l40sd.config.options import Config, ModelConfig
-from l40sd.core.pattern import patterns_of
-from l40sd.core.placement import place
 from l40sd.hardware.host_file import parse_host_file
 from l40sd.hardware.topology import invented_id, links_of
 from l40sd.model import Gpu, Inventory, ModelName, NumaNode, Pattern, PciAddress, ReplicaSpec
+from l40sd.placement.patterns import patterns_of
+from l40sd.placement.place import place
 
 SMALL, LARGE = ModelName("small"), ModelName("large")
 CONFIG = Config(models={name: ModelConfig(name=name) for name in (SMALL, LARGE)})

@@ -10,11 +10,11 @@ from l40sd.cli_status import checks_view
 from l40sd.client import UNREACHABLE
 from l40sd.config import files as config_files
 from l40sd.config.load import Loaded
-from l40sd.core.pattern import patterns_of
-from l40sd.core.placement import place
 from l40sd.errors import L40sError
 from l40sd.hardware.host import Host
 from l40sd.messages import Check
+from l40sd.placement.patterns import patterns_of
+from l40sd.placement.place import place
 from l40sd.services import preflight
 from l40sd.services.preflight import FAILED, OK, WARNING
 from l40sd.systemd import last_error, unit_facts

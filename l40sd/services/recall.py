@@ -9,12 +9,12 @@ import msgspec
 
 from l40sd.adapters.process import Adoption, ExitRecord, Instance, InstanceSpec
 from l40sd.config.options import Config, ModelConfig
-from l40sd.core.placement import part_of
 from l40sd.core.plan import Wanted
 from l40sd.errors import DoesNotFit, L40sError
 from l40sd.hardware.topology import NvmlGpu
 from l40sd.messages import OperationStatus, restore
 from l40sd.model import GpuId, Layout, ModelName, Placement, WorkerId
+from l40sd.placement.place import part_of
 from l40sd.services.change import Change, Want
 from l40sd.services.ends import end_of
 from l40sd.services.past import Past, read

@@ -7,7 +7,6 @@ from l40sd.clock import now_s
 from l40sd.core import views
 from l40sd.core.lifecycle import Goal, Phase
 from l40sd.core.pace import usual
-from l40sd.core.pattern import patterns_of
 from l40sd.core.plan import Do
 from l40sd.core.rehearsal import rehearse
 from l40sd.errors import L40sError
@@ -25,6 +24,7 @@ from l40sd.messages import (
 )
 from l40sd.model import GpuId, Layout, Link, Placement
 from l40sd.naming import natural
+from l40sd.placement.patterns import patterns_of
 from l40sd.services.change import Want
 from l40sd.services.proxy import Proxy
 from l40sd.services.supervisor import Supervisor

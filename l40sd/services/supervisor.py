@@ -23,14 +23,14 @@ from l40sd.core.lifecycle import Event, Goal, Phase
 from l40sd.core.outliers import Peer
 from l40sd.core.outlook import Patience, Slot, outlook
 from l40sd.core.pace import bound_back_s, bound_s, slowest, start_parallel
-from l40sd.core.pattern import patterns_of
-from l40sd.core.placement import place
 from l40sd.core.plan import Do, Limits, Observed, Order, Wanted, is_settled, plan, ready_share
 from l40sd.core.rollout import Decision, End, begin, decide, models_leaving
 from l40sd.errors import DoesNotFit, L40sError
 from l40sd.messages import OperationStatus, plain
 from l40sd.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
 from l40sd.naming import natural
+from l40sd.placement.patterns import patterns_of
+from l40sd.placement.place import place
 from l40sd.services.change import UNDER_WAY, Change, Want, state_of
 from l40sd.services.learned import Learned
 from l40sd.services.learned import recalled as learned

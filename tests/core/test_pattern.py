@@ -4,11 +4,11 @@ import pytest
 from hosts import tree_host
 
 from l40sd.config.options import Config, EngineConfig, ModelConfig, is_external
-from l40sd.core.pattern import check_pattern, external_models, find_pattern, own_models, patterns_of, warnings_of
-from l40sd.core.placement import place
 from l40sd.engines.table import resolve
 from l40sd.errors import ConfigError, L40sError
 from l40sd.model import ModelFacts, ModelName, Pattern, ReplicaSpec
+from l40sd.placement.patterns import check_pattern, external_models, find_pattern, own_models, patterns_of, warnings_of
+from l40sd.placement.place import place
 
 M, N, E = ModelName("llama"), ModelName("qwen"), ModelName("remote")
 EXTERNAL = ModelConfig(name=E, engine="external", endpoints=("http://127.0.0.1:1",))

@@ -5,9 +5,9 @@ from dataclasses import replace
 from hosts import gpus_of, tree_host, tree_hosts
 from hypothesis import given
 
-from l40sd.core.pinning import pin
 from l40sd.hardware.cpus import cores_of, parse_cpu_list
 from l40sd.model import Inventory, NumaNode
+from l40sd.placement.pinning import pin
 
 
 def on_node(cpus: str, gpu_count: int, **node: object) -> Inventory:

@@ -12,8 +12,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from l40sd.config.options import Config, ModelConfig
-from l40sd.core.pattern import patterns_of
-from l40sd.core.placement import place, slug
 from l40sd.errors import DoesNotFit, L40sError
 from l40sd.hardware.host_file import parse_host_file
 from l40sd.model import (
@@ -30,6 +28,8 @@ from l40sd.model import (
     ReplicaSpec,
     WorkerId,
 )
+from l40sd.placement.patterns import patterns_of
+from l40sd.placement.place import place, slug
 
 M, N = ModelName("llama"), ModelName("qwen")
 CONFIG = Config(models={M: ModelConfig(name=M), N: ModelConfig(name=N)})

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from l40sd.core.grouping import Grouping
-from l40sd.core.shape import Cost, Replica, Shape
-from l40sd.core.tree import Part, tree_of
 from l40sd.model import GpuId, Inventory, Link, ModelName
+from l40sd.placement.optimum import Grouping
+from l40sd.placement.parallelism import Cost, Replica, Shape
+from l40sd.placement.pcie_tree import Part, tree_of
 
 Kind = tuple[ModelName, int, int]
 """Replicas that are alike: model, TP, PP."""

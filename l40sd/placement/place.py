@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from l40sd.config.options import Config
-from l40sd.core.ground import Counts, Ground, Kind, more, positions_of
-from l40sd.core.keeping import Keeper
-from l40sd.core.pattern import check_pattern, external_models, warnings_of
-from l40sd.core.pinning import pin
-from l40sd.core.reasons import leftover_warnings, link_warnings, reason, refusal, unusable_warnings
-from l40sd.core.shape import Replica, Shape
 from l40sd.model import GpuId, Inventory, Layout, Link, ModelFacts, ModelName, Pattern, Placement, WorkerId
+from l40sd.placement.candidates import Counts, Ground, Kind, more, positions_of
+from l40sd.placement.explain import leftover_warnings, link_warnings, reason, refusal, unusable_warnings
+from l40sd.placement.parallelism import Replica, Shape
+from l40sd.placement.patterns import check_pattern, external_models, warnings_of
+from l40sd.placement.pinning import pin
+from l40sd.placement.stability import Keeper
 
 
 def place(

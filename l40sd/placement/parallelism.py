@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from l40sd.core.tree import Part, span
 from l40sd.model import Link
+from l40sd.placement.pcie_tree import Part, span
 
 Replica = tuple[tuple[int, ...], ...]
 """Positions of GPUs, a tuple per stage; one stage for plain TP, one GPU per stage for plain PP."""

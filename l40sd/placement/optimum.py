@@ -16,9 +16,9 @@ Parts of one form (as most switches of a host are) share one table. Exact, and p
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from l40sd.core.shape import Cost, Replica, Shape
-from l40sd.core.tree import Form, FreePart, Part, links_in, without
 from l40sd.model import Link
+from l40sd.placement.parallelism import Cost, Replica, Shape
+from l40sd.placement.pcie_tree import Form, FreePart, Part, links_in, without
 
 Tally = int
 """Completed groups of each shape, 16 bits a shape: adding two is one addition, and that is where the time goes."""

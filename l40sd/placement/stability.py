@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from l40sd.core.ground import Counts, Ground, Kind, positions_of
-from l40sd.core.shape import Cost, Replica, Shape, cost_of
 from l40sd.model import Placement
+from l40sd.placement.candidates import Counts, Ground, Kind, positions_of
+from l40sd.placement.parallelism import Cost, Replica, Shape, cost_of
 
 TRIES_LEAST = 32
 TRIES_FOR = 20_000

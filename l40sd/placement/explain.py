@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from l40sd.core.ground import Counts, FarPair, Ground, Kind, gpus_needed, positions_of
-from l40sd.core.shape import Replica
-from l40sd.core.tree import Part
 from l40sd.errors import DoesNotFit
 from l40sd.hardware.topology import shared_part
 from l40sd.model import GpuId, Inventory, Link
+from l40sd.placement.candidates import Counts, FarPair, Ground, Kind, gpus_needed, positions_of
+from l40sd.placement.parallelism import Replica
+from l40sd.placement.pcie_tree import Part
 
 
 def reason(kind: Kind, replica: Replica, ground: Ground) -> str:
