@@ -30,9 +30,9 @@ from l40sd.config.options import Config
 from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.errors import ConfigError, L40sError
 from l40sd.model import Outlook
+from l40sd.routing.routes import CatalogEntry, Routes
 from l40sd.services.events import Events
 from l40sd.services.proxy import Proxy
-from l40sd.services.routes import CatalogEntry, Routes
 from l40sd.streams import abandon
 from l40sd.trust import distrust, unusable
 

@@ -38,13 +38,13 @@ from l40sd.hardware.host import Host
 from l40sd.hardware.presence import changes
 from l40sd.messages import Check, Status
 from l40sd.naming import natural
+from l40sd.routing.routes import Routes
 from l40sd.services import report
 from l40sd.services.control import Control, Doors
 from l40sd.services.doctor import examine
 from l40sd.services.events import Events
 from l40sd.services.preflight import STATE_NAME
 from l40sd.services.proxy import Proxy
-from l40sd.services.routes import Routes
 from l40sd.services.supervisor import Supervisor
 from l40sd.services.tools import Tools
 

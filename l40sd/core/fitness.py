@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from l40sd.config.options import HealthConfig
 from l40sd.core.health import TIMEOUT, Counters, Pace, ProbeResult, Progress, Readiness
 from l40sd.core.lifecycle import Event, Phase
-from l40sd.core.outliers import Counts, Outlier, Peer, Standing
+from l40sd.routing.outliers import Counts, Outlier, Peer, Standing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,12 +6,12 @@ from statistics import median
 from l40sd.config.options import Config
 from l40sd.core.health import PROLONGED_AT_MOST, startup_timeout_s
 from l40sd.core.lifecycle import Phase
-from l40sd.core.plan import Observed, Wanted, slot
 from l40sd.core.rehearsal import Pace, rehearse
 from l40sd.core.rollout import Terms, begin
 from l40sd.engines.launch import term_timeout_s
 from l40sd.engines.table import resolve
 from l40sd.model import Inventory, ModelFacts, ModelName
+from l40sd.workers.slot import Observed, Wanted, slot
 
 SLACK_S = 30.0
 """For the turns between the steps."""

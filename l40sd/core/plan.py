@@ -17,46 +17,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from l40sd.core.lifecycle import COMING_UP, Goal, Phase
-from l40sd.model import GpuId, ModelName, Placement, WorkerId
-
-Shape = tuple[ModelName, int, int]
-"""Model, TP, PP: what has to prove itself once before more of it replace what works."""
+from l40sd.model import ModelName, WorkerId
+from l40sd.workers.slot import Observed, Shape, Wanted, is_kept
 
 ON_TRIAL = COMING_UP | {Phase.WAITING, Phase.STOPPING, Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED}
 """Phases of a worker that has yet to give its first answer. One that is idle by the operator's wish has given it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """A placement that shall exist, and the fingerprint of its launch."""
-
-    placement: Placement
-    fingerprint: str
-
-    @property
-    def shape(self) -> Shape:
-        """What this worker has in common with its equals."""
-        return (self.placement.model, self.placement.tp, self.placement.pp)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observed:
-    """A worker as it is; ``failed_starts``: starts that failed since its failures were last cleared."""
-
-    worker: WorkerId
-    model: ModelName
-    gpus: tuple[GpuId, ...]
-    weight: int
-    shape: Shape
-    fingerprint: str
-    phase: Phase
-    goal: Goal
-    failed_starts: int = 0
-
-    @property
-    def is_serving(self) -> bool:
-        """Counts as ready capacity."""
-        return self.phase is Phase.READY and self.goal is not Goal.GONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,11 +208,6 @@ def _surplus(
             yield Order(do=Do.RETIRE, worker=o.worker, why="not in the pattern any more")
 
 
-def is_kept(o: Observed, w: Wanted | None) -> bool:
-    """Return whether this worker is what ``w`` wants, and stays."""
-    return w is not None and w.fingerprint == o.fingerprint and o.goal is not Goal.GONE
-
-
 def _in_the_way(w: Wanted, outgoing: Sequence[Observed]) -> tuple[Observed, ...]:
     """Return what has to go before ``w`` can exist: holders of its GPUs, and its own former self."""
     gpus = set(w.placement.gpus)
@@ -280,21 +240,6 @@ def _keeps_floor(
     return all(
         _ready(model, rest) >= limits.min_ready * base_capacity(model, wanted, limits.baseline)
         for model in {o.model for o in way if o.is_serving}
-    )
-
-
-def slot(w: Wanted, phase: Phase) -> Observed:
-    """Return the worker for ``w`` as it is observed in ``phase``."""
-    p = w.placement
-    return Observed(
-        worker=p.worker,
-        model=p.model,
-        gpus=p.gpus,
-        weight=p.weight,
-        shape=w.shape,
-        fingerprint=w.fingerprint,
-        phase=phase,
-        goal=Goal.SERVE,
     )
 
 

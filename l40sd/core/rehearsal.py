@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from l40sd.core.lifecycle import Goal, Phase
-from l40sd.core.plan import Do, Observed, Order, Wanted, ready_share, slot
+from l40sd.core.plan import Do, Order, ready_share
 from l40sd.core.rollout import Terms, decide
 from l40sd.model import ModelName, WorkerId
+from l40sd.workers.slot import Observed, Wanted, slot
 
 HAS_NO_PROCESS = (Phase.WAITING, Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED)
 COMES_UP = (Phase.SPAWNING, Phase.STARTING)

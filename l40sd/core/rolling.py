@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from l40sd.core.plan import Observed
 from l40sd.model import ModelName, WorkerId
+from l40sd.workers.slot import Observed
 
 
 def next_restarts(

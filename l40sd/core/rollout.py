@@ -14,8 +14,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from l40sd.core.lifecycle import Goal, Phase
-from l40sd.core.plan import Limits, Observed, Order, Shape, Wanted, base_capacity, capacity, is_kept, is_settled, plan
+from l40sd.core.plan import Limits, Order, base_capacity, capacity, is_settled, plan
 from l40sd.model import ModelName, WorkerId
+from l40sd.workers.slot import Observed, Shape, Wanted, is_kept
 
 GIVEN_UP = frozenset({Phase.QUARANTINED, Phase.FAILED, Phase.STUCK})
 """Phases that only the operator, or the kernel, ends."""

@@ -9,7 +9,6 @@ from l40sd.adapters import caches
 from l40sd.adapters.process import InstanceSpec
 from l40sd.clock import wall_time_s
 from l40sd.config.options import Config
-from l40sd.core.plan import Wanted
 from l40sd.engines import launch as launching
 from l40sd.engines.launch import Launch
 from l40sd.errors import L40sError
@@ -17,6 +16,7 @@ from l40sd.messages import plain
 from l40sd.model import InstanceId, ModelFacts, Placement
 from l40sd.services.tools import Tools
 from l40sd.shim import leavings
+from l40sd.workers.slot import Wanted
 
 TEMPORARY_PATH_LIMIT = 60
 """Engines make sockets in it and call them by UUIDs, 36 characters; a socket's path has at most 107."""

@@ -39,13 +39,13 @@ from l40sd.core.handed import HandedExchange, HandedReply
 from l40sd.core.refused import Refused
 from l40sd.core.retrypolicy import DEATHS_LIMIT, TABLE, Next, Seen, decide
 from l40sd.model import ModelName
+from l40sd.routing.routes import FailureKind, Lease, Route, Waiter
 from l40sd.services.proxy_breaks import end_of_stream, ended_whole
 from l40sd.services.proxy_metrics import CLIENT_GONE
 from l40sd.services.proxy_pages import no_worker, refused_as_poison, unknown_model
 from l40sd.services.proxy_poison import End
 from l40sd.services.proxy_shared import Shared
 from l40sd.services.proxy_upstream import ABORTED, Countdown, Peer, Tail, Unchunk, Upstream, says_aborted
-from l40sd.services.routes import FailureKind, Lease, Route, Waiter
 
 if TYPE_CHECKING:
     from l40sd.services.proxy_client import Client

@@ -6,7 +6,7 @@ Counting runs once a request: a dict entry, two bisections. Text is made only wh
 from bisect import bisect_left
 from collections.abc import Iterator
 
-from l40sd.services.routes import Routes
+from l40sd.routing.routes import Routes
 
 BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 

@@ -11,7 +11,7 @@ from urllib.parse import unquote, unquote_plus
 from l40sd.core.refused import Refused
 from l40sd.messages import encode
 from l40sd.model import ListedModel, ModelName
-from l40sd.services.routes import Line, Routes
+from l40sd.routing.routes import Line, Routes
 
 JSON = b"application/json"
 PROMETHEUS = b"text/plain; version=0.0.4; charset=utf-8"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from l40sd.core.poison import Death, is_poison
 from l40sd.core.retrypolicy import DEATHS_LIMIT
-from l40sd.services.routes import Route
+from l40sd.routing.routes import Route
 
 Fingerprint = bytes
 ENDS_LIMIT = 64

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from l40sd.config.options import ProxyConfig
 from l40sd.core.cors import Cors
+from l40sd.routing.routes import Route, Routes
 from l40sd.services.proxy_bounds import Bounds
 from l40sd.services.proxy_failures import Failures
 from l40sd.services.proxy_metrics import Metrics
 from l40sd.services.proxy_poison import Poison
 from l40sd.services.proxy_upstream import Peer
-from l40sd.services.routes import Route, Routes
 
 if TYPE_CHECKING:
     from l40sd.services.proxy_client import Client

@@ -19,7 +19,7 @@ from l40sd.adapters.http import (
     known_reply,
     parse_response,
 )
-from l40sd.services.routes import Route
+from l40sd.routing.routes import Route
 
 RESPONSE_HEAD_LIMIT_BYTES = 65536
 KINDS_LIMIT = 4

@@ -9,7 +9,6 @@ import msgspec
 
 from l40sd.adapters.process import Adoption, ExitRecord, Instance, InstanceSpec
 from l40sd.config.options import Config, ModelConfig
-from l40sd.core.plan import Wanted
 from l40sd.errors import DoesNotFit, L40sError
 from l40sd.hardware.topology import NvmlGpu
 from l40sd.messages import OperationStatus, restore
@@ -21,6 +20,7 @@ from l40sd.services.past import Past, read
 from l40sd.services.rolling import Roll
 from l40sd.services.tools import Tools
 from l40sd.services.worker import Worker
+from l40sd.workers.slot import Wanted
 
 
 @dataclass(slots=True, kw_only=True)

@@ -20,10 +20,9 @@ from l40sd.adapters.store import Store
 from l40sd.clock import now_s
 from l40sd.config.options import Config
 from l40sd.core.lifecycle import Event, Goal, Phase
-from l40sd.core.outliers import Peer
 from l40sd.core.outlook import Patience, Slot, outlook
 from l40sd.core.pace import bound_back_s, bound_s, slowest, start_parallel
-from l40sd.core.plan import Do, Limits, Observed, Order, Wanted, is_settled, plan, ready_share
+from l40sd.core.plan import Do, Limits, Order, is_settled, plan, ready_share
 from l40sd.core.rollout import Decision, End, begin, decide, models_leaving
 from l40sd.errors import DoesNotFit, L40sError
 from l40sd.messages import OperationStatus, plain
@@ -31,6 +30,8 @@ from l40sd.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerI
 from l40sd.naming import natural
 from l40sd.placement.patterns import patterns_of
 from l40sd.placement.place import place
+from l40sd.routing.outliers import Peer
+from l40sd.routing.routes import CatalogEntry
 from l40sd.services.change import UNDER_WAY, Change, Want, state_of
 from l40sd.services.learned import Learned
 from l40sd.services.learned import recalled as learned
@@ -38,9 +39,9 @@ from l40sd.services.making import launch_of
 from l40sd.services.past import Past, written
 from l40sd.services.recall import left_of, recall
 from l40sd.services.rolling import Roll
-from l40sd.services.routes import CatalogEntry
 from l40sd.services.tools import Tools
 from l40sd.services.worker import Worker
+from l40sd.workers.slot import Observed, Wanted
 
 TURN_AT_LEAST_EVERY_S = 2.0
 TURN_AGAIN_S = 0.5

@@ -18,9 +18,9 @@ from l40sd.config.options import HealthConfig
 from l40sd.core.fitness import Fitness, Look
 from l40sd.core.health import TIMEOUT, ProbeResult, Stage, Startup, StartVerdict
 from l40sd.core.lifecycle import Event
-from l40sd.core.outliers import Counts, Peer
 from l40sd.engines.launch import Launch
 from l40sd.model import ListedModel
+from l40sd.routing.outliers import Counts, Peer
 
 LOOKS_PER_INTERVAL = 4
 """Looks at a worker on which requests go on failing, in one ``probe_interval_s``."""

@@ -3,7 +3,7 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core.balancer import AWAY, choose, load_with_one_more
+from l40sd.routing.balancer import AWAY, choose, load_with_one_more
 
 seats = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 8)), max_size=14)
 turns = st.integers(0, 1000)

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from l40sd.config.options import HealthConfig
-from l40sd.core.outliers import SLOW_START_FIRST, Counts, Outlier, Peer, Standing
+from l40sd.routing.outliers import SLOW_START_FIRST, Counts, Outlier, Peer, Standing
 
 HEALTH = HealthConfig()  # 5 failures, half; out for 10 s doubling to 300 s; 30 s of slow start
 WELL = Peer(is_routed=True, failed_share=0.0)

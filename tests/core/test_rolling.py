@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from test_plan import layouts, ready, wanted_layout
 
 from l40sd.core.lifecycle import Phase
-from l40sd.core.plan import slot
 from l40sd.core.rolling import next_restarts
 from l40sd.model import ModelName
+from l40sd.workers.slot import slot
 
 M = ModelName("m")
 A = wanted_layout([("m", 1)] * 12)

@@ -14,10 +14,11 @@ from test_plan import layouts, one_owner_each, ready, wanted_layout
 
 from l40sd.core.lifecycle import COMING_UP, Goal, Phase
 from l40sd.core.pace import bound_back_s, bound_s
-from l40sd.core.plan import Do, Observed, Order, Wanted, is_settled, ready_share, slot
+from l40sd.core.plan import Do, Order, is_settled, ready_share
 from l40sd.core.rehearsal import Pace, rehearse
 from l40sd.core.rollout import GIVEN_UP, End, Terms, begin, decide, models_leaving, not_in_place
 from l40sd.model import ModelName, WorkerId
+from l40sd.workers.slot import Observed, Wanted, slot
 
 M = ModelName("m")
 A = wanted_layout([("m", 1)] * 12)

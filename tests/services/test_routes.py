@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from l40sd.model import ModelName, WorkerId
-from l40sd.services.routes import Backend, CatalogEntry, FailureKind, Lease, Routes, Waiter
+from l40sd.routing.routes import Backend, CatalogEntry, FailureKind, Lease, Routes, Waiter
 
 CHAT = ModelName("chat")
 EMBED = ModelName("embed")

@@ -17,7 +17,7 @@ from l40sd.adapters.store import Store
 from l40sd.adapters.workerkeys import WorkerKeys
 from l40sd.config.load import load
 from l40sd.hardware.host import Host
-from l40sd.services.routes import Routes
+from l40sd.routing.routes import Routes
 from l40sd.services.supervisor import Supervisor
 from l40sd.services.tools import Tools
 

@@ -179,7 +179,7 @@ async def test_a_request_in_chunks_is_read() -> None:
 
 
 async def test_what_the_table_says_about_it_is_so() -> None:
-    """engines/table.py' record, from the command line to the counters: started, listed, asked, scraped, with its key."""
+    """The table's record, from the command line to the counters: started, listed, asked, scraped, with its key."""
     name = ModelName("llama")
     config = Config(models={name: ModelConfig(name=name, engine="simulated", aliases=("alias",))})
     host = Inventory(host="h", source="test", gpus=(), numa_nodes=(), links={})

@@ -11,7 +11,7 @@ from proxykit import CHAT, STREAM_HEAD, Conversation, Dialog, Request, Stand, an
 
 from l40sd.errors import L40sError
 from l40sd.model import ListedModel, ModelName, WorkerId
-from l40sd.services.routes import CatalogEntry
+from l40sd.routing.routes import CatalogEntry
 
 StartStand = Callable[..., Awaitable[Stand]]
 

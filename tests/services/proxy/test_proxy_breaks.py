@@ -9,7 +9,7 @@ import pytest
 from proxykit import STREAM_HEAD, Behaviour, Conversation, Request, Stand, answer_ok, chunk, post
 from ssekit import SseEvent, decode
 
-from l40sd.services.routes import FailureKind
+from l40sd.routing.routes import FailureKind
 
 StartStand = Callable[..., Awaitable[Stand]]
 

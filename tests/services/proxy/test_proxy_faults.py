@@ -33,7 +33,7 @@ from proxykit import (
 from ssekit import decode
 
 from l40sd.model import WorkerId
-from l40sd.services.routes import CatalogEntry, FailureKind
+from l40sd.routing.routes import CatalogEntry, FailureKind
 
 StartStand = Callable[..., Awaitable[Stand]]
 

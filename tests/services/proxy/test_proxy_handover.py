@@ -31,8 +31,8 @@ from proxykit import (
 
 from l40sd.core.handed import Handed
 from l40sd.model import Outlook
+from l40sd.routing.routes import CatalogEntry, Routes
 from l40sd.services.proxy import Proxy
-from l40sd.services.routes import CatalogEntry, Routes
 
 StandOf = Callable[..., Awaitable[Stand]]
 

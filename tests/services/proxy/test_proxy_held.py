@@ -7,7 +7,7 @@ import pytest
 from proxykit import CHAT, Behaviour, Conversation, Request, Stand, answer_ok, chunk, post
 
 from l40sd.model import WorkerId
-from l40sd.services.routes import FailureKind
+from l40sd.routing.routes import FailureKind
 
 StartStand = Callable[..., Awaitable[Stand]]
 

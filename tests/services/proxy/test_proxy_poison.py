@@ -8,8 +8,8 @@ import pytest
 from proxykit import CHAT, STREAM_HEAD, Conversation, FakeWorker, Request, Stand, answer_ok, chunk, post
 
 from l40sd.model import WorkerId
+from l40sd.routing.routes import FailureKind
 from l40sd.services import proxy_exchange
-from l40sd.services.routes import FailureKind
 
 StartStand = Callable[..., Awaitable[Stand]]
 POISON = post(b'{"model":"chat","messages":["poison"]}')

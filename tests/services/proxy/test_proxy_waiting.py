@@ -9,7 +9,7 @@ from typing import Any
 from proxykit import CHAT, Stand, post
 
 from l40sd.model import ModelName, Outlook, WorkerId
-from l40sd.services.routes import CatalogEntry
+from l40sd.routing.routes import CatalogEntry
 
 StartStand = Callable[..., Awaitable[Stand]]
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from l40sd.core.balancer import AWAY, choose, load_with_one_more
-from l40sd.core.outliers import Counts
 from l40sd.model import Backend as Backend
 from l40sd.model import ListedModel, ModelName, Outlook, WorkerId
+from l40sd.routing.balancer import AWAY, choose, load_with_one_more
+from l40sd.routing.outliers import Counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

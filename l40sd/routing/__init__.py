@@ -1,0 +1,1 @@
+"""Who may receive requests, and who gets the next."""
