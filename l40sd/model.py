@@ -240,7 +240,7 @@ SOON_S = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
-    """What may still come for a model, as the proxy sees it; core/outlook.py makes it.
+    """What may still come for a model, as the proxy sees it; workers/outlook.py makes it.
 
     Attributes:
         is_wanted: It is in the pattern.

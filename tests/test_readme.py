@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 from l40sd.cli import cli
-from l40sd.core.lifecycle import Phase
+from l40sd.workers.lifecycle import Phase
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

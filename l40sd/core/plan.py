@@ -16,8 +16,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from l40sd.core.lifecycle import COMING_UP, Goal, Phase
 from l40sd.model import ModelName, WorkerId
+from l40sd.workers.lifecycle import COMING_UP, Goal, Phase
 from l40sd.workers.slot import Observed, Shape, Wanted, is_kept
 
 ON_TRIAL = COMING_UP | {Phase.WAITING, Phase.STOPPING, Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED}

@@ -13,9 +13,9 @@ It ends as soon as nothing of it moves any more, and at its deadline whatever mo
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from l40sd.core.lifecycle import Goal, Phase
 from l40sd.core.plan import Limits, Order, base_capacity, capacity, is_settled, plan
 from l40sd.model import ModelName, WorkerId
+from l40sd.workers.lifecycle import Goal, Phase
 from l40sd.workers.slot import Observed, Shape, Wanted, is_kept
 
 GIVEN_UP = frozenset({Phase.QUARANTINED, Phase.FAILED, Phase.STUCK})

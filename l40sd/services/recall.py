@@ -15,12 +15,12 @@ from l40sd.messages import OperationStatus, restore
 from l40sd.model import GpuId, Layout, ModelName, Placement, WorkerId
 from l40sd.placement.place import part_of
 from l40sd.services.change import Change, Want
-from l40sd.services.ends import end_of
-from l40sd.services.past import Past, read
 from l40sd.services.rolling import Roll
-from l40sd.services.tools import Tools
-from l40sd.services.worker import Worker
+from l40sd.workers.ends import end_of
+from l40sd.workers.saved import Past, read
 from l40sd.workers.slot import Wanted
+from l40sd.workers.tools import Tools
+from l40sd.workers.worker import Worker
 
 
 @dataclass(slots=True, kw_only=True)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from l40sd import __version__
 from l40sd.clock import now_s
 from l40sd.core import views
-from l40sd.core.lifecycle import Goal, Phase
 from l40sd.core.pace import usual
 from l40sd.core.plan import Do
 from l40sd.core.rehearsal import rehearse
@@ -28,7 +27,8 @@ from l40sd.placement.patterns import patterns_of
 from l40sd.services.change import Want
 from l40sd.services.proxy import Proxy
 from l40sd.services.supervisor import Supervisor
-from l40sd.services.worker import Worker
+from l40sd.workers.lifecycle import Goal, Phase
+from l40sd.workers.worker import Worker
 
 SUMMARY_REASON = 160
 """Characters of what is wrong in the line that `systemctl status` shows."""

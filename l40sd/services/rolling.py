@@ -9,14 +9,14 @@ from typing import Any
 import structlog
 
 from l40sd.clock import now_s
-from l40sd.core.lifecycle import Event, Goal, Phase
 from l40sd.core.pace import SLACK_S
 from l40sd.core.rehearsal import Pace
 from l40sd.core.rolling import next_restarts
 from l40sd.messages import OperationStatus
 from l40sd.model import ModelName, WorkerId
-from l40sd.services.worker import Worker
+from l40sd.workers.lifecycle import Event, Goal, Phase
 from l40sd.workers.slot import Observed
+from l40sd.workers.worker import Worker
 
 FAILED = (Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED, Phase.STUCK)
 

@@ -19,8 +19,6 @@ from l40sd.adapters.process import Adoption
 from l40sd.adapters.store import Store
 from l40sd.clock import now_s
 from l40sd.config.options import Config
-from l40sd.core.lifecycle import Event, Goal, Phase
-from l40sd.core.outlook import Patience, Slot, outlook
 from l40sd.core.pace import bound_back_s, bound_s, slowest, start_parallel
 from l40sd.core.plan import Do, Limits, Order, is_settled, plan, ready_share
 from l40sd.core.rollout import Decision, End, begin, decide, models_leaving
@@ -35,13 +33,15 @@ from l40sd.routing.routes import CatalogEntry
 from l40sd.services.change import UNDER_WAY, Change, Want, state_of
 from l40sd.services.learned import Learned
 from l40sd.services.learned import recalled as learned
-from l40sd.services.making import launch_of
-from l40sd.services.past import Past, written
 from l40sd.services.recall import left_of, recall
 from l40sd.services.rolling import Roll
-from l40sd.services.tools import Tools
-from l40sd.services.worker import Worker
+from l40sd.workers.lifecycle import Event, Goal, Phase
+from l40sd.workers.outlook import Patience, Slot, outlook
+from l40sd.workers.run_spec import launch_of
+from l40sd.workers.saved import Past, written
 from l40sd.workers.slot import Observed, Wanted
+from l40sd.workers.tools import Tools
+from l40sd.workers.worker import Worker
 
 TURN_AT_LEAST_EVERY_S = 2.0
 TURN_AGAIN_S = 0.5

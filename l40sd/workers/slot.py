@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from l40sd.core.lifecycle import Goal, Phase
 from l40sd.model import GpuId, ModelName, Placement, WorkerId
+from l40sd.workers.lifecycle import Goal, Phase
 
 Shape = tuple[ModelName, int, int]
 """Model, TP, PP: what has to prove itself once before more of it replace what works."""

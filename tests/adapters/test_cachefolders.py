@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from l40sd.adapters.caches import prepare
+from l40sd.workers.cache_folders import prepare
 
 HOUR_S = 3600.0
 NOW_S = 2e9

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from l40sd.adapters.ports import PortPool, who_has
 from l40sd.errors import L40sError
+from l40sd.workers.ports import PortPool, who_has
 
 IP_LOCAL_PORT_RANGE = 51  # Linux 6.3
 ENGINES = {
@@ -175,7 +175,7 @@ def test_a_running_workers_port_is_adopted(pool: PortPool, first: int, engine: s
 
 TAKER = """
 import sys
-from l40sd.adapters.ports import PortPool
+from l40sd.workers.ports import PortPool
 pool = PortPool("127.0.0.1", int(sys.argv[1]), int(sys.argv[2]))
 for line in sys.stdin:
     print(pool.take().port, flush=True)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.adapters.probe import ANSWER_LIMIT_BYTES, Prober, sum_metrics
-from l40sd.core.health import Counters
 from l40sd.engines.table import ENGINES, Probes
 from l40sd.model import ListedModel
+from l40sd.workers.health import Counters
+from l40sd.workers.probe import ANSWER_LIMIT_BYTES, Prober, sum_metrics
 
 VLLM = ENGINES["vllm"].probes
 LLAMA = ENGINES["llama-cpp"].probes

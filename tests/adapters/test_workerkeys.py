@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from l40sd.adapters.workerkeys import WorkerKeys
 from l40sd.model import ModelName
+from l40sd.workers.keys import WorkerKeys
 
 MODEL = ModelName("org/Llama-8B")
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import pytest
 
 from l40sd.config.options import HealthConfig
-from l40sd.core.fitness import Fitness, Look
-from l40sd.core.health import Counters, ProbeResult
-from l40sd.core.lifecycle import Event, Goal, Phase, step
 from l40sd.routing.outliers import Counts, Peer, Standing
+from l40sd.workers.fitness import Fitness, Look
+from l40sd.workers.health import Counters, ProbeResult
+from l40sd.workers.lifecycle import Event, Goal, Phase, step
 
 HEALTH = HealthConfig(
     probe_interval_s=1,

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l40sd.config.options import Config, HealthConfig, ModelConfig
-from l40sd.core.health import (
+from l40sd.engines.table import ENGINES, Probes
+from l40sd.model import ModelFacts, ModelName
+from l40sd.workers.health import (
     PROLONGED_AT_MOST,
     Activity,
     Counters,
@@ -22,8 +24,6 @@ from l40sd.core.health import (
     Turn,
     startup_timeout_s,
 )
-from l40sd.engines.table import ENGINES, Probes
-from l40sd.model import ModelFacts, ModelName
 
 OK = ProbeResult(ok=True, status=200)
 REFUSED = ProbeResult(ok=False, error="refused")

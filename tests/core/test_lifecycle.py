@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core.lifecycle import (
+from l40sd.workers.lifecycle import (
     IMPOSSIBLE,
     LIVE,
     TABLE,

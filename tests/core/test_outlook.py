@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core.lifecycle import Goal, Phase
-from l40sd.core.outlook import LATEST_S, Patience, Slot, outlook
 from l40sd.model import Outlook
+from l40sd.workers.lifecycle import Goal, Phase
+from l40sd.workers.outlook import LATEST_S, Patience, Slot, outlook
 
 PATIENCE = Patience(queue_s=120.0, load_s=30.0, external_s=600.0)
 ON_ITS_WAY = {Phase.WAITING, Phase.SPAWNING, Phase.STARTING, Phase.UNREADY, Phase.DRAINING, Phase.STOPPING}

@@ -4,7 +4,7 @@ import pytest
 from test_operations import QUICK, SiteOf, post, worker
 
 from l40sd.adapters.process import ExitRecord
-from l40sd.services.ends import describe_exit
+from l40sd.workers.ends import describe_exit
 
 DYING = """
 [daemon]

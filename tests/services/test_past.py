@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l40sd import clock
-from l40sd.core.lifecycle import Goal, Phase, Record
 from l40sd.messages import Status, WorkerStatus
 from l40sd.model import WorkerId
-from l40sd.services import past
-from l40sd.services.past import TOLD, Past
 from l40sd.sim.site import Site
+from l40sd.workers import saved
+from l40sd.workers.lifecycle import Goal, Phase, Record
+from l40sd.workers.saved import TOLD, Past
 
 SiteOf = Callable[[str], Site]
 
@@ -320,10 +320,10 @@ pasts = st.builds(
 
 @given(st.dictionaries(st.text(max_size=3).map(WorkerId), pasts, max_size=3))
 def test_what_is_written_is_read(found: dict[WorkerId, Past]) -> None:
-    stored = json.loads(json.dumps(past.written(found)))
-    assert past.read(stored) == (found, "")
-    assert past.read({**stored, "boot_id": "another"}) == ({}, "")
-    assert past.read({**stored, "now_s": clock.now_s() + 1000}) == ({}, "")
+    stored = json.loads(json.dumps(saved.written(found)))
+    assert saved.read(stored) == (found, "")
+    assert saved.read({**stored, "boot_id": "another"}) == ({}, "")
+    assert saved.read({**stored, "now_s": clock.now_s() + 1000}) == ({}, "")
 
 
 @given(pasts, st.text(max_size=3), st.floats(0, 1e6))

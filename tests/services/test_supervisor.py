@@ -10,16 +10,16 @@ import pytest
 import structlog
 import structlog.testing
 
-from l40sd.adapters.ports import PortPool
-from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Adoption, Processes
 from l40sd.adapters.store import Store
-from l40sd.adapters.workerkeys import WorkerKeys
 from l40sd.config.load import load
 from l40sd.hardware.host import Host
 from l40sd.routing.routes import Routes
 from l40sd.services.supervisor import Supervisor
-from l40sd.services.tools import Tools
+from l40sd.workers.keys import WorkerKeys
+from l40sd.workers.ports import PortPool
+from l40sd.workers.probe import Prober
+from l40sd.workers.tools import Tools
 
 TWO = """
 [host]

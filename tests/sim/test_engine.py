@@ -17,12 +17,12 @@ import aiohttp
 import psutil
 import pytest
 
-from l40sd.adapters.probe import Prober
 from l40sd.config.options import Config, ModelConfig
-from l40sd.core.health import Counters
 from l40sd.engines.launch import build
 from l40sd.engines.table import ENGINES
 from l40sd.model import GpuId, Inventory, ModelName, Placement, WorkerId
+from l40sd.workers.health import Counters
+from l40sd.workers.probe import Prober
 
 DEADLINE_S = 20
 PROBES = ENGINES["simulated"].probes

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from l40sd.config.options import HealthConfig
-from l40sd.core.health import TIMEOUT, Counters, Pace, ProbeResult, Progress, Readiness
-from l40sd.core.lifecycle import Event, Phase
 from l40sd.routing.outliers import Counts, Outlier, Peer, Standing
+from l40sd.workers.health import TIMEOUT, Counters, Pace, ProbeResult, Progress, Readiness
+from l40sd.workers.lifecycle import Event, Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,12 +14,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from l40sd.adapters.ports import HeldPort
 from l40sd.adapters.process import ExitRecord, Instance
 from l40sd.clock import now_s
 from l40sd.config.options import Config, ModelConfig, WorkersConfig
-from l40sd.core.health import startup_timeout_s
-from l40sd.core.lifecycle import (
+from l40sd.engines.launch import Launch
+from l40sd.engines.table import ends_streams
+from l40sd.errors import L40sError
+from l40sd.hardware.gpu_memory import wait_until_free
+from l40sd.messages import LastEnd
+from l40sd.model import WorkerId
+from l40sd.routing.outliers import Peer, Standing
+from l40sd.routing.routes import Backend
+from l40sd.workers.ends import End, end_of, last_end_of
+from l40sd.workers.health import startup_timeout_s
+from l40sd.workers.lifecycle import (
     OCCUPIES_GPUS,
     Action,
     Event,
@@ -32,21 +40,13 @@ from l40sd.core.lifecycle import (
     refused_delay_s,
     step,
 )
-from l40sd.core.outlook import Slot
-from l40sd.engines.launch import Launch
-from l40sd.engines.table import ends_streams
-from l40sd.errors import L40sError
-from l40sd.hardware.gpu_memory import wait_until_free
-from l40sd.messages import LastEnd
-from l40sd.model import WorkerId
-from l40sd.routing.outliers import Peer, Standing
-from l40sd.routing.routes import Backend
-from l40sd.services.ends import End, end_of, last_end_of
-from l40sd.services.making import launch_of, refuse_misconfigured, spec_of, with_cache
-from l40sd.services.past import TOLD, Past
-from l40sd.services.tools import Tools
-from l40sd.services.watch import HUNG, Watch
+from l40sd.workers.outlook import Slot
+from l40sd.workers.ports import HeldPort
+from l40sd.workers.run_spec import launch_of, refuse_misconfigured, spec_of, with_cache
+from l40sd.workers.saved import TOLD, Past
 from l40sd.workers.slot import Observed, Wanted
+from l40sd.workers.tools import Tools
+from l40sd.workers.watch import HUNG, Watch
 
 JOBS_IN: Mapping[Phase, frozenset[str]] = {
     Phase.SPAWNING: frozenset({"spawn"}),

@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 
 from l40sd.clock import boot_id, now_s
-from l40sd.core.lifecycle import Goal, Phase, Record
 from l40sd.messages import LastEnd, plain, restore
 from l40sd.model import WorkerId
+from l40sd.workers.lifecycle import Goal, Phase, Record
 
 TOLD = (Phase.READY, Phase.DRAINED, Phase.STOPPING, Phase.STUCK, Phase.BACKOFF, Phase.QUARANTINED)
 """Phases that the next daemon is told of. The first two it has to find confirmed; with the others it goes on. From any

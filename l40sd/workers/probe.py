@@ -13,9 +13,9 @@ from typing import Any
 
 import aiohttp
 
-from l40sd.core.health import REFUSED, TIMEOUT, Counters, ProbeResult
 from l40sd.engines.table import Probes
 from l40sd.model import ListedModel
+from l40sd.workers.health import REFUSED, TIMEOUT, Counters, ProbeResult
 
 __all__ = ["ANSWER_LIMIT_BYTES", "Counters", "ProbeResult", "Prober", "sum_metrics"]
 

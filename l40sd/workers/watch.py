@@ -1,4 +1,4 @@
-"""Asks one process how it is; core/health.py and core/fitness.py say what the answers come to.
+"""Asks one process how it is; workers/health.py and workers/fitness.py say what the answers come to.
 
 Two jobs, one after the other: ``startup`` until it has made a token, then ``follow`` for as long as it lives.
 """
@@ -10,17 +10,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from l40sd.adapters.activity import activity_of
-from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Instance
 from l40sd.clock import now_s
 from l40sd.config.options import HealthConfig
-from l40sd.core.fitness import Fitness, Look
-from l40sd.core.health import TIMEOUT, ProbeResult, Stage, Startup, StartVerdict
-from l40sd.core.lifecycle import Event
 from l40sd.engines.launch import Launch
 from l40sd.model import ListedModel
 from l40sd.routing.outliers import Counts, Peer
+from l40sd.workers.activity import activity_of
+from l40sd.workers.fitness import Fitness, Look
+from l40sd.workers.health import TIMEOUT, ProbeResult, Stage, Startup, StartVerdict
+from l40sd.workers.lifecycle import Event
+from l40sd.workers.probe import Prober
 
 LOOKS_PER_INTERVAL = 4
 """Looks at a worker on which requests go on failing, in one ``probe_interval_s``."""

@@ -1,6 +1,6 @@
 """The worker table: which phase follows from which event, what is then done, and when to try again.
 
-Everything that decides a transition is in this file; services/worker.py only carries out the actions.
+Everything that decides a transition is in this file; workers/worker.py only carries out the actions.
 
                      PERMIT           SPAWNED            UP
         WAITING ─────────────> SPAWNING ──────> STARTING ────> READY <────> UNREADY
@@ -79,7 +79,7 @@ class Goal(StrEnum):
 
 
 class Action(StrEnum):
-    """What services/worker.py then does."""
+    """What workers/worker.py then does."""
 
     SPAWN = "spawn"  # GPUs free? port, process
     WATCH_EXIT = "watch_exit"  # EXITED when the process is gone

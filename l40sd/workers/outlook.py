@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from l40sd.core.lifecycle import Goal, Phase
 from l40sd.model import SOON_S, Outlook
+from l40sd.workers.lifecycle import Goal, Phase
 
 UNKNOWN_S = 60.0
 """The same where nothing is, and only an operator can change that."""

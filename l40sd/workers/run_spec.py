@@ -5,7 +5,6 @@ import secrets
 import shutil
 from pathlib import Path
 
-from l40sd.adapters import caches
 from l40sd.adapters.process import InstanceSpec
 from l40sd.clock import wall_time_s
 from l40sd.config.options import Config
@@ -14,9 +13,10 @@ from l40sd.engines.launch import Launch
 from l40sd.errors import L40sError
 from l40sd.messages import plain
 from l40sd.model import InstanceId, ModelFacts, Placement
-from l40sd.services.tools import Tools
 from l40sd.shim import leavings
+from l40sd.workers import cache_folders
 from l40sd.workers.slot import Wanted
+from l40sd.workers.tools import Tools
 
 TEMPORARY_PATH_LIMIT = 60
 """Engines make sockets in it and call them by UUIDs, 36 characters; a socket's path has at most 107."""
@@ -65,7 +65,7 @@ async def with_cache(launch: Launch, config: Config, tools: Tools) -> Launch:
         return launch
     in_use = {str(meta["cache"]) for meta in tools.processes.metas() if meta.get("cache")}
     why = await asyncio.to_thread(
-        caches.prepare,
+        cache_folders.prepare,
         Path(launch.cache),
         limit_bytes=config.workers.cache_limit_bytes,
         in_use={Path(each).name for each in in_use},

@@ -1,6 +1,6 @@
 """Three questions about a worker: has it come up, may it receive requests, is it making tokens.
 
-Each has a tracker that is fed what was seen, with the time, and answers with a verdict; core/fitness.py makes one of
+Each has a tracker that is fed what was seen, with the time, and answers with a verdict; workers/fitness.py makes one of
 them. They ask different things on purpose. An engine that is slow to answer /health may be at the end of its strength
 and still deliver every token: it loses requests (readiness), not its life (progress). One whose /health says 200 may
 have hung an hour ago: /health of most engines is answered by a process that does none of the work.
