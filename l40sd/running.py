@@ -20,7 +20,6 @@ from l40sd.adapters import handover
 from l40sd.adapters.apikeys import read_keys
 from l40sd.adapters.eventfile import EventFile
 from l40sd.adapters.lock import DaemonLock
-from l40sd.adapters.process import Processes
 from l40sd.adapters.store import Store
 from l40sd.clock import now_s
 from l40sd.config import files as config_files
@@ -46,6 +45,7 @@ from l40sd.services.supervisor import Supervisor
 from l40sd.workers.keys import WorkerKeys
 from l40sd.workers.ports import PortPool
 from l40sd.workers.probe import Prober
+from l40sd.workers.process import Processes
 from l40sd.workers.tools import Tools
 
 TICK_S = 5.0

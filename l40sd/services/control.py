@@ -27,7 +27,6 @@ import structlog
 from aiohttp import web
 
 from l40sd import __version__
-from l40sd.adapters.process import Position
 from l40sd.errors import L40sError
 from l40sd.messages import (
     Accepted,
@@ -43,6 +42,7 @@ from l40sd.messages import (
 from l40sd.services import report
 from l40sd.services.events import Events, Wanted
 from l40sd.services.supervisor import Supervisor
+from l40sd.workers.process import Position
 
 BODY_LIMIT_BYTES = 1 << 16
 CONNECTION_LIMIT = 64

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import msgspec
 
-from l40sd.adapters.process import Adoption, ExitRecord, Instance, InstanceSpec
 from l40sd.config.options import Config, ModelConfig
 from l40sd.errors import DoesNotFit, L40sError
 from l40sd.hardware.topology import NvmlGpu
@@ -17,6 +16,7 @@ from l40sd.placement.place import part_of
 from l40sd.services.change import Change, Want
 from l40sd.services.rolling import Roll
 from l40sd.workers.ends import end_of
+from l40sd.workers.process import Adoption, ExitRecord, Instance, InstanceSpec
 from l40sd.workers.saved import Past, read
 from l40sd.workers.slot import Wanted
 from l40sd.workers.tools import Tools

@@ -15,7 +15,6 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from l40sd.adapters.process import Adoption
 from l40sd.adapters.store import Store
 from l40sd.clock import now_s
 from l40sd.config.options import Config
@@ -37,6 +36,7 @@ from l40sd.services.recall import left_of, recall
 from l40sd.services.rolling import Roll
 from l40sd.workers.lifecycle import Event, Goal, Phase
 from l40sd.workers.outlook import Patience, Slot, outlook
+from l40sd.workers.process import Adoption
 from l40sd.workers.run_spec import launch_of
 from l40sd.workers.saved import Past, written
 from l40sd.workers.slot import Observed, Wanted

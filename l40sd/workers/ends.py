@@ -4,9 +4,9 @@ import asyncio
 import signal
 from dataclasses import dataclass
 
-from l40sd.adapters.process import ExitRecord, InstanceSpec, Processes
 from l40sd.engines import log_causes
 from l40sd.messages import LastEnd
+from l40sd.workers.process import ExitRecord, InstanceSpec, Processes
 
 LAST_LINES = 12
 

@@ -5,7 +5,6 @@ import secrets
 import shutil
 from pathlib import Path
 
-from l40sd.adapters.process import InstanceSpec
 from l40sd.clock import wall_time_s
 from l40sd.config.options import Config
 from l40sd.engines import launch as launching
@@ -15,6 +14,7 @@ from l40sd.messages import plain
 from l40sd.model import InstanceId, ModelFacts, Placement
 from l40sd.shim import leavings
 from l40sd.workers import cache_folders
+from l40sd.workers.process import InstanceSpec
 from l40sd.workers.slot import Wanted
 from l40sd.workers.tools import Tools
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import structlog
 
-from l40sd.adapters.process import Processes
 from l40sd.hardware.host import Host
 from l40sd.model import ModelFacts, ModelName, WorkerId
 from l40sd.routing.outliers import Peer
@@ -13,6 +12,7 @@ from l40sd.routing.routes import Routes
 from l40sd.workers.keys import WorkerKeys
 from l40sd.workers.ports import PortPool
 from l40sd.workers.probe import Prober
+from l40sd.workers.process import Processes
 
 
 @dataclass(slots=True, kw_only=True)

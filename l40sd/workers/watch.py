@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from l40sd.adapters.process import Instance
 from l40sd.clock import now_s
 from l40sd.config.options import HealthConfig
 from l40sd.engines.launch import Launch
@@ -21,6 +20,7 @@ from l40sd.workers.fitness import Fitness, Look
 from l40sd.workers.health import TIMEOUT, ProbeResult, Stage, Startup, StartVerdict
 from l40sd.workers.lifecycle import Event
 from l40sd.workers.probe import Prober
+from l40sd.workers.process import Instance
 
 LOOKS_PER_INTERVAL = 4
 """Looks at a worker on which requests go on failing, in one ``probe_interval_s``."""

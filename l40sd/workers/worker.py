@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from l40sd.adapters.process import ExitRecord, Instance
 from l40sd.clock import now_s
 from l40sd.config.options import Config, ModelConfig, WorkersConfig
 from l40sd.engines.launch import Launch
@@ -42,6 +41,7 @@ from l40sd.workers.lifecycle import (
 )
 from l40sd.workers.outlook import Slot
 from l40sd.workers.ports import HeldPort
+from l40sd.workers.process import ExitRecord, Instance
 from l40sd.workers.run_spec import launch_of, refuse_misconfigured, spec_of, with_cache
 from l40sd.workers.saved import TOLD, Past
 from l40sd.workers.slot import Observed, Wanted

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from processkit import Site, leftovers, open_descriptors
 
-from l40sd.adapters.process.providers import Unavailable, probe_cgroup
 from l40sd.shim import tree
+from l40sd.workers.process.containment import Unavailable, probe_cgroup
 
 
 @pytest.fixture(params=["none", "cgroup"])

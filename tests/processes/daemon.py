@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from l40sd.adapters.lock import DaemonLock
-from l40sd.adapters.process import InstanceSpec, Processes
+from l40sd.workers.process import InstanceSpec, Processes
 
 
 async def main() -> None:

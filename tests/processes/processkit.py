@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from l40sd.adapters.process import Instance, InstanceSpec, Processes
-from l40sd.adapters.process.remains import mark_of, marked
 from l40sd.shim import groups, tree
+from l40sd.workers.process import Instance, InstanceSpec, Processes
+from l40sd.workers.process.leftovers import mark_of, marked
 
 PATIENCE_S = 60.0
 

@@ -12,11 +12,11 @@ import msgspec
 import pytest
 from processkit import PATIENCE_S, Site, end, is_alive, until
 
-from l40sd.adapters.process import Instance, Processes
-from l40sd.adapters.process.providers import choose
-from l40sd.adapters.process.remains import Remains
 from l40sd.errors import L40sError
 from l40sd.shim import groups, tree
+from l40sd.workers.process import Instance, Processes
+from l40sd.workers.process.containment import choose
+from l40sd.workers.process.leftovers import Remains
 
 FOREVER = "exec sleep 1000"
 DAEMON = str(Path(__file__).with_name("daemon.py"))
@@ -169,8 +169,8 @@ async def test_fault_8_what_cannot_be_killed_is_stuck_and_no_end(site: Site, mon
     collect(instance)
     with monkeypatch.context() as patched:
         patched.setattr(Remains, "_kill_once", lambda _: False)  # as one in state D would have it
-        patched.setattr("l40sd.adapters.process.instance.CLEAR_TIMEOUT_S", 0.1)
-        patched.setattr("l40sd.adapters.process.processes.CLEAR_TIMEOUT_S", 0.5)
+        patched.setattr("l40sd.workers.process.instance.CLEAR_TIMEOUT_S", 0.1)
+        patched.setattr("l40sd.workers.process.manager.CLEAR_TIMEOUT_S", 0.5)
         processes = await site.open()
         adoption = await processes.adopt()
         assert [one.spec.instance for one in adoption.stuck] == [instance.spec.instance]

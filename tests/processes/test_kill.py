@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from processkit import PATIENCE_S, Site, end, is_alive, until
 
-from l40sd.adapters.process import ExitRecord, Instance
-from l40sd.adapters.process.remains import Remains
 from l40sd.errors import L40sError
 from l40sd.shim import tree
 from l40sd.shim.groups import was_oom_killed
+from l40sd.workers.process import ExitRecord, Instance
+from l40sd.workers.process.leftovers import Remains
 
 FOREVER = "exec sleep 1000"
 HIDDEN = "(env -i /bin/sh -c 'setsid sh -c \"echo \\$\\$ > hidden; exec sleep 1000\" &') & "

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processkit import PATIENCE_S, Site, end, until
 
-from l40sd.adapters.process import Position, logs
 from l40sd.shim.output import RotatingLog
+from l40sd.workers.process import Position, logs
 
 
 def content(path: Path) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from l40sd.adapters.process.providers import Unavailable, start_unit
+from l40sd.workers.process.containment import Unavailable, start_unit
 
 
 @contextlib.asynccontextmanager

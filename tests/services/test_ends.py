@@ -3,8 +3,8 @@
 import pytest
 from test_operations import QUICK, SiteOf, post, worker
 
-from l40sd.adapters.process import ExitRecord
 from l40sd.workers.ends import describe_exit
+from l40sd.workers.process import ExitRecord
 
 DYING = """
 [daemon]

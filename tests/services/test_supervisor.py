@@ -10,7 +10,6 @@ import pytest
 import structlog
 import structlog.testing
 
-from l40sd.adapters.process import Adoption, Processes
 from l40sd.adapters.store import Store
 from l40sd.config.load import load
 from l40sd.hardware.host import Host
@@ -19,6 +18,7 @@ from l40sd.services.supervisor import Supervisor
 from l40sd.workers.keys import WorkerKeys
 from l40sd.workers.ports import PortPool
 from l40sd.workers.probe import Prober
+from l40sd.workers.process import Adoption, Processes
 from l40sd.workers.tools import Tools
 
 TWO = """

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import l40sd
-from l40sd.adapters.process.records import Identity, InstanceSpec
 from l40sd.errors import L40sError
 from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, tree
+from l40sd.workers.process.records import Identity, InstanceSpec
 
 SIGNALS_RESET = (signal.SIGPIPE, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGXFSZ)
 

@@ -7,8 +7,10 @@ import shutil
 import signal
 from pathlib import Path
 
-from l40sd.adapters.process.providers import reset_unit
-from l40sd.adapters.process.records import (
+from l40sd.shim import TERM_GROUP, leavings, tree
+from l40sd.workers.process.containment import reset_unit
+from l40sd.workers.process.leftovers import Remains, remove_group, trusted_group, unit_of
+from l40sd.workers.process.records import (
     CorruptError,
     ExitRecord,
     Identity,
@@ -18,8 +20,6 @@ from l40sd.adapters.process.records import (
     read_record,
     write_exit,
 )
-from l40sd.adapters.process.remains import Remains, remove_group, trusted_group, unit_of
-from l40sd.shim import TERM_GROUP, leavings, tree
 
 CLEAR_TIMEOUT_S = 5.0
 """For the processes of a dead shim; who is left then is stuck, and ``Instance.kill`` says so."""

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from l40sd.adapters.process import logs
-from l40sd.adapters.process.birth import exec_failed, has_ended, identity_of, spawn_failed, start_shim
-from l40sd.adapters.process.instance import Instance, last_words, open_shim, reap
-from l40sd.adapters.process.logs import Position
-from l40sd.adapters.process.providers import Provider, Unavailable, choose, kill_unit, start_unit
-from l40sd.adapters.process.records import (
+from l40sd.errors import L40sError
+from l40sd.naming import natural
+from l40sd.shim import OWN_GROUP, leavings, tree
+from l40sd.workers.process import logs
+from l40sd.workers.process.containment import Provider, Unavailable, choose, kill_unit, start_unit
+from l40sd.workers.process.instance import Instance, last_words, open_shim, reap
+from l40sd.workers.process.leftovers import Remains, is_of, mark_of, marked, remove_group, trusted_group
+from l40sd.workers.process.logs import Position
+from l40sd.workers.process.records import (
     Birth,
     CorruptError,
     ExitRecord,
@@ -26,10 +29,7 @@ from l40sd.adapters.process.records import (
     read_record,
     write_spec,
 )
-from l40sd.adapters.process.remains import Remains, is_of, mark_of, marked, remove_group, trusted_group
-from l40sd.errors import L40sError
-from l40sd.naming import natural
-from l40sd.shim import OWN_GROUP, leavings, tree
+from l40sd.workers.process.spawn import exec_failed, has_ended, identity_of, spawn_failed, start_shim
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.05
 """Between two looks for run.json: a shim takes about 60 ms, and a poll needs no descriptor and cannot be missed."""

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from l40sd.adapters.process.records import Identity, is_ours
 from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, groups, tree
+from l40sd.workers.process.records import Identity, is_ours
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.2
 

@@ -11,9 +11,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from l40sd.adapters.process.remains import remove_group, unit_of
 from l40sd.errors import L40sError
 from l40sd.shim import groups, tree
+from l40sd.workers.process.leftovers import remove_group, unit_of
 
 UNIT_RUNTIME_DIR = Path("/run/l40sd")
 """l40s-worker@.service looks for its instance here."""
