@@ -20,7 +20,6 @@ from l40sd.adapters import handover
 from l40sd.adapters.apikeys import read_keys
 from l40sd.adapters.eventfile import EventFile
 from l40sd.adapters.lock import DaemonLock
-from l40sd.adapters.store import Store
 from l40sd.clock import now_s
 from l40sd.config import files as config_files
 from l40sd.config import show as config_show
@@ -41,7 +40,8 @@ from l40sd.services.doctor import examine
 from l40sd.services.events import Events
 from l40sd.services.preflight import STATE_NAME
 from l40sd.services.proxy import Proxy
-from l40sd.services.supervisor import Supervisor
+from l40sd.supervisor.state_file import Store
+from l40sd.supervisor.supervisor import Supervisor
 from l40sd.workers.keys import WorkerKeys
 from l40sd.workers.ports import PortPool
 from l40sd.workers.probe import Prober

@@ -41,7 +41,7 @@ from l40sd.messages import (
 )
 from l40sd.services import report
 from l40sd.services.events import Events, Wanted
-from l40sd.services.supervisor import Supervisor
+from l40sd.supervisor.supervisor import Supervisor
 from l40sd.workers.process import Position
 
 BODY_LIMIT_BYTES = 1 << 16

@@ -12,7 +12,7 @@ from l40sd.messages import Check
 from l40sd.naming import natural
 from l40sd.services import preflight
 from l40sd.services.preflight import FAILED, OK, WARNING
-from l40sd.services.supervisor import Supervisor
+from l40sd.supervisor.supervisor import Supervisor
 
 DESCRIPTORS_EXPECTED = 65536
 

@@ -5,9 +5,6 @@ from collections.abc import Mapping, Sequence
 from l40sd import __version__
 from l40sd.clock import now_s
 from l40sd.core import views
-from l40sd.core.pace import usual
-from l40sd.core.plan import Do
-from l40sd.core.rehearsal import rehearse
 from l40sd.errors import L40sError
 from l40sd.hardware.cpus import format_cpu_list
 from l40sd.hardware.host import GpuMemory
@@ -24,9 +21,12 @@ from l40sd.messages import (
 from l40sd.model import GpuId, Layout, Link, Placement
 from l40sd.naming import natural
 from l40sd.placement.patterns import patterns_of
-from l40sd.services.change import Want
 from l40sd.services.proxy import Proxy
-from l40sd.services.supervisor import Supervisor
+from l40sd.supervisor.change import Want
+from l40sd.supervisor.pace import usual
+from l40sd.supervisor.reconcile import Do
+from l40sd.supervisor.rehearsal import rehearse
+from l40sd.supervisor.supervisor import Supervisor
 from l40sd.workers.lifecycle import Goal, Phase
 from l40sd.workers.worker import Worker
 

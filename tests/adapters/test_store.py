@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from l40sd.adapters.store import Store
 from l40sd.errors import L40sError
+from l40sd.supervisor.state_file import Store
 
 KILLS = 1000
 

@@ -7,10 +7,10 @@ from hosts import tree_host
 from test_plan import ready, wanted_layout
 
 from l40sd.config.options import Config, ModelConfig, WorkersConfig
-from l40sd.core.pace import FEW, SLACK_S, bound_back_s, bound_s, slowest, start_parallel, usual
-from l40sd.core.rehearsal import rehearse
-from l40sd.core.rollout import begin
 from l40sd.model import Inventory, ModelFacts, ModelName, NumaNode
+from l40sd.supervisor.pace import FEW, SLACK_S, bound_back_s, bound_s, slowest, start_parallel, usual
+from l40sd.supervisor.rehearsal import rehearse
+from l40sd.supervisor.rollout import begin
 from l40sd.workers.health import PROLONGED_AT_MOST
 
 M = ModelName("m")

@@ -6,10 +6,10 @@ from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l40sd.core.plan import Do, Limits, Order, is_settled, plan
-from l40sd.core.rehearsal import Pace, Step, rehearse
-from l40sd.core.rollout import begin, limits_for
 from l40sd.model import GpuId, ModelName, Placement, WorkerId
+from l40sd.supervisor.reconcile import Do, Limits, Order, is_settled, plan
+from l40sd.supervisor.rehearsal import Pace, Step, rehearse
+from l40sd.supervisor.rollout import begin, limits_for
 from l40sd.workers.lifecycle import Goal, Phase
 from l40sd.workers.slot import Observed, Wanted, slot
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_plan import layouts, ready, wanted_layout
 
-from l40sd.core.rolling import next_restarts
 from l40sd.model import ModelName
+from l40sd.supervisor.rolling import next_restarts
 from l40sd.workers.lifecycle import Phase
 from l40sd.workers.slot import slot
 

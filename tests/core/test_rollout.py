@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import layouts, one_owner_each, ready, wanted_layout
 
-from l40sd.core.pace import bound_back_s, bound_s
-from l40sd.core.plan import Do, Order, is_settled, ready_share
-from l40sd.core.rehearsal import Pace, rehearse
-from l40sd.core.rollout import GIVEN_UP, End, Terms, begin, decide, models_leaving, not_in_place
 from l40sd.model import ModelName, WorkerId
+from l40sd.supervisor.pace import bound_back_s, bound_s
+from l40sd.supervisor.reconcile import Do, Order, is_settled, ready_share
+from l40sd.supervisor.rehearsal import Pace, rehearse
+from l40sd.supervisor.rollout import GIVEN_UP, End, Terms, begin, decide, models_leaving, not_in_place
 from l40sd.workers.lifecycle import COMING_UP, Goal, Phase
 from l40sd.workers.slot import Observed, Wanted, slot
 

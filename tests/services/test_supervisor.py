@@ -10,11 +10,11 @@ import pytest
 import structlog
 import structlog.testing
 
-from l40sd.adapters.store import Store
 from l40sd.config.load import load
 from l40sd.hardware.host import Host
 from l40sd.routing.routes import Routes
-from l40sd.services.supervisor import Supervisor
+from l40sd.supervisor.state_file import Store
+from l40sd.supervisor.supervisor import Supervisor
 from l40sd.workers.keys import WorkerKeys
 from l40sd.workers.ports import PortPool
 from l40sd.workers.probe import Prober
@@ -102,7 +102,7 @@ async def test_a_turn_that_the_system_refuses_something_is_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With ``ulimit -n 1024`` and many clients there was no file descriptor left once: the daemon ended."""
-    monkeypatch.setattr("l40sd.services.supervisor.TURN_AGAIN_S", 0.01)
+    monkeypatch.setattr("l40sd.supervisor.supervisor.TURN_AGAIN_S", 0.01)
     supervisor = await supervisor_with(FullTable(tmp_path / "state.json", version=1))
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         with structlog.testing.capture_logs() as logs:

@@ -15,12 +15,8 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from l40sd.adapters.store import Store
 from l40sd.clock import now_s
 from l40sd.config.options import Config
-from l40sd.core.pace import bound_back_s, bound_s, slowest, start_parallel
-from l40sd.core.plan import Do, Limits, Order, is_settled, plan, ready_share
-from l40sd.core.rollout import Decision, End, begin, decide, models_leaving
 from l40sd.errors import DoesNotFit, L40sError
 from l40sd.messages import OperationStatus, plain
 from l40sd.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
@@ -29,11 +25,15 @@ from l40sd.placement.patterns import patterns_of
 from l40sd.placement.place import place
 from l40sd.routing.outliers import Peer
 from l40sd.routing.routes import CatalogEntry
-from l40sd.services.change import UNDER_WAY, Change, Want, state_of
-from l40sd.services.learned import Learned
-from l40sd.services.learned import recalled as learned
-from l40sd.services.recall import left_of, recall
-from l40sd.services.rolling import Roll
+from l40sd.supervisor.adopt import left_of, recall
+from l40sd.supervisor.change import UNDER_WAY, Change, Want, state_of
+from l40sd.supervisor.learned import Learned
+from l40sd.supervisor.learned import recalled as learned
+from l40sd.supervisor.pace import bound_back_s, bound_s, slowest, start_parallel
+from l40sd.supervisor.reconcile import Do, Limits, Order, is_settled, plan, ready_share
+from l40sd.supervisor.rolling_restart import Roll
+from l40sd.supervisor.rollout import Decision, End, begin, decide, models_leaving
+from l40sd.supervisor.state_file import Store
 from l40sd.workers.lifecycle import Event, Goal, Phase
 from l40sd.workers.outlook import Patience, Slot, outlook
 from l40sd.workers.process import Adoption

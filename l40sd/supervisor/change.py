@@ -6,9 +6,9 @@ from typing import Any
 
 from l40sd.clock import boot_id, now_s
 from l40sd.config.options import Config
-from l40sd.core.rollout import Terms
 from l40sd.messages import OperationStatus, plain
 from l40sd.model import Layout, ModelName, WorkerId
+from l40sd.supervisor.rollout import Terms
 from l40sd.workers.slot import Wanted
 
 UNDER_WAY = ("running", "rolling_back")

@@ -13,8 +13,8 @@ from l40sd.hardware.topology import NvmlGpu
 from l40sd.messages import OperationStatus, restore
 from l40sd.model import GpuId, Layout, ModelName, Placement, WorkerId
 from l40sd.placement.place import part_of
-from l40sd.services.change import Change, Want
-from l40sd.services.rolling import Roll
+from l40sd.supervisor.change import Change, Want
+from l40sd.supervisor.rolling_restart import Roll
 from l40sd.workers.ends import end_of
 from l40sd.workers.process import Adoption, ExitRecord, Instance, InstanceSpec
 from l40sd.workers.saved import Past, read

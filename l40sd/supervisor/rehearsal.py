@@ -7,9 +7,9 @@ configuration lets it be: that is the time after which a change is ended whateve
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from l40sd.core.plan import Do, Order, ready_share
-from l40sd.core.rollout import Terms, decide
 from l40sd.model import ModelName, WorkerId
+from l40sd.supervisor.reconcile import Do, Order, ready_share
+from l40sd.supervisor.rollout import Terms, decide
 from l40sd.workers.lifecycle import Goal, Phase
 from l40sd.workers.slot import Observed, Wanted, slot
 

@@ -9,11 +9,11 @@ from typing import Any
 import structlog
 
 from l40sd.clock import now_s
-from l40sd.core.pace import SLACK_S
-from l40sd.core.rehearsal import Pace
-from l40sd.core.rolling import next_restarts
 from l40sd.messages import OperationStatus
 from l40sd.model import ModelName, WorkerId
+from l40sd.supervisor.pace import SLACK_S
+from l40sd.supervisor.rehearsal import Pace
+from l40sd.supervisor.rolling import next_restarts
 from l40sd.workers.lifecycle import Event, Goal, Phase
 from l40sd.workers.slot import Observed
 from l40sd.workers.worker import Worker

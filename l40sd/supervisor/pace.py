@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from l40sd.config.options import Config
-from l40sd.core.rehearsal import Pace, rehearse
-from l40sd.core.rollout import Terms, begin
 from l40sd.engines.launch import term_timeout_s
 from l40sd.engines.table import resolve
 from l40sd.model import Inventory, ModelFacts, ModelName
+from l40sd.supervisor.rehearsal import Pace, rehearse
+from l40sd.supervisor.rollout import Terms, begin
 from l40sd.workers.health import PROLONGED_AT_MOST, startup_timeout_s
 from l40sd.workers.lifecycle import Phase
 from l40sd.workers.slot import Observed, Wanted, slot

@@ -1,6 +1,6 @@
 """A change of what is wanted: what it goes by, what speaks against it, and how it ends.
 
-The supervisor asks these functions at every turn, and the dry run (core/rehearsal.py) plays them ahead: there is no
+The supervisor asks these functions at every turn, and the dry run (supervisor/rehearsal.py) plays them ahead: there is no
 second copy of a decision. A change ends in one of three ways, and within a time that is known before it begins:
 
     done            exactly what is wanted is there and ready
@@ -13,8 +13,8 @@ It ends as soon as nothing of it moves any more, and at its deadline whatever mo
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from l40sd.core.plan import Limits, Order, base_capacity, capacity, is_settled, plan
 from l40sd.model import ModelName, WorkerId
+from l40sd.supervisor.reconcile import Limits, Order, base_capacity, capacity, is_settled, plan
 from l40sd.workers.lifecycle import Goal, Phase
 from l40sd.workers.slot import Observed, Shape, Wanted, is_kept
 
