@@ -13,8 +13,8 @@ import uvloop
 
 from l40sd.config.options import ProxyConfig
 from l40sd.model import ModelName, WorkerId
+from l40sd.proxy.server import Proxy
 from l40sd.routing.routes import Backend, Routes
-from l40sd.services.proxy import Proxy
 
 
 async def serve(listen: str, model: str, workers: list[str], *, access_log: bool) -> None:

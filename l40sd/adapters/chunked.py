@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from l40sd.core.refused import Refused
+from l40sd.proxy.refused import Refused
 
 CHUNK_LINE_LIMIT = 1024
 CHUNKS_FREE = 4096  # that may be of any size; what comes beyond

@@ -10,7 +10,7 @@ Source: RFC 9112 (framing), RFC 9110 section 7.6.1 (hop-by-hop fields).
 import re
 from collections.abc import Callable, Collection
 
-from l40sd.core.refused import Refused
+from l40sd.proxy.refused import Refused
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 REQUEST_ID_LIMIT = 128

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from l40sd.core.refused import Refused
+from l40sd.proxy.refused import Refused
 
 TAIL_BYTES = 4096
 KEPT_BYTES = 4096  # of a body, to know the next one's model by

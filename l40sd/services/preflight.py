@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 
-from l40sd.adapters.apikeys import read_keys
 from l40sd.config import files as config_files
 from l40sd.config.load import Loaded, key_text, load, origin_of
 from l40sd.config.options import Config
@@ -30,6 +29,7 @@ from l40sd.messages import Check, decode, restore
 from l40sd.model import Inventory, Layout, ModelFacts, ModelName
 from l40sd.placement.patterns import patterns_of
 from l40sd.placement.place import place
+from l40sd.proxy.api_keys import read_keys
 from l40sd.trust import distrust, unusable
 
 OK, WARNING, FAILED = "ok", "warning", "failed"

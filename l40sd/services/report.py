@@ -21,7 +21,7 @@ from l40sd.messages import (
 from l40sd.model import GpuId, Layout, Link, Placement
 from l40sd.naming import natural
 from l40sd.placement.patterns import patterns_of
-from l40sd.services.proxy import Proxy
+from l40sd.proxy.server import Proxy
 from l40sd.supervisor.change import Want
 from l40sd.supervisor.pace import usual
 from l40sd.supervisor.reconcile import Do

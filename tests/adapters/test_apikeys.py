@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from l40sd.adapters.apikeys import SIZE_LIMIT_BYTES, read_keys
 from l40sd.errors import L40sError
+from l40sd.proxy.api_keys import SIZE_LIMIT_BYTES, read_keys
 
 
 @pytest.fixture

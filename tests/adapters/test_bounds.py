@@ -17,8 +17,7 @@ from l40sd.adapters import chunked, http, requestbody
 from l40sd.adapters.chunked import ChunkedBody
 from l40sd.adapters.http import parse_request, parse_response
 from l40sd.adapters.requestbody import find_model, replace_model
-from l40sd.core.refused import Refused
-from l40sd.services import proxy_admission, proxy_client
+from l40sd.proxy.refused import Refused
 
 parser: Any = re._parser  # type: ignore[attr-defined]  # the only one there is that reads patterns as re does
 SCANNING = ("search", "split", "finditer")

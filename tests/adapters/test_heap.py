@@ -7,7 +7,7 @@ from pathlib import Path
 
 PROGRAM = """
 import resource, sys
-from l40sd.adapters.heap import keep_resident
+from l40sd.proxy.heap import keep_resident
 limit = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
 print(keep_resident())

@@ -4,8 +4,8 @@ import pytest
 
 from l40sd.config.load import load
 from l40sd.config.origins import origin_problem
-from l40sd.core.cors import Cors, preflight_fields
 from l40sd.errors import L40sError
+from l40sd.proxy.cors import Cors, preflight_fields
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core.descriptors import RESERVED, needed, share
+from l40sd.proxy.descriptors import RESERVED, needed, share
 
 
 @given(st.integers(32, 1 << 20), st.integers(1, 1_000_000))

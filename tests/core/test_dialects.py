@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from l40sd.core.dialects import Dialect, dialect_of, error_body, error_members, event_name, last_data
-from l40sd.core.refused import Refused
+from l40sd.proxy.dialects import Dialect, dialect_of, error_body, error_members, event_name, last_data
+from l40sd.proxy.refused import Refused
 
 OURS = Refused(503, "no_worker", "none \u2028 is here", None)
 

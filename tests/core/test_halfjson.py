@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from l40sd.core import halfjson
-from l40sd.core.halfjson import rest_of_character, rest_of_object
+from l40sd.proxy import half_json
+from l40sd.proxy.half_json import rest_of_character, rest_of_object
 
 MEMBERS = b'"error":{"message":"cut"}'
 
@@ -54,7 +54,7 @@ def test_what_begins_no_object_is_left_alone(begun: bytes) -> None:
 
 
 def test_a_long_beginning_is_not_looked_at() -> None:
-    assert rest_of_object(b'{"a":"' + b"x" * halfjson.LIMIT_BYTES, MEMBERS) is None
+    assert rest_of_object(b'{"a":"' + b"x" * half_json.LIMIT_BYTES, MEMBERS) is None
 
 
 @given(st.text(min_size=1, max_size=3))

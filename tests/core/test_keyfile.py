@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core.keyfile import key_changes, parse_keys
 from l40sd.errors import ConfigError
+from l40sd.proxy.key_file import key_changes, parse_keys
 
 keys = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=20).filter(
     lambda key: not key.startswith("#")

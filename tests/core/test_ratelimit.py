@@ -4,7 +4,7 @@ from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l40sd.core.ratelimit import MINUTE_S, RateLimit
+from l40sd.proxy.rate_limit import MINUTE_S, RateLimit
 
 GAPS = st.lists(st.floats(0, 30), max_size=200)
 

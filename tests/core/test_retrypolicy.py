@@ -4,9 +4,9 @@ from itertools import product
 
 import pytest
 
-from l40sd.core import retrypolicy
-from l40sd.core.poison import Death, is_poison
-from l40sd.core.retrypolicy import DEATHS_LIMIT, TABLE, Next, Seen, decide
+from l40sd.proxy import retry_policy
+from l40sd.proxy.poison import Death, is_poison
+from l40sd.proxy.retry_policy import DEATHS_LIMIT, TABLE, Next, Seen, decide
 
 ENDS = (Next.END, Next.REPLY)
 WALK = list(product(Seen, range(4), range(4)))
@@ -14,9 +14,9 @@ WALK = list(product(Seen, range(4), range(4)))
 
 def test_the_table_has_a_row_for_everything_that_can_be_seen_and_the_page_shows_each() -> None:
     assert set(TABLE) == set(Seen)
-    assert retrypolicy.__doc__ is not None
+    assert retry_policy.__doc__ is not None
     for seen, rule in TABLE.items():
-        row = next(line for line in retrypolicy.__doc__.splitlines() if line.startswith(f"| {seen.name}:"))
+        row = next(line for line in retry_policy.__doc__.splitlines() if line.startswith(f"| {seen.name}:"))
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[1:3] == ["yes" if rule.is_blamed else "no", "yes" if rule.is_death else "no"]
         assert cells[3].startswith("another worker") == (rule.next.startswith("other"))

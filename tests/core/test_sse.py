@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from ssekit import decode
 
-from l40sd.core.sse import ending, error_event, is_whole
+from l40sd.proxy.sse import ending, error_event, is_whole
 
 CHAT = b'"error":{"message":"cut","code":"worker_failed"}'
 MESSAGES = b'"type":"error","error":{"type":"api_error","message":"cut"}'

@@ -18,7 +18,7 @@ from ssekit import decode
 
 from faults.rig import PACED, Broken, Rig, ask, check, engine_state, kill, pids, until, worker_of
 from faults.suite import NotHereError, Outcome, fault
-from l40sd.core.descriptors import share
+from l40sd.proxy.descriptors import share
 from l40sd.sim.api import BREAKS
 from l40sd.sim.site import Site
 

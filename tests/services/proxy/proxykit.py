@@ -10,8 +10,8 @@ from typing import Any
 
 from l40sd.config.options import ProxyConfig
 from l40sd.model import ModelName, Outlook, WorkerId
+from l40sd.proxy.server import Proxy
 from l40sd.routing.routes import Backend, CatalogEntry, FailureKind, Routes
-from l40sd.services.proxy import Proxy
 
 CHAT = ModelName("chat")
 PATIENCE_S = 10.0

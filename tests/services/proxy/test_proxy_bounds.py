@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 from proxykit import Conversation, Dialog, Request, Stand, answer_ok, post
 
-from l40sd.services import proxy_client, proxy_pages
-from l40sd.services.proxy_bounds import FREE_BODY_BYTES
+from l40sd.proxy import client_connection, pages
+from l40sd.proxy.bounds import FREE_BODY_BYTES
 
 StartStand = Callable[..., Awaitable[Stand]]
 MIB = 1 << 20
@@ -158,7 +158,7 @@ async def test_nothing_is_kept_of_a_refused_request(stand: StartStand) -> None:
             assert not isinstance(value, (bytes, str)) or len(value) < 10_000, name
 
 
-def clients_of(here: Stand) -> list[proxy_client.Client]:
+def clients_of(here: Stand) -> list[client_connection.Client]:
     shared = here.proxy._shared
     assert shared is not None
     return list(shared.clients)
@@ -210,20 +210,20 @@ async def test_requests_sent_ahead_are_answered_some_at_a_time(
         turns.append(0)
         asyncio.get_running_loop().call_soon(next_turn)
 
-    show = proxy_pages.show
+    show = pages.show
 
     def counting(*args: object, **options: object) -> object:
         turns[-1] += 1
         return show(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(proxy_pages, "show", counting)
+    monkeypatch.setattr(pages, "show", counting)
     client = await here.dial()
     next_turn()
     client.writer.write(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" * 2000)
     for _ in range(2000):
         assert (await client.reply()).status == 200
     assert sum(turns) == 2000
-    assert max(turns) <= 4 * proxy_client.REQUESTS_PER_TURN
+    assert max(turns) <= 4 * client_connection.REQUESTS_PER_TURN
     monkeypatch.undo()
 
 
@@ -238,7 +238,7 @@ async def test_a_client_that_does_not_read_gets_no_further_answers(stand: StartS
         await asyncio.sleep(0)
     waiting = sum(each.transport.get_write_buffer_size() for each in clients_of(here))
     page = len((await client.reply()).body)
-    assert waiting < 65536 + (proxy_client.REQUESTS_PER_TURN + 1) * (page + 500)
+    assert waiting < 65536 + (client_connection.REQUESTS_PER_TURN + 1) * (page + 500)
     for _ in range(count - 1):
         assert (await client.reply()).status == 200
 

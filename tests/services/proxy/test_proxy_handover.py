@@ -29,10 +29,10 @@ from proxykit import (
     post,
 )
 
-from l40sd.core.handed import Handed
 from l40sd.model import Outlook
+from l40sd.proxy.handed import Handed
+from l40sd.proxy.server import Proxy
 from l40sd.routing.routes import CatalogEntry, Routes
-from l40sd.services.proxy import Proxy
 
 StandOf = Callable[..., Awaitable[Stand]]
 
@@ -498,7 +498,7 @@ async def test_a_connection_of_which_no_description_can_be_made_is_lost_alone(
             return copy(descriptor)
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("l40sd.services.proxy_exchange.os.dup", dup)
+    monkeypatch.setattr("l40sd.proxy.exchange.os.dup", dup)
     assert await hand_over(here) == 1
     monkeypatch.undo()
     assert here.proxy.stats.connections == 1

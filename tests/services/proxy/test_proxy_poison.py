@@ -8,8 +8,8 @@ import pytest
 from proxykit import CHAT, STREAM_HEAD, Conversation, FakeWorker, Request, Stand, answer_ok, chunk, post
 
 from l40sd.model import WorkerId
+from l40sd.proxy import exchange
 from l40sd.routing.routes import FailureKind
-from l40sd.services import proxy_exchange
 
 StartStand = Callable[..., Awaitable[Stand]]
 POISON = post(b'{"model":"chat","messages":["poison"]}')
@@ -143,7 +143,7 @@ async def test_no_body_is_hashed_while_no_worker_fails(stand: StartStand, monkey
     def fail(*_: object) -> bytes:
         raise AssertionError("hashed")
 
-    monkeypatch.setattr("l40sd.services.proxy_poison.Poison.fingerprint", fail)
+    monkeypatch.setattr("l40sd.proxy.poison_table.Poison.fingerprint", fail)
     for _ in range(3):
         assert (await s.ask(POISON)).status == 200
 
@@ -161,7 +161,7 @@ async def test_a_request_that_our_code_fails_on_is_answered_and_its_lease_return
     if is_kept:
         assert (await dialog.ask(post())).status == 200
     with monkeypatch.context() as broken:
-        broken.setattr(proxy_exchange, "format_request", lambda *_: b"\xff".decode())
+        broken.setattr(exchange, "format_request", lambda *_: b"\xff".decode())
         reply = await dialog.ask(post())
     assert (reply.status, reply.error["code"]) == (500, "internal_error")
     assert s.leases() == 0
@@ -175,7 +175,7 @@ async def test_a_reply_that_our_code_fails_on_before_its_first_byte_is_answered(
     s = await stand(workers=1)
     dialog = await s.dial()
     with monkeypatch.context() as broken:
-        broken.setattr(proxy_exchange.Exchange, "on_head", lambda *_: b"\xff".decode())
+        broken.setattr(exchange.Exchange, "on_head", lambda *_: b"\xff".decode())
         assert (await dialog.ask(post())).status == 500
     assert s.leases() == 0
     assert (await dialog.ask(post())).status == 200
@@ -194,7 +194,7 @@ async def test_a_stream_that_our_code_fails_on_is_cut(stand: StartStand, monkeyp
     dialog = await s.dial()
     await dialog.send(post())
     await dialog.reader.readuntil(b"data: 1\n\n\r\n")
-    monkeypatch.setattr(proxy_exchange.Exchange, "on_complete", lambda *_: b"\xff".decode())
+    monkeypatch.setattr(exchange.Exchange, "on_complete", lambda *_: b"\xff".decode())
     go_on.set()
     await dialog.rest()
     await s.until(lambda: s.leases() == 0)
@@ -212,7 +212,7 @@ async def test_one_request_that_fails_in_its_turn_takes_nobody_else_along(
     s.workers.append(worker)
     await worker.start()
     with monkeypatch.context() as broken:
-        broken.setattr(proxy_exchange.Exchange, "_connect", lambda *_: b"\xff".decode())
+        broken.setattr(exchange.Exchange, "_connect", lambda *_: b"\xff".decode())
         s.routes.add(s.backend(worker))
     assert (await dialog.reply()).status == 500
     assert s.leases() == 0
@@ -229,7 +229,7 @@ async def test_a_deadline_that_our_code_fails_on_does_not_stop_the_clock_of_the_
 
     s.worker.behave = silent
     with monkeypatch.context() as broken:
-        broken.setattr(proxy_exchange.Exchange, "expired", lambda *_: b"\xff".decode())
+        broken.setattr(exchange.Exchange, "expired", lambda *_: b"\xff".decode())
         assert (await s.ask(post())).status == 500
     reply = await s.ask(post())
     assert (reply.status, json.loads(reply.body)["error"]["code"]) == (504, "worker_timeout")
@@ -246,7 +246,7 @@ async def test_even_an_end_that_our_code_fails_on_holds_nobody(
     s.worker.behave = reset
     dialog = await s.dial()
     with monkeypatch.context() as broken:
-        broken.setattr("l40sd.services.proxy_failures.Failures.note", lambda *_: b"\xff".decode())
+        broken.setattr("l40sd.proxy.failures.Failures.note", lambda *_: b"\xff".decode())
         await dialog.send(post())
         assert await dialog.rest() == b""
     assert s.leases() == 0

@@ -13,10 +13,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import cast
 
-from l40sd.core.handed import Handed, HandedConnection
-from l40sd.services.proxy_client import Client
-from l40sd.services.proxy_exchange import Exchange
-from l40sd.services.proxy_shared import Shared
+from l40sd.proxy.client_connection import Client
+from l40sd.proxy.context import Shared
+from l40sd.proxy.exchange import Exchange
+from l40sd.proxy.handed import Handed, HandedConnection
 
 POLL_S = 0.002
 ROUNDS = 3  # of the loop: a connection that was accepted in one is known to us in the next

@@ -16,15 +16,15 @@ from typing import cast
 from l40sd.adapters.chunked import ChunkedBody
 from l40sd.adapters.http import HeadTemplate, RequestHead, parse_request, plain_request, template_of
 from l40sd.adapters.requestbody import ModelMemory
-from l40sd.core.cors import preflight_fields
-from l40sd.core.dialects import dialect_of, error_body
-from l40sd.core.handed import HandedConnection, HandedExchange
-from l40sd.core.refused import Refused
-from l40sd.services import proxy_pages as pages
-from l40sd.services.proxy_admission import admit
-from l40sd.services.proxy_bounds import FREE_BODY_BYTES, address_of
-from l40sd.services.proxy_exchange import Exchange, duplicate
-from l40sd.services.proxy_shared import Shared
+from l40sd.proxy import pages as pages
+from l40sd.proxy.admission import admit
+from l40sd.proxy.bounds import FREE_BODY_BYTES, address_of
+from l40sd.proxy.context import Shared
+from l40sd.proxy.cors import preflight_fields
+from l40sd.proxy.dialects import dialect_of, error_body
+from l40sd.proxy.exchange import Exchange, duplicate
+from l40sd.proxy.handed import HandedConnection, HandedExchange
+from l40sd.proxy.refused import Refused
 
 AHEAD_LIMIT_BYTES = 65536
 DISCARD_LIMIT_BYTES = 65536  # a refused request's body is read to its end up to this; beyond, the connection is closed

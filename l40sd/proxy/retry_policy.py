@@ -1,6 +1,6 @@
 """What a request does when a worker failed it before the first byte of a reply: who is blamed, and where it goes next.
 
-The table is the whole policy for one try; ``decide`` lays the limits over it. The proxy (services/proxy_exchange.py)
+The table is the whole policy for one try; ``decide`` lays the limits over it. The proxy (proxy/exchange.py)
 only says what it saw and does what it is told.
 
 | seen before the first byte of a reply        | blamed | a death | next                                         |
@@ -21,7 +21,7 @@ only says what it saw and does what it is told.
 Where no try is left, a reply that there is (UNAVAILABLE, ENDING) is passed on.
 
 A **death** may be the request's own doing: a poisoned request ends every engine that reads it. Such a request is tried
-on one further worker; the second death ends it, and its client is told not to try again (see core/poison.py).
+on one further worker; the second death ends it, and its client is told not to try again (see proxy/poison.py).
 """
 
 from collections.abc import Mapping

@@ -10,7 +10,7 @@ Sources: the Fetch standard, "CORS protocol" and "CORS-safelisted request-header
 import re
 
 from l40sd.config.origins import EVERYBODY
-from l40sd.core.refused import Refused
+from l40sd.proxy.refused import Refused
 
 MAX_AGE_S = 600
 EXPOSED = b"x-request-id, x-l40s-worker, x-l40s-source, retry-after"

@@ -18,7 +18,7 @@ one event the last counts; an event without ``data`` is none, but openai's libra
 
 import re
 
-from l40sd.core.halfjson import rest_of_character, rest_of_object
+from l40sd.proxy.half_json import rest_of_character, rest_of_object
 
 DONE = b"[DONE]"
 

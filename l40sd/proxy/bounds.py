@@ -5,8 +5,8 @@ import ipaddress
 from collections import Counter
 
 from l40sd.config.options import ProxyConfig
-from l40sd.core.descriptors import Shares, share
-from l40sd.core.refused import Refused
+from l40sd.proxy.descriptors import Shares, share
+from l40sd.proxy.refused import Refused
 
 FREE_BODY_BYTES = 16384
 """A request's body up to this size is not counted: ``connection_limit`` bounds those, and counting costs."""

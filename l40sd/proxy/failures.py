@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import structlog
 
-from l40sd.core.ratelimit import RateLimit
+from l40sd.proxy.rate_limit import RateLimit
 
 log = structlog.get_logger()
 

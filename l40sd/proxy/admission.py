@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from l40sd.adapters.http import RequestHead
-from l40sd.core.cors import Cors
-from l40sd.core.refused import Refused
+from l40sd.proxy.cors import Cors
+from l40sd.proxy.refused import Refused
 
 PASSED_ON = {
     path.encode(): path.encode()

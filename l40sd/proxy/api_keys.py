@@ -3,14 +3,14 @@
 import os
 import stat
 
-from l40sd.core.keyfile import parse_keys
 from l40sd.errors import L40sError
+from l40sd.proxy.key_file import parse_keys
 
 SIZE_LIMIT_BYTES = 1 << 20
 
 
 def read_keys(path: str) -> frozenset[str]:
-    """Return the keys of the file, see core/keyfile.py; none for an empty path.
+    """Return the keys of the file, see proxy/key_file.py; none for an empty path.
 
     Raises:
         L40sError: The file cannot be read, is too large or nobody's to trust, or a line of it cannot be a key.

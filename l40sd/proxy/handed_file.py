@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from l40sd.core.handed import Handed
+from l40sd.proxy.handed import Handed
 
 VARIABLE = "L40SD_HANDOVER"
 """``LOCK:LISTENER,LISTENER``: numbers of the descriptors that are kept."""

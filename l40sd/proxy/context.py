@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from l40sd.config.options import ProxyConfig
-from l40sd.core.cors import Cors
+from l40sd.proxy.bounds import Bounds
+from l40sd.proxy.cors import Cors
+from l40sd.proxy.failures import Failures
+from l40sd.proxy.metrics import Metrics
+from l40sd.proxy.poison_table import Poison
+from l40sd.proxy.worker_connection import Peer
 from l40sd.routing.routes import Route, Routes
-from l40sd.services.proxy_bounds import Bounds
-from l40sd.services.proxy_failures import Failures
-from l40sd.services.proxy_metrics import Metrics
-from l40sd.services.proxy_poison import Poison
-from l40sd.services.proxy_upstream import Peer
 
 if TYPE_CHECKING:
-    from l40sd.services.proxy_client import Client
+    from l40sd.proxy.client_connection import Client
 
 
 @dataclass(slots=True)

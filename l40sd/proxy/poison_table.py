@@ -9,8 +9,8 @@ import secrets
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
-from l40sd.core.poison import Death, is_poison
-from l40sd.core.retrypolicy import DEATHS_LIMIT
+from l40sd.proxy.poison import Death, is_poison
+from l40sd.proxy.retry_policy import DEATHS_LIMIT
 from l40sd.routing.routes import Route
 
 Fingerprint = bytes

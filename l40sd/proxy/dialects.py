@@ -15,7 +15,7 @@ import re
 from enum import StrEnum
 from typing import Any
 
-from l40sd.core.refused import Refused
+from l40sd.proxy.refused import Refused
 
 _sequence_number = re.compile(rb'"sequence_number":[ ]?(\d{1,15})\b').findall
 

@@ -2,10 +2,10 @@
 
 from l40sd.adapters.chunked import go_on, place_of
 from l40sd.adapters.http import ResponseHead
-from l40sd.core.dialects import dialect_of, error_members, event_name, last_data
-from l40sd.core.refused import Refused
-from l40sd.core.sse import ending, is_whole
-from l40sd.services.proxy_upstream import Upstream
+from l40sd.proxy.dialects import dialect_of, error_members, event_name, last_data
+from l40sd.proxy.refused import Refused
+from l40sd.proxy.sse import ending, is_whole
+from l40sd.proxy.worker_connection import Upstream
 
 
 def end_of_stream(

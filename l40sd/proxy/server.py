@@ -17,17 +17,16 @@ from pathlib import Path
 
 import structlog
 
-from l40sd.adapters import heap
 from l40sd.config.options import ProxyConfig
-from l40sd.core.descriptors import BACKLOG
-from l40sd.core.handed import Handed
 from l40sd.errors import L40sError
 from l40sd.model import WorkerId
+from l40sd.proxy import heap, listeners
+from l40sd.proxy.client_connection import Client
+from l40sd.proxy.context import Shared
+from l40sd.proxy.descriptors import BACKLOG
+from l40sd.proxy.handed import Handed
+from l40sd.proxy.handover import gather, settle, take_over
 from l40sd.routing.routes import Routes
-from l40sd.services import listeners
-from l40sd.services.proxy_client import Client
-from l40sd.services.proxy_handover import gather, settle, take_over
-from l40sd.services.proxy_shared import Shared
 
 DRAIN_POLL_S = 0.01
 ROUNDS_TO_CLOSE = 3

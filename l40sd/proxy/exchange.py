@@ -4,7 +4,7 @@
        \\______________________/    |            |  \\--500--> HELD --/
                 ^------ another worker ---------/-------------/   before the first byte of a reply only (invariant 7)
 
-What is tried again, and where, is core/retrypolicy.py's to say. Once a reply has begun it is never repeated: a stream
+What is tried again, and where, is proxy/retry_policy.py's to say. Once a reply has begun it is never repeated: a stream
 that breaks ends in an error event, wherever it broke, and its connection is closed without the last chunk, so that
 every client can tell (``proxy_breaks``); anything else is cut.
 
@@ -35,20 +35,20 @@ from l40sd.adapters.http import (
     plain_request,
 )
 from l40sd.adapters.requestbody import replace_model
-from l40sd.core.handed import HandedExchange, HandedReply
-from l40sd.core.refused import Refused
-from l40sd.core.retrypolicy import DEATHS_LIMIT, TABLE, Next, Seen, decide
 from l40sd.model import ModelName
+from l40sd.proxy.breaks import end_of_stream, ended_whole
+from l40sd.proxy.context import Shared
+from l40sd.proxy.handed import HandedExchange, HandedReply
+from l40sd.proxy.metrics import CLIENT_GONE
+from l40sd.proxy.pages import no_worker, refused_as_poison, unknown_model
+from l40sd.proxy.poison_table import End
+from l40sd.proxy.refused import Refused
+from l40sd.proxy.retry_policy import DEATHS_LIMIT, TABLE, Next, Seen, decide
+from l40sd.proxy.worker_connection import ABORTED, Countdown, Peer, Tail, Unchunk, Upstream, says_aborted
 from l40sd.routing.routes import FailureKind, Lease, Route, Waiter
-from l40sd.services.proxy_breaks import end_of_stream, ended_whole
-from l40sd.services.proxy_metrics import CLIENT_GONE
-from l40sd.services.proxy_pages import no_worker, refused_as_poison, unknown_model
-from l40sd.services.proxy_poison import End
-from l40sd.services.proxy_shared import Shared
-from l40sd.services.proxy_upstream import ABORTED, Countdown, Peer, Tail, Unchunk, Upstream, says_aborted
 
 if TYPE_CHECKING:
-    from l40sd.services.proxy_client import Client
+    from l40sd.proxy.client_connection import Client
 
 STALE_WITHIN_S = 1.0  # a kept connection that closes later than this was closed over the request itself
 LOGGED_LIMIT = 200  # characters of what a client chose

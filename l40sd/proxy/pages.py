@@ -1,4 +1,4 @@
-"""Answers that the proxy gives itself: errors (their shapes are in core/dialects.py), and what it shows of its state.
+"""Answers that the proxy gives itself: errors (their shapes are in proxy/dialects.py), and what it shows of its state.
 
 All of them carry ``x-l40s-source: l40sd``, so that a client can tell them from a worker's.
 """
@@ -8,9 +8,9 @@ from http import HTTPStatus
 from typing import Any, NamedTuple
 from urllib.parse import unquote, unquote_plus
 
-from l40sd.core.refused import Refused
 from l40sd.messages import encode
 from l40sd.model import ListedModel, ModelName
+from l40sd.proxy.refused import Refused
 from l40sd.routing.routes import Line, Routes
 
 JSON = b"application/json"
