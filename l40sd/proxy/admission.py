@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from l40sd.adapters.http import RequestHead
 from l40sd.proxy.cors import Cors
+from l40sd.proxy.http1.heads import RequestHead
 from l40sd.proxy.refused import Refused
 
 PASSED_ON = {

@@ -1,8 +1,8 @@
 """Replies that do not come to their end: what a client is told, and whether an end without framing was one."""
 
-from l40sd.adapters.chunked import go_on, place_of
-from l40sd.adapters.http import ResponseHead
 from l40sd.proxy.dialects import dialect_of, error_members, event_name, last_data
+from l40sd.proxy.http1.chunked import go_on, place_of
+from l40sd.proxy.http1.heads import ResponseHead
 from l40sd.proxy.refused import Refused
 from l40sd.proxy.sse import ending, is_whole
 from l40sd.proxy.worker_connection import Upstream

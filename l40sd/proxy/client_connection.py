@@ -13,9 +13,6 @@ import struct
 from math import inf
 from typing import cast
 
-from l40sd.adapters.chunked import ChunkedBody
-from l40sd.adapters.http import HeadTemplate, RequestHead, parse_request, plain_request, template_of
-from l40sd.adapters.requestbody import ModelMemory
 from l40sd.proxy import pages as pages
 from l40sd.proxy.admission import admit
 from l40sd.proxy.bounds import FREE_BODY_BYTES, address_of
@@ -24,6 +21,9 @@ from l40sd.proxy.cors import preflight_fields
 from l40sd.proxy.dialects import dialect_of, error_body
 from l40sd.proxy.exchange import Exchange, duplicate
 from l40sd.proxy.handed import HandedConnection, HandedExchange
+from l40sd.proxy.http1.chunked import ChunkedBody
+from l40sd.proxy.http1.heads import HeadTemplate, RequestHead, parse_request, plain_request, template_of
+from l40sd.proxy.http1.request_body import ModelMemory
 from l40sd.proxy.refused import Refused
 
 AHEAD_LIMIT_BYTES = 65536

@@ -25,8 +25,12 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from l40sd.adapters.chunked import ends_between_chunks
-from l40sd.adapters.http import (
+from l40sd.model import ModelName
+from l40sd.proxy.breaks import end_of_stream, ended_whole
+from l40sd.proxy.context import Shared
+from l40sd.proxy.handed import HandedExchange, HandedReply
+from l40sd.proxy.http1.chunked import ends_between_chunks
+from l40sd.proxy.http1.heads import (
     KnownReply,
     RequestHead,
     ResponseHead,
@@ -34,11 +38,7 @@ from l40sd.adapters.http import (
     parse_request,
     plain_request,
 )
-from l40sd.adapters.requestbody import replace_model
-from l40sd.model import ModelName
-from l40sd.proxy.breaks import end_of_stream, ended_whole
-from l40sd.proxy.context import Shared
-from l40sd.proxy.handed import HandedExchange, HandedReply
+from l40sd.proxy.http1.request_body import replace_model
 from l40sd.proxy.metrics import CLIENT_GONE
 from l40sd.proxy.pages import no_worker, refused_as_poison, unknown_model
 from l40sd.proxy.poison_table import End

@@ -11,8 +11,8 @@ from typing import Protocol, cast
 
 import httptools
 
-from l40sd.adapters.chunked import FAR_BYTES, ends_between_chunks
-from l40sd.adapters.http import (
+from l40sd.proxy.http1.chunked import FAR_BYTES, ends_between_chunks
+from l40sd.proxy.http1.heads import (
     KnownReply,
     ResponseHead,
     is_reserved_in_trailer,

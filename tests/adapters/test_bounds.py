@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from l40sd.adapters import chunked, http, requestbody
-from l40sd.adapters.chunked import ChunkedBody
-from l40sd.adapters.http import parse_request, parse_response
-from l40sd.adapters.requestbody import find_model, replace_model
+from l40sd.proxy.http1 import chunked
+from l40sd.proxy.http1.chunked import ChunkedBody
+from l40sd.proxy.http1.heads import parse_request, parse_response
+from l40sd.proxy.http1.request_body import find_model, replace_model
 from l40sd.proxy.refused import Refused
 
 parser: Any = re._parser  # type: ignore[attr-defined]  # the only one there is that reads patterns as re does

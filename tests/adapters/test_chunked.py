@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from l40sd.adapters import chunked
-from l40sd.adapters.chunked import ChunkedBody, ends_between_chunks
-from l40sd.adapters.http import parse_request, plain_request
+from l40sd.proxy.http1 import chunked
+from l40sd.proxy.http1.chunked import ChunkedBody, ends_between_chunks
+from l40sd.proxy.http1.heads import parse_request, plain_request
 
 chunks = st.lists(st.binary(min_size=1, max_size=40), max_size=6)
 

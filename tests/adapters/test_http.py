@@ -6,9 +6,9 @@ from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l40sd.adapters.chunked import ChunkedBody
-from l40sd.adapters.http import format_request, known_reply, parse_request, parse_response, template_of
-from l40sd.adapters.requestbody import ModelMemory, find_model, replace_model
+from l40sd.proxy.http1.chunked import ChunkedBody
+from l40sd.proxy.http1.heads import format_request, known_reply, parse_request, parse_response, template_of
+from l40sd.proxy.http1.request_body import ModelMemory, find_model, replace_model
 from l40sd.proxy.refused import Refused
 
 names = st.text("abcXYZ019-_", min_size=1, max_size=12).map(lambda name: f"x-a-{name}")
