@@ -40,7 +40,7 @@ from l40sd.cli_layout import patterns_view
 from l40sd.cli_status import status_view, worker_view
 from l40sd.cli_topology import topology
 from l40sd.cli_wait import wait
-from l40sd.client import UNREACHABLE, worker_path
+from l40sd.control.client import UNREACHABLE, worker_path
 from l40sd.errors import L40sError
 from l40sd.messages import PatternView, Status, encode
 from l40sd.streams import NO_READER, abandon, settle

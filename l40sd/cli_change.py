@@ -8,7 +8,7 @@ import click
 from l40sd.cli_base import EXIT_FAILED, Session, common, complete_pattern, complete_worker, leave, unknown_worker
 from l40sd.cli_layout import preview_view, warnings_of
 from l40sd.cli_wait import begin
-from l40sd.client import worker_path
+from l40sd.control.client import worker_path
 from l40sd.errors import L40sError
 from l40sd.messages import Accepted, ChangePreview, PatternRequest, RestartRequest, WorkerStatus, encode
 

@@ -11,7 +11,7 @@ from l40sd.cli_layout import topology_view
 from l40sd.config import files as config_files
 from l40sd.config.load import load
 from l40sd.config.options import Config, HostConfig, ModelConfig
-from l40sd.core import views
+from l40sd.control import views
 from l40sd.errors import L40sError
 from l40sd.hardware.host_file import parse_host_file
 from l40sd.hardware.host_files import SIZE_LIMIT_BYTES, read_host

@@ -25,6 +25,7 @@ from l40sd.clock import now_s
 from l40sd.config import files as config_files
 from l40sd.config.load import Loaded, load
 from l40sd.config.options import Config
+from l40sd.control.events import Events
 from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.errors import ConfigError, L40sError
 from l40sd.model import Outlook
@@ -32,7 +33,6 @@ from l40sd.proxy import handed_file, heap
 from l40sd.proxy.api_keys import read_keys
 from l40sd.proxy.server import Proxy
 from l40sd.routing.routes import CatalogEntry, Routes
-from l40sd.services.events import Events
 from l40sd.streams import abandon
 from l40sd.trust import distrust, unusable
 
@@ -56,7 +56,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
     try:
         loaded = load(config_files.read(path))
         if check_config:
-            from l40sd.services.preflight import refuse_unusable  # not in the way of an upgrade
+            from l40sd.control.checks import refuse_unusable  # not in the way of an upgrade
 
             refuse_unusable(loaded)
     except L40sError as error:

@@ -16,13 +16,18 @@ from pathlib import Path
 import structlog
 
 from l40sd import log, systemd
-from l40sd.adapters.eventfile import EventFile
 from l40sd.adapters.lock import DaemonLock
 from l40sd.clock import now_s
 from l40sd.config import files as config_files
 from l40sd.config import show as config_show
 from l40sd.config.load import Loaded, load
 from l40sd.config.options import Config, in_force
+from l40sd.control import report
+from l40sd.control.checks import STATE_NAME
+from l40sd.control.doctor import examine
+from l40sd.control.event_file import EventFile
+from l40sd.control.events import Events
+from l40sd.control.server import Control, Doors
 from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.errors import L40sError
 from l40sd.hardware.gpu_watch import GpuWatch
@@ -35,11 +40,6 @@ from l40sd.proxy.api_keys import read_keys
 from l40sd.proxy.key_file import key_changes
 from l40sd.proxy.server import Proxy
 from l40sd.routing.routes import Routes
-from l40sd.services import report
-from l40sd.services.control import Control, Doors
-from l40sd.services.doctor import examine
-from l40sd.services.events import Events
-from l40sd.services.preflight import STATE_NAME
 from l40sd.supervisor.state_file import Store
 from l40sd.supervisor.supervisor import Supervisor
 from l40sd.workers.keys import WorkerKeys

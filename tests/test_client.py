@@ -10,8 +10,8 @@ import pytest
 from fakecontrol import refusal, serving
 from stranger import as_stranger, passable
 
-from l40sd import client
-from l40sd.client import Client, socket_path, worker_path
+from l40sd.control import client
+from l40sd.control.client import Client, socket_path, worker_path
 from l40sd.errors import L40sError
 from l40sd.messages import Check, Event, PatternRequest
 

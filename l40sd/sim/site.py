@@ -22,7 +22,7 @@ from typing import Self, TypeVar
 
 import psutil
 
-from l40sd.client import UNREACHABLE, Client
+from l40sd.control.client import UNREACHABLE, Client
 from l40sd.errors import L40sError
 from l40sd.messages import Event, OperationStatus, PatternRequest, Status, encode
 

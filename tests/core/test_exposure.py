@@ -2,7 +2,7 @@
 
 import pytest
 
-from l40sd.core.exposure import connects_to, is_loopback
+from l40sd.control.exposure import connects_to, is_loopback
 
 
 @pytest.mark.parametrize(

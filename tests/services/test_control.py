@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from stranger import BECOME, passable
 
+from l40sd.control.server import CONNECTION_LIMIT
 from l40sd.errors import L40sError
 from l40sd.messages import Check, PatternView, Topology
-from l40sd.services.control import CONNECTION_LIMIT
 from l40sd.sim.site import Site
 
 SiteOf = Callable[[str], Site]

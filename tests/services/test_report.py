@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from l40sd.control.report import summary_line
 from l40sd.running import own_python
-from l40sd.services.report import summary_line
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import msgspec
 from l40sd.config import files as config_files
 from l40sd.config.load import Loaded, key_text, load, origin_of
 from l40sd.config.options import Config
-from l40sd.core.exposure import connects_to, is_loopback
+from l40sd.control.exposure import connects_to, is_loopback
 from l40sd.engines.launch import build, program_of
 from l40sd.errors import ConfigError, L40sError
 from l40sd.hardware.host import AUTO

@@ -9,8 +9,8 @@ from heapq import merge
 from itertools import takewhile
 from typing import Any
 
-from l40sd.adapters.eventfile import EventFile
 from l40sd.clock import wall_time_iso
+from l40sd.control.event_file import EventFile
 from l40sd.messages import Event
 
 REQUEST_EVENTS = ("proxy.request", "proxy.request_failed")

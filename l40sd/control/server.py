@@ -27,6 +27,8 @@ import structlog
 from aiohttp import web
 
 from l40sd import __version__
+from l40sd.control import report
+from l40sd.control.events import Events, Wanted
 from l40sd.errors import L40sError
 from l40sd.messages import (
     Accepted,
@@ -39,8 +41,6 @@ from l40sd.messages import (
     decode,
     encode,
 )
-from l40sd.services import report
-from l40sd.services.events import Events, Wanted
 from l40sd.supervisor.supervisor import Supervisor
 from l40sd.workers.process import Position
 

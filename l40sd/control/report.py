@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from l40sd import __version__
 from l40sd.clock import now_s
-from l40sd.core import views
+from l40sd.control import views
 from l40sd.errors import L40sError
 from l40sd.hardware.cpus import format_cpu_list
 from l40sd.hardware.host import GpuMemory
