@@ -10,7 +10,7 @@ from l40sd.cli_base import Session, common
 from l40sd.config import files as config_files
 from l40sd.config.load import load
 from l40sd.config.options import Config
-from l40sd.control import checks
+from l40sd.control import preflight
 from l40sd.hardware.host import Host
 from l40sd.messages import encode
 from l40sd.model import Inventory, ModelFacts, ModelName
@@ -36,9 +36,9 @@ def check(session: Session, file: str | None) -> None:
     """
     path = config_files.find(file, os.environ)
     loaded = load(config_files.read(path))
-    checks.refuse_unusable(loaded)
+    preflight.refuse_unusable(loaded)
     inventory, facts = asyncio.run(_this_machine(loaded.config))
-    checks.refuse_failing(loaded, facts, inventory if inventory.gpus else None)
+    preflight.refuse_failing(loaded, facts, inventory if inventory.gpus else None)
     if session.is_json:
         session.data(encode({"files": loaded.files, "models": list(loaded.config.models)}))
         return

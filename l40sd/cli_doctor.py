@@ -9,9 +9,9 @@ from l40sd.cli_base import EXIT_FAILED, Session, common, exit_code_of, leave
 from l40sd.cli_status import checks_view
 from l40sd.config import files as config_files
 from l40sd.config.load import Loaded
-from l40sd.control import checks
-from l40sd.control.checks import FAILED, OK, WARNING
+from l40sd.control import preflight
 from l40sd.control.client import UNREACHABLE
+from l40sd.control.preflight import FAILED, OK, WARNING
 from l40sd.errors import L40sError
 from l40sd.hardware.host import Host
 from l40sd.messages import Check
@@ -49,7 +49,7 @@ def doctor(session: Session, config_path: str | None) -> None:
 async def _without_daemon(config_path: str | None) -> list[Check]:
     """Return the unit's state and its last error, then what a start would find, as far as the configuration goes."""
     path = config_files.find(config_path, os.environ)
-    loaded, checks = await asyncio.to_thread(checks.config_on_disk, path)
+    loaded, checks = await asyncio.to_thread(preflight.config_on_disk, path)
     return [*await _unit(), *checks, *(await _start(loaded) if loaded is not None else [])]
 
 
@@ -75,7 +75,7 @@ async def _start(loaded: Loaded) -> list[Check]:
     config = loaded.config
     host = await Host.open(config.host)
     try:
-        await host.recall(checks.known_gpus(config), held=())
+        await host.recall(preflight.known_gpus(config), held=())
         facts, memory = await host.facts(config), await host.memory()
     finally:
         await host.close()
@@ -90,14 +90,14 @@ async def _start(loaded: Loaded) -> list[Check]:
         state = OK if inventory.is_live and memory is not None else WARNING
         hint = "" if inventory.is_live else 'a host file: set [host] inventory = "auto"'
         seen = Check(name="host", state=state, found=found, hint=hint)
-    checks = [*checks.key_file(config), checks.exposure(config), *checks.endpoint_without_daemon(config), seen]
+    checks = [*preflight.key_file(config), preflight.exposure(config), *preflight.endpoint_without_daemon(config), seen]
     if inventory.gpus:
         try:
             layout = place(patterns_of(config, inventory)[config.daemon.pattern], config, inventory, facts=facts)
         except L40sError as error:
             checks.append(Check(name="placement", state=FAILED, found=error.what, hint=error.hint))
         else:
-            checks += checks.programs(layout, config, inventory, facts)
-            checks.append(checks.placement(layout.pattern, layout.warnings))
-    checks.append(checks.numactl(inventory, config))
-    return [*checks, *checks.directories(config, ("state_dir", "runtime_dir", "log_dir"))]
+            checks += preflight.programs(layout, config, inventory, facts)
+            checks.append(preflight.placement(layout.pattern, layout.warnings))
+    checks.append(preflight.numactl(inventory, config))
+    return [*checks, *preflight.directories(config, ("state_dir", "runtime_dir", "log_dir"))]

@@ -56,7 +56,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
     try:
         loaded = load(config_files.read(path))
         if check_config:
-            from l40sd.control.checks import refuse_unusable  # not in the way of an upgrade
+            from l40sd.control.preflight import refuse_unusable  # not in the way of an upgrade
 
             refuse_unusable(loaded)
     except L40sError as error:
@@ -65,7 +65,8 @@ def main(config_path: str | None, *, check_config: bool) -> None:
     if check_config:
         say(f"{path}: good", sys.stdout)
         return
-    handed_file.hold_signals()  # until there is somebody to answer them: a stop in mid start is a stop of the workers too
+    # Until there is somebody to answer them: a stop in mid start is a stop of the workers too.
+    handed_file.hold_signals()
     events = Events(loaded.config.daemon.events_kept, loaded.config.daemon.request_events_kept)
     log.configure(loaded.config.daemon.log_level, log_format=loaded.config.daemon.log_format, on_event=events.add)
     try:

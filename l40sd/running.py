@@ -23,10 +23,10 @@ from l40sd.config import show as config_show
 from l40sd.config.load import Loaded, load
 from l40sd.config.options import Config, in_force
 from l40sd.control import report
-from l40sd.control.checks import STATE_NAME
 from l40sd.control.doctor import examine
 from l40sd.control.event_file import EventFile
 from l40sd.control.events import Events
+from l40sd.control.preflight import STATE_NAME
 from l40sd.control.server import Control, Doors
 from l40sd.core.ending import PROXY_GRACE_S, Ending
 from l40sd.errors import L40sError

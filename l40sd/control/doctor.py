@@ -6,8 +6,8 @@ from pathlib import Path
 
 from l40sd.config import show as config_show
 from l40sd.config.options import Config
-from l40sd.control import checks
-from l40sd.control.checks import FAILED, OK, WARNING
+from l40sd.control import preflight
+from l40sd.control.preflight import FAILED, OK, WARNING
 from l40sd.hardware.host import Host
 from l40sd.messages import Check
 from l40sd.naming import natural
@@ -25,15 +25,15 @@ async def examine(supervisor: Supervisor, config: Config, path: Path, *, reload_
         reload_problem: Why the latest reload was refused; empty when it was not.
     """
     memory = await supervisor.tools.host.memory()
-    disks = await asyncio.to_thread(checks.directories, config)
+    disks = await asyncio.to_thread(preflight.directories, config)
     layout, inventory = supervisor.want.layout, supervisor.tools.host.inventory
     return [
         *await asyncio.to_thread(_files, config, path, reload_problem),
-        checks.exposure(config),
+        preflight.exposure(config),
         _host(supervisor, answers=memory is not None),
         _provider(supervisor),
-        *checks.programs(layout, config, inventory, supervisor.tools.facts),
-        checks.numactl(inventory, config),
+        *preflight.programs(layout, config, inventory, supervisor.tools.facts),
+        preflight.numactl(inventory, config),
         _placement(supervisor),
         _descriptors(config),
         *disks,
@@ -43,7 +43,7 @@ async def examine(supervisor: Supervisor, config: Config, path: Path, *, reload_
 
 def _files(config: Config, path: Path, reload_problem: str) -> list[Check]:
     """Look at the configuration on disk: broken, refused by the latest reload, or another than the one in force."""
-    loaded, checks = checks.config_on_disk(path)
+    loaded, checks = preflight.config_on_disk(path)
     if loaded is None:
         return checks
     if reload_problem:
@@ -54,7 +54,7 @@ def _files(config: Config, path: Path, reload_problem: str) -> list[Check]:
     elif changed := config_show.diff(config, loaded.config):
         found = f"{path} is not what is in force: {len(changed)} differences"
         checks = [Check(name="config", state=WARNING, found=found, hint="l40sctl config diff; l40sctl reload")]
-    return [*checks, *checks.key_file(loaded.config)]
+    return [*checks, *preflight.key_file(loaded.config)]
 
 
 def _host(supervisor: Supervisor, *, answers: bool) -> Check:
@@ -89,7 +89,7 @@ def _placement(supervisor: Supervisor) -> Check:
     if not layout.placements:
         found = f"nothing of pattern {pattern} is placed"
         return Check(name="placement", state=FAILED, found=found, hint="l40sctl status says why")
-    return checks.placement(pattern, layout.warnings)
+    return preflight.placement(pattern, layout.warnings)
 
 
 def _descriptors(config: Config) -> Check:

@@ -1,7 +1,7 @@
 """A change of what is wanted: what it goes by, what speaks against it, and how it ends.
 
-The supervisor asks these functions at every turn, and the dry run (supervisor/rehearsal.py) plays them ahead: there is no
-second copy of a decision. A change ends in one of three ways, and within a time that is known before it begins:
+The supervisor asks these functions at every turn, and the dry run (rehearsal.py) plays them ahead: there is no second
+copy of a decision. A change ends in one of three ways, and within a time that is known before it begins:
 
     done            exactly what is wanted is there and ready
     back            what was wanted before is wanted again, because what was on trial failed or the floor is lost
