@@ -12,7 +12,7 @@ EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 def main() -> None:
     """Run l40sd and end with its exit status; a Ctrl-C before it can answer signals is no traceback."""
     try:
-        from l40sd.daemon import main as run  # not before the line above
+        from l40sd.daemon.main import main as run  # not before the line above
 
         run()
     except KeyboardInterrupt:

@@ -16,7 +16,9 @@ import canned
 import pytest
 from fakecontrol import FakeControl, refusal, serving
 
-from l40sd import cli, cli_status, cli_wait
+from l40sd.cli import main as cli
+from l40sd.cli import status as cli_status
+from l40sd.cli import wait as cli_wait
 from l40sd.hardware import nvml
 from l40sd.messages import Check, LastEnd, LogPart, OperationStatus, encode
 
@@ -514,7 +516,7 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         settled = {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "40", **environ}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from l40sd.l40sctl import main; main()", "--socket", fake.path, *arguments],
+            [sys.executable, "-c", "from l40sd.cli.__main__ import main; main()", "--socket", fake.path, *arguments],
             env={**os.environ, **settled},
             stdin=theirs,
             stdout=theirs,
@@ -660,7 +662,7 @@ def ended(fake: FakeControl, redirection: str, *arguments: str, **environ: str) 
             "sh",
             sys.executable,
             "-m",
-            "l40sd.l40sctl",
+            "l40sd.cli",
             "--socket",
             fake.path,
             *arguments,
@@ -692,7 +694,7 @@ def test_a_closed_stderr_is_no_reason_to_fail(fake: FakeControl) -> None:
 def test_whoever_has_read_enough_is_told_nothing(fake: FakeControl, arguments: Sequence[str]) -> None:
     """`events | head -1` ended with 1, as if something had failed."""
     fake.answers["GET /v1/events"] = lambda: (200, (encode(event) + b"\n" for event in canned.EVENTS * 5000))
-    program = [sys.executable, "-m", "l40sd.l40sctl", "--socket", fake.path, *arguments]
+    program = [sys.executable, "-m", "l40sd.cli", "--socket", fake.path, *arguments]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -9,7 +9,7 @@ import pytest
 from l40sd.config.load import Loaded
 from l40sd.config.options import Config, DaemonConfig
 from l40sd.control.preflight import refuse_unusable
-from l40sd.daemon import prepare_directories
+from l40sd.daemon.main import prepare_directories
 from l40sd.errors import ConfigError, L40sError
 
 KEYS = ("state_dir", "runtime_dir", "log_dir")

@@ -4,7 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from l40sd.cli import cli
+from l40sd.cli.main import cli
 from l40sd.workers.lifecycle import Phase
 
 ROOT = Path(__file__).resolve().parents[1]

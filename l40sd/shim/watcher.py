@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from l40sd.shim import INSTANCE_VARIABLE, PROTOCOL, RUNTIME_VARIABLE, TERM_GROUP, engine, groups, leavings, tree
+from l40sd.shim import INSTANCE_VARIABLE, PROTOCOL, RUNTIME_VARIABLE, TERM_GROUP, cgroup, engine, leftovers, tree
 from l40sd.shim.output import RotatingLog
 
 READ_BYTES = 256 << 10
@@ -70,7 +70,7 @@ class Watcher:
         self.spec = spec
         engine.prctl(engine.PR_SET_CHILD_SUBREAPER, 1)
         self.log = RotatingLog(spec["log"], spec["log_file_bytes"], spec["log_files"])
-        self.group = groups.join(spec, self.log)
+        self.group = cgroup.join(spec, self.log)
         self.started_s = time.monotonic()
         self.folder = ""  # the run's temporary one
         self.began_s = began_s
@@ -102,7 +102,7 @@ class Watcher:
         runtime_dir = os.path.dirname(os.path.dirname(self.directory))
         marks = {INSTANCE_VARIABLE: self.spec["instance"], RUNTIME_VARIABLE: runtime_dir}
         folder = self.spec.get("tmp", "")
-        if folder and leavings.make_folder(folder, self.began_s):
+        if folder and leftovers.make_folder(folder, self.began_s):
             self.folder = marks["TMPDIR"] = folder
         self.engine, self.output_fd, self.exec_fd = engine.fork(self.spec, marks, self.group)
         self.on_readable(self.output_fd, lambda: void(self.read_output()))
@@ -118,7 +118,7 @@ class Watcher:
             self.exec_answered()
         while self.output_fd in self.readers and self.read_output():
             pass  # all writers are dead: this ends with what is in the pipe
-        leavings.remove(self.folder, self.began_s)
+        leftovers.remove(self.folder, self.began_s)
         return self.write_exit()
 
     def on_readable(self, descriptor: int, do: Callable[[], None]) -> None:
@@ -261,7 +261,7 @@ class Watcher:
         """Whether nobody is left; once somebody should not be any more, tell or kill them."""
         if self.status is None and not self.is_killing:
             return False
-        if not self.has_children and not (self.group and groups.is_populated(f"{self.group}/engine")):
+        if not self.has_children and not (self.group and cgroup.is_populated(f"{self.group}/engine")):
             return True
         if self.term_deadline_s is not None and not self.is_killing:
             self.tell_the_rest()
@@ -278,7 +278,7 @@ class Watcher:
         self.retry_at_s = now_s + self.retry_s
         self.retry_s = min(LAST_RETRY_S, 2 * self.retry_s)
         if self.group:
-            groups.kill(f"{self.group}/engine")
+            cgroup.kill(f"{self.group}/engine")
         if self.has_children:
             tree.kill_all(lambda: tree.descendants(os.getpid()))
 
@@ -287,7 +287,7 @@ class Watcher:
         assert self.status is not None
         code = os.WEXITSTATUS(self.status) if os.WIFEXITED(self.status) else None
         number = os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else None
-        oom = groups.was_oom_killed(self.group)
+        oom = cgroup.was_oom_killed(self.group)
         how = f"exit code {code}" if number is None else f"killed by {signal.Signals(number).name}"
         record = {
             "protocol": PROTOCOL,

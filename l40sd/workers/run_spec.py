@@ -12,7 +12,7 @@ from l40sd.engines.launch import Launch
 from l40sd.errors import L40sError
 from l40sd.messages import plain
 from l40sd.model import InstanceId, ModelFacts, Placement
-from l40sd.shim import leavings
+from l40sd.shim import leftovers
 from l40sd.workers import cache_folders
 from l40sd.workers.process import InstanceSpec
 from l40sd.workers.slot import Wanted
@@ -105,7 +105,7 @@ def spec_of(launch: Launch, wanted: Wanted, config: Config, tools: Tools) -> Ins
 
 def temporary_folder(place: str, run: str) -> str:
     """Return the folder that one run gets below the usual one; empty where its sockets' paths would be too long."""
-    path = f"{place.rstrip('/')}/{leavings.FOLDER}{run}"
+    path = f"{place.rstrip('/')}/{leftovers.FOLDER}{run}"
     return path if len(path) <= TEMPORARY_PATH_LIMIT else ""
 
 

@@ -6,8 +6,8 @@ import socket
 import msgspec
 import pytest
 
+from l40sd.daemon import reexec
 from l40sd.model import Backend, ModelName, WorkerId
-from l40sd.proxy import handed_file
 from l40sd.proxy.handed import Handed, HandedConnection, HandedExchange, HandedReply
 
 
@@ -56,16 +56,16 @@ def test_what_is_given_is_taken_once_and_nothing_else_inherits_it(ends: list[int
         connections=(HandedConnection(client=client, held=b"GET ", exchange=exchange(upstream)),),
     )
     environ: dict[str, str] = {}
-    handed_file.give(lock, own=[], lent=[], environ=environ)
-    handed_file.give_connections(handed, environ)
+    reexec.give(lock, own=[], lent=[], environ=environ)
+    reexec.give_connections(handed, environ)
     kept = int(environ["L40SD_HANDOVER"].partition(":")[0])
     file = int(environ["L40SD_HANDOVER_CONNECTIONS"])
     assert all(map(os.get_inheritable, (client, upstream, file, kept)))
-    taken = handed_file.take(environ)
+    taken = reexec.take(environ)
     assert taken is not None
     assert (taken.connections, taken.problem) == (handed, "")
     assert environ == {}
-    assert handed_file.take(environ) is None
+    assert reexec.take(environ) is None
     assert not os.get_inheritable(client)
     assert not os.get_inheritable(upstream)
     assert not is_open(file)
@@ -78,11 +78,11 @@ def test_connections_that_are_not_understood_are_closed_and_that_is_said(
 ) -> None:
     client, upstream, lock, other = ends
     environ: dict[str, str] = {}
-    handed_file.give(lock, own=[], lent=[], environ=environ)
+    reexec.give(lock, own=[], lent=[], environ=environ)
     if damage == "version":
-        monkeypatch.setattr(handed_file, "CONNECTIONS_VERSION", 99)
+        monkeypatch.setattr(reexec, "CONNECTIONS_VERSION", 99)
     handed = Handed(paused_at_s=1.0, connections=(HandedConnection(client=client, exchange=exchange(upstream)),))
-    handed_file.give_connections(handed, environ)
+    reexec.give_connections(handed, environ)
     monkeypatch.undo()
     file = int(environ["L40SD_HANDOVER_CONNECTIONS"])
     if damage == "shape":
@@ -90,7 +90,7 @@ def test_connections_that_are_not_understood_are_closed_and_that_is_said(
         os.ftruncate(file, os.pwrite(file, msgspec.msgpack.encode(old | {"connections": {"paused_at_s": "late"}}), 0))
     if damage == "bytes":
         os.ftruncate(file, 10)
-    taken = handed_file.take(environ)
+    taken = reexec.take(environ)
     assert taken is not None
     assert taken.connections is None
     assert ("99" if damage == "version" else "cannot be read") in taken.problem

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from stranger import BECOME, passable
 
-from l40sd.adapters.lock import DaemonLock
+from l40sd.daemon.lock import DaemonLock
 from l40sd.errors import L40sError
 from l40sd.shim.watcher import lock_is_free
 
 HOLDER = """
 import sys
 from pathlib import Path
-from l40sd.adapters.lock import DaemonLock
+from l40sd.daemon.lock import DaemonLock
 lock = DaemonLock.acquire(Path(sys.argv[1]))
 print(flush=True)
 sys.stdin.read()
@@ -109,7 +109,7 @@ def test_the_lock_survives_exec_in_place(path: Path) -> None:
     code = f"""
 import os, sys
 from pathlib import Path
-from l40sd.adapters.lock import DaemonLock
+from l40sd.daemon.lock import DaemonLock
 path = Path(sys.argv[1])
 if len(sys.argv) == 2:
     descriptor = DaemonLock.acquire(path).keep_over_exec()

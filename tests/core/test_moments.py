@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.core.moments import parse_moment
+from l40sd.cli.moments import parse_moment
 
 NOW = datetime(2026, 11, 23, 3, 7, 9, 500, tzinfo=timezone(timedelta(hours=1)))
 

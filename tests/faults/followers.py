@@ -24,7 +24,7 @@ class Follower:
     async def start(cls, site: Site, *arguments: str) -> "Follower":
         # A background job of a shell is born deaf to Ctrl-C, and so are its children; this one is at a terminal.
         hearing = ("env", "--default-signal=INT")
-        program = (*hearing, sys.executable, "-m", "l40sd.l40sctl", "--socket", str(site.socket), *arguments)
+        program = (*hearing, sys.executable, "-m", "l40sd.cli", "--socket", str(site.socket), *arguments)
         return cls(await asyncio.create_subprocess_exec(*program, stdout=PIPE, stderr=PIPE, env=dict(os.environ)))
 
     async def read(self) -> None:

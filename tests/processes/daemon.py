@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from l40sd.adapters.lock import DaemonLock
+from l40sd.daemon.lock import DaemonLock
 from l40sd.workers.process import InstanceSpec, Processes
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from l40sd.shim import groups, tree
+from l40sd.shim import cgroup, tree
 from l40sd.workers.process import Instance, InstanceSpec, Processes
 from l40sd.workers.process.leftovers import mark_of, marked
 
@@ -81,7 +81,7 @@ class Site:
         return [one for one in marked() if mark_of(one)[1] == str(self.runtime_dir)]
 
     def groups(self) -> list[Path]:
-        own = groups.own()
+        own = cgroup.own()
         return [] if own is None else [path for path in Path(own).glob("l40sd-*") if path.name in self.bases]
 
     @property

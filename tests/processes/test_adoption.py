@@ -13,7 +13,7 @@ import pytest
 from processkit import PATIENCE_S, Site, end, is_alive, until
 
 from l40sd.errors import L40sError
-from l40sd.shim import groups, tree
+from l40sd.shim import cgroup, tree
 from l40sd.workers.process import Instance, Processes
 from l40sd.workers.process.containment import choose
 from l40sd.workers.process.leftovers import Remains
@@ -397,7 +397,7 @@ async def test_fault_57_a_cgroup_left_from_before_is_emptied_and_never_used_agai
 async def test_fault_56_without_cgroups_there_is_still_the_shim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(groups, "own", lambda: None)
+    monkeypatch.setattr(cgroup, "own", lambda: None)
     provider = await choose("auto", tmp_path)
     assert provider.name == "none"
     assert "no cgroup2 is mounted here" in provider.note

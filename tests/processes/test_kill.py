@@ -11,7 +11,7 @@ from processkit import PATIENCE_S, Site, end, is_alive, until
 
 from l40sd.errors import L40sError
 from l40sd.shim import tree
-from l40sd.shim.groups import was_oom_killed
+from l40sd.shim.cgroup import was_oom_killed
 from l40sd.workers.process import ExitRecord, Instance
 from l40sd.workers.process.leftovers import Remains
 

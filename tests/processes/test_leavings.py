@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processkit import PATIENCE_S, Site, end, until
 
-from l40sd.shim import leavings
+from l40sd.shim import leftovers
 
 LEAVES = (
     "mkdir -p $TMPDIR/sub; echo x > $TMPDIR/sub/file; ln -s / $TMPDIR/link; echo $TMPDIR > folder;"
@@ -21,13 +21,13 @@ LEAVES = (
 @pytest.fixture
 def segments() -> Iterator[Path]:
     """Where they are; those that a failing test leaves are removed."""
-    yield Path(leavings.SHARED_MEMORY)
-    for path in Path(leavings.SHARED_MEMORY).glob("*l40sd_*"):
+    yield Path(leftovers.SHARED_MEMORY)
+    for path in Path(leftovers.SHARED_MEMORY).glob("*l40sd_*"):
         path.unlink()
 
 
 def left(name: str) -> list[str]:
-    return sorted(path.name for path in Path(leavings.SHARED_MEMORY).glob(f"*l40sd_{name}"))
+    return sorted(path.name for path in Path(leftovers.SHARED_MEMORY).glob(f"*l40sd_{name}"))
 
 
 @pytest.mark.parametrize("how", ["by itself", "stopped", "killed", "its shim killed"])
@@ -85,7 +85,7 @@ def test_a_segment_that_somebody_uses_is_no_leaving(segments: Path) -> None:
         with (segments / f"{name}_open").open("w"):
             (segments / f"{name}_left").touch()
             (segments / f"other_l40sd_{os.getpid()}").touch()
-            assert f"{name}_mapped" not in leavings.remove_segments(str(segments), since_s)
+            assert f"{name}_mapped" not in leftovers.remove_segments(str(segments), since_s)
             found = {path.name for path in segments.glob(f"*l40sd_{os.getpid()}*")}
             assert found == {f"{name}_mapped", f"{name}_open", f"other_l40sd_{os.getpid()}"}
     finally:
@@ -97,8 +97,8 @@ def test_a_segment_older_than_the_run_is_not_its_own(tmp_path: Path) -> None:
     old, new = tmp_path / "psm_old", tmp_path / "sem.mp-new"
     old.touch()
     new.touch()
-    assert leavings.remove_segments(str(tmp_path), new.stat().st_ctime + 1) == []
-    assert leavings.remove_segments(str(tmp_path), old.stat().st_ctime - 1) == ["psm_old", "sem.mp-new"]
+    assert leftovers.remove_segments(str(tmp_path), new.stat().st_ctime + 1) == []
+    assert leftovers.remove_segments(str(tmp_path), old.stat().st_ctime - 1) == ["psm_old", "sem.mp-new"]
 
 
 def test_only_a_folder_of_a_run_is_removed(tmp_path: Path) -> None:
@@ -107,8 +107,8 @@ def test_only_a_folder_of_a_run_is_removed(tmp_path: Path) -> None:
         (tmp_path / name / "sub").mkdir(parents=True)
     (tmp_path / "l40sd-link").symlink_to(tmp_path / "data")
     for name in ("data", "l40sd-x", "l40sd-link", "l40sd-gone"):
-        leavings.remove_folder(str(tmp_path / name))
-    leavings.remove_folder("")
+        leftovers.remove_folder(str(tmp_path / name))
+    leftovers.remove_folder("")
     assert sorted(os.listdir(tmp_path)) == ["data", "l40sd-link"]
     assert (tmp_path / "data" / "sub").exists()
 
@@ -136,5 +136,5 @@ async def test_folders_of_which_nobody_knows_any_more_are_removed_by_the_next_ru
 def test_this_process_uses_its_own_files() -> None:
     with open(sys.executable, "rb") as file:
         one = os.fstat(file.fileno())
-        used = leavings.in_use()
+        used = leftovers.in_use()
     assert (one.st_dev, one.st_ino) in used

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from l40sd.shim import groups, tree
+from l40sd.shim import cgroup, tree
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_descendants_are_found_at_any_depth_and_in_any_session(child: tree.Proce
 
 
 def test_an_own_group_is_a_directory_with_its_processes() -> None:
-    group = groups.own()
+    group = cgroup.own()
     if group is None:
         pytest.skip("no cgroup2 here")
     assert str(os.getpid()) in Path(group, "cgroup.procs").read_text().split()

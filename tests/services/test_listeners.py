@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from l40sd.proxy import handed_file
+from l40sd.daemon import reexec
 from l40sd.proxy.listeners import address_of, take_over
 
 
@@ -59,8 +59,8 @@ def test_what_is_not_meant_is_closed_if_it_is_ours_and_kept_if_it_is_lent(stack:
 def test_whose_they_are_is_handed_over(stack: ExitStack) -> None:
     own, lent, lock = listener(stack), listener(stack), listener(stack)
     environ: dict[str, str] = {}
-    handed_file.give(lock.fileno(), own=[own], lent=[lent], environ=environ)
-    found = handed_file.take(environ)
+    reexec.give(lock.fileno(), own=[own], lent=[lent], environ=environ)
+    found = reexec.take(environ)
     assert found is not None
     assert environ == {}
     stack.enter_context(socket.socket(fileno=found.lock))
@@ -68,8 +68,8 @@ def test_whose_they_are_is_handed_over(stack: ExitStack) -> None:
         stack.enter_context(sock)
     assert [address_of(sock) for sock in found.own] == [address_of(own)]
     assert [address_of(sock) for sock in found.lent] == [address_of(lent)]
-    older = {handed_file.VARIABLE: f"{lock.fileno()}:{own.dup().detach()}"}  # closes nothing: it did not say whose
-    again = handed_file.take(older)
+    older = {reexec.VARIABLE: f"{lock.fileno()}:{own.dup().detach()}"}  # closes nothing: it did not say whose
+    again = reexec.take(older)
     assert again is not None
     stack.enter_context(again.lent[0])
     assert (again.own, len(again.lent)) == ((), 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from l40sd.control.report import summary_line
-from l40sd.running import own_python
+from l40sd.daemon.daemon import own_python
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l40sd.errors import L40sError
-from l40sd.shim import groups, tree
+from l40sd.shim import cgroup, tree
 from l40sd.workers.process.leftovers import remove_group, unit_of
 
 UNIT_RUNTIME_DIR = Path("/run/l40sd")
@@ -84,7 +84,7 @@ def probe_cgroup(runtime_dir: Path) -> Provider:
     Raises:
         Unavailable: One of these did not work.
     """
-    own = groups.own()
+    own = cgroup.own()
     if own is None:
         raise Unavailable("no cgroup2 is mounted here")
     name = f"l40sd-{hashlib.sha256(os.fsencode(runtime_dir)).hexdigest()[:12]}"

@@ -7,7 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
-from l40sd.shim import TERM_GROUP, leavings, tree
+from l40sd.shim import TERM_GROUP, leftovers, tree
 from l40sd.workers.process.containment import reset_unit
 from l40sd.workers.process.leftovers import Remains, remove_group, trusted_group, unit_of
 from l40sd.workers.process.records import (
@@ -174,7 +174,7 @@ class Instance:
 def remove_leavings(directory: Path, spec: InstanceSpec) -> None:
     """Remove what a run has left outside its processes, in a dead shim's place. Blocks on the disk."""
     with contextlib.suppress(OSError):
-        leavings.remove(spec.tmp, (directory / "spec.json").stat().st_ctime)
+        leftovers.remove(spec.tmp, (directory / "spec.json").stat().st_ctime)
 
 
 def open_shim(identity: Identity) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, groups, tree
+from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, cgroup, tree
 from l40sd.workers.process.records import Identity, is_ours
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.2
@@ -46,7 +46,7 @@ class Remains:
 
     def is_empty(self) -> bool:
         """Whether nobody is left."""
-        return not (self.group and groups.is_populated(self.group)) and not self.find()
+        return not (self.group and cgroup.is_populated(self.group)) and not self.find()
 
     async def kill(self, timeout_s: float) -> bool:
         """Kill all of it; False when somebody is left after ``timeout_s``."""
@@ -63,9 +63,9 @@ class Remains:
         if self.is_empty():
             return True
         if self.group:
-            groups.kill(self.group)
+            cgroup.kill(self.group)
             for name in ("engine", "shim"):  # in a unit only these two are ours to kill
-                groups.kill(f"{self.group}/{name}")
+                cgroup.kill(f"{self.group}/{name}")
         tree.kill_all(self.find)
         return False
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from l40sd.errors import L40sError
 from l40sd.naming import natural
-from l40sd.shim import OWN_GROUP, leavings, tree
+from l40sd.shim import OWN_GROUP, leftovers, tree
 from l40sd.workers.process import logs
 from l40sd.workers.process.containment import Provider, Unavailable, choose, kill_unit, start_unit
 from l40sd.workers.process.instance import Instance, last_words, open_shim, reap
@@ -251,7 +251,7 @@ class Processes:
         if provider == "unit":  # its shim may be too young to be found otherwise
             await kill_unit(remains.instance)
         is_clear = await remains.kill(CLEAR_TIMEOUT_S)
-        await asyncio.to_thread(leavings.remove_folder, tmp)
+        await asyncio.to_thread(leftovers.remove_folder, tmp)
         self._remove(directory)
         if remains.group:
             remove_group(remains.group)
@@ -275,7 +275,7 @@ class Processes:
         if birth is not None and birth.boot_id != tree.boot_id():  # 1
             adoption.notes.append(f"{directory.name}: of another boot, dropped")
             if spec is not None:
-                await asyncio.to_thread(leavings.remove_folder, spec.tmp)
+                await asyncio.to_thread(leftovers.remove_folder, spec.tmp)
             self._remove(directory)
             return
         if birth is None or spec is None or spec.instance != directory.name:  # 2

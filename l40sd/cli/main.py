@@ -16,7 +16,13 @@ from rich.live import Live
 from rich.text import Text
 
 from l40sd import __version__
-from l40sd.cli_base import (
+from l40sd.cli.change import restart, switch_pattern
+from l40sd.cli.config import config
+from l40sd.cli.doctor import doctor
+from l40sd.cli.follow import events, logs
+from l40sd.cli.grid import Window
+from l40sd.cli.layout import patterns_view
+from l40sd.cli.session import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_NO_READER,
@@ -31,15 +37,9 @@ from l40sd.cli_base import (
     save_picture,
     show_error,
 )
-from l40sd.cli_change import restart, switch_pattern
-from l40sd.cli_config import config
-from l40sd.cli_doctor import doctor
-from l40sd.cli_follow import events, logs
-from l40sd.cli_grid import Window
-from l40sd.cli_layout import patterns_view
-from l40sd.cli_status import status_view, worker_view
-from l40sd.cli_topology import topology
-from l40sd.cli_wait import wait
+from l40sd.cli.status import status_view, worker_view
+from l40sd.cli.topology import topology
+from l40sd.cli.wait import wait
 from l40sd.control.client import UNREACHABLE, worker_path
 from l40sd.errors import L40sError
 from l40sd.messages import PatternView, Status, encode

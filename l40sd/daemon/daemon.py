@@ -16,7 +16,6 @@ from pathlib import Path
 import structlog
 
 from l40sd import log, systemd
-from l40sd.adapters.lock import DaemonLock
 from l40sd.clock import now_s
 from l40sd.config import files as config_files
 from l40sd.config import show as config_show
@@ -28,14 +27,15 @@ from l40sd.control.event_file import EventFile
 from l40sd.control.events import Events
 from l40sd.control.preflight import STATE_NAME
 from l40sd.control.server import Control, Doors
-from l40sd.core.ending import PROXY_GRACE_S, Ending
+from l40sd.daemon import reexec
+from l40sd.daemon.lock import DaemonLock
+from l40sd.daemon.shutdown import PROXY_GRACE_S, Ending
 from l40sd.errors import L40sError
 from l40sd.hardware.gpu_watch import GpuWatch
 from l40sd.hardware.host import Host
 from l40sd.hardware.presence import changes
 from l40sd.messages import Check, Status
 from l40sd.naming import natural
-from l40sd.proxy import handed_file
 from l40sd.proxy.api_keys import read_keys
 from l40sd.proxy.key_file import key_changes
 from l40sd.proxy.server import Proxy
@@ -77,7 +77,7 @@ async def run_workers(
     async with AsyncExitStack() as stack:
         # 0. What happened before, and where what happens now is remembered.
         event_file = EventFile(
-            Path(config.daemon.log_dir) / EVENTS_NAME, config.daemon.events_kept, handed_file.hold_signals
+            Path(config.daemon.log_dir) / EVENTS_NAME, config.daemon.events_kept, reexec.hold_signals
         )
         events.resume(*await asyncio.to_thread(event_file.read), event_file)
         # 1. What the host is made of.
@@ -159,7 +159,7 @@ class Daemon:
             loop.add_signal_handler(number, self._told_to_end, None)
         loop.add_signal_handler(signal.SIGUSR2, self._upgrade_wanted.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
-        handed_file.release_signals()
+        reexec.release_signals()
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(self._supervisor.run(), name="supervisor"),
@@ -285,12 +285,12 @@ class Daemon:
         Raises:
             L40sError: It would not; nothing has changed.
         """
-        problem = await handed_file.check(CHECK_TIMEOUT_S)
+        problem = await reexec.check(CHECK_TIMEOUT_S)
         if problem:
             self._log.error("daemon.upgrade.failed", reason=problem)
             raise L40sError(
                 f"the release now installed would not start: {problem}",
-                where=handed_file.command()[0],
+                where=reexec.command()[0],
                 hint="mend the configuration, or install the release that runs now again; this daemon goes on",
                 code="upgrade_refused",
             )
@@ -305,9 +305,9 @@ class Daemon:
         if not self._ending.done():
             self._ending.set_result(ending)
             if ending is Ending.UPGRADE:
-                handed_file.hold_signals()  # what comes from now on is for the next daemon
+                reexec.hold_signals()  # what comes from now on is for the next daemon
         elif self._ending.result() is Ending.UPGRADE and ending is not Ending.UPGRADE:
-            handed_file.tell_next(signal.SIGTERM)  # it was on its way already
+            reexec.tell_next(signal.SIGTERM)  # it was on its way already
 
     async def _ending_by_signal(self) -> Ending:
         """Tell a stop from a restart: at SIGTERM systemd knows which job it is doing."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from l40sd.cli_base import Session, common, complete_pattern
-from l40sd.cli_layout import topology_view
+from l40sd.cli.layout import topology_view
+from l40sd.cli.session import Session, common, complete_pattern
 from l40sd.config import files as config_files
 from l40sd.config.load import load
 from l40sd.config.options import Config, HostConfig, ModelConfig

@@ -8,7 +8,7 @@ EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 def main() -> None:
     """Run l40sctl and end with its exit status."""
     try:
-        from l40sd.cli import main as run
+        from l40sd.cli.main import main as run
 
         run()
     except KeyboardInterrupt:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from l40sd.cli_grid import Column, Flow, Grid, Row
-from l40sd.cli_status import GIB, numbers, percent, span
+from l40sd.cli.grid import Column, Flow, Grid, Row
+from l40sd.cli.status import GIB, numbers, percent, span
 from l40sd.messages import ChangePreview, GroupView, PatternView, Topology
 
 LINK_STYLES = {"NV": "bold green", "PIX": "green", "PXB": "cyan", "PHB": "blue", "NODE": "yellow", "SYS": "red"}

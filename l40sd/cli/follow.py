@@ -9,10 +9,10 @@ from typing import TypeVar
 
 import click
 
-from l40sd.cli_base import Session, common, complete_worker
-from l40sd.cli_status import event_line
+from l40sd.cli.moments import EXAMPLES, parse_moment
+from l40sd.cli.session import Session, common, complete_worker
+from l40sd.cli.status import event_line
 from l40sd.control.client import UNREACHABLE, worker_path
-from l40sd.core.moments import EXAMPLES, parse_moment
 from l40sd.errors import L40sError
 from l40sd.messages import Event, LogPart
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import click
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from l40sd.cli_base import EXIT_FAILED, EXIT_INTERRUPTED, Session, common, leave
-from l40sd.cli_status import heading, percent, span
+from l40sd.cli.session import EXIT_FAILED, EXIT_INTERRUPTED, Session, common, leave
+from l40sd.cli.status import heading, percent, span
 from l40sd.control.client import UNREACHABLE
 from l40sd.errors import L40sError
 from l40sd.messages import Accepted, OperationStatus, Status, encode

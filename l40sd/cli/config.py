@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import click
 
-from l40sd.cli_base import Session, common
+from l40sd.cli.session import Session, common
 from l40sd.config import files as config_files
 from l40sd.config.load import load
 from l40sd.config.options import Config

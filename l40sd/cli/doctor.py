@@ -5,8 +5,8 @@ import os
 
 import click
 
-from l40sd.cli_base import EXIT_FAILED, Session, common, exit_code_of, leave
-from l40sd.cli_status import checks_view
+from l40sd.cli.session import EXIT_FAILED, Session, common, exit_code_of, leave
+from l40sd.cli.status import checks_view
 from l40sd.config import files as config_files
 from l40sd.config.load import Loaded
 from l40sd.control import preflight

@@ -6,7 +6,7 @@ from datetime import datetime
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from l40sd.cli_grid import Column, Flow, Grid, Row
+from l40sd.cli.grid import Column, Flow, Grid, Row
 from l40sd.event_line import told
 from l40sd.messages import Check, Event, GpuStatus, LastEnd, OperationStatus, Status, WorkerStatus
 from l40sd.workers.lifecycle import Phase

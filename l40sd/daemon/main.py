@@ -20,16 +20,17 @@ import structlog
 import uvloop
 
 from l40sd import __version__, log, systemd
-from l40sd.adapters.lock import DaemonLock
 from l40sd.clock import now_s
 from l40sd.config import files as config_files
 from l40sd.config.load import Loaded, load
 from l40sd.config.options import Config
 from l40sd.control.events import Events
-from l40sd.core.ending import PROXY_GRACE_S, Ending
+from l40sd.daemon import reexec
+from l40sd.daemon.lock import DaemonLock
+from l40sd.daemon.shutdown import PROXY_GRACE_S, Ending
 from l40sd.errors import ConfigError, L40sError
 from l40sd.model import Outlook
-from l40sd.proxy import handed_file, heap
+from l40sd.proxy import heap
 from l40sd.proxy.api_keys import read_keys
 from l40sd.proxy.server import Proxy
 from l40sd.routing.routes import CatalogEntry, Routes
@@ -66,7 +67,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
         say(f"{path}: good", sys.stdout)
         return
     # Until there is somebody to answer them: a stop in mid start is a stop of the workers too.
-    handed_file.hold_signals()
+    reexec.hold_signals()
     events = Events(loaded.config.daemon.events_kept, loaded.config.daemon.request_events_kept)
     log.configure(loaded.config.daemon.log_level, log_format=loaded.config.daemon.log_format, on_event=events.add)
     try:
@@ -80,7 +81,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
     if ending is not Ending.UPGRADE:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told again while the interpreter ends: the answer is the same
     else:
-        handed_file.exec_again()
+        reexec.exec_again()
 
 
 def say(text: str, stream: TextIO | None) -> None:
@@ -117,7 +118,7 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
     # Signals are the loop's alone: a helper thread that took one while the loop ends would lose it. libuv's own threads
     # come into being with its first look-up, and inherit what is held now.
     loop = asyncio.get_running_loop()
-    loop.set_default_executor(ThreadPoolExecutor(THREADS, initializer=handed_file.hold_signals))
+    loop.set_default_executor(ThreadPoolExecutor(THREADS, initializer=reexec.hold_signals))
     await loop.getaddrinfo("127.0.0.1", None)
     logger.info("daemon.starting", version=__version__, config=str(path), pid=os.getpid())
     async with AsyncExitStack() as stack:
@@ -129,7 +130,7 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         # 1. Nobody else is in charge of this host.
         prepare_directories(config)
         runtime_dir = Path(config.daemon.runtime_dir)
-        kept = handed_file.take()
+        kept = reexec.take()
         lock_path = runtime_dir / "l40sd.lock"
         lock = DaemonLock.resume(lock_path, kept.lock) if kept else DaemonLock.acquire(lock_path)
         stack.callback(lock.release)
@@ -156,7 +157,7 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
 
 def import_the_rest() -> "RunWorkers":
     """Return what runs behind the endpoint. In a thread: requests are served meanwhile."""
-    from l40sd.running import run_workers
+    from l40sd.daemon.daemon import run_workers
 
     return run_workers
 
@@ -165,10 +166,10 @@ async def hand_over(notifier: systemd.Notifier, lock: DaemonLock, proxy: Proxy) 
     """Keep lock, listeners and open connections for the next daemon in this process; from here on nothing is served."""
     notifier.watchdog()
     own = [sock for sock in proxy.sockets if sock not in proxy.lent]
-    handed_file.give(lock.keep_over_exec(), own=own, lent=proxy.lent)
+    reexec.give(lock.keep_over_exec(), own=own, lent=proxy.lent)
     began_s = now_s()
     handed, lost = await proxy.hand_over()
-    handed_file.give_connections(handed)
+    reexec.give_connections(handed)
     structlog.get_logger().info(
         "daemon.handing_over",
         connections=len(handed.connections),

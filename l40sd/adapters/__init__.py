@@ -1,1 +1,0 @@
-"""One module for each outside thing: translate and nothing else."""

@@ -1,0 +1,1 @@
+"""l40sctl, the command line."""

@@ -1,1 +1,0 @@
-"""Pure decisions: values in, values out. Nothing here can wait, read or print."""

@@ -1,0 +1,1 @@
+"""The process l40sd: from the command line to its end."""

@@ -1,1 +1,0 @@
-"""The running parts: each owns one piece of mutable state and one task."""
