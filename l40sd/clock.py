@@ -4,7 +4,7 @@ import time
 from datetime import datetime
 from functools import cache
 
-from l40sd.shim import tree
+from l40sd.shim import proc
 
 
 def now_s() -> float:
@@ -25,4 +25,4 @@ def wall_time_iso() -> str:
 @cache
 def boot_id() -> str:
     """Return the kernel's id of this boot; read once, for it stays, and a file descriptor may not be there later."""
-    return tree.boot_id()
+    return proc.boot_id()

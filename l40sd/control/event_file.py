@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from l40sd.messages import Event, decode, encode
-from l40sd.shim.tree import write_file
+from l40sd.shim.files import write_file
 
 READ_LIMIT_BYTES = 16 << 20
 WAITING_LIMIT = 10_000

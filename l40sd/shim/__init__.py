@@ -13,13 +13,13 @@ library, keeps no connection to the daemon, and everything that the two tell eac
 The stop ladder: SIGTERM to the engine, or to its whole process group where ``term_to`` in stop.json or the spec is
 ``group``; once the leader is gone, SIGTERM to whoever is left; ``term_timeout_s`` after the first, everything is
 killed. Whoever is still putting things in order has all of that time. The engine is the leader, or behind a wrapper
-that does not ``exec`` the process that it runs: see ``tree.who_obeys``. An engine that serves nobody yet has nothing to
+that does not ``exec`` the process that it runs: see ``proc.who_obeys``. An engine that serves nobody yet has nothing to
 put in order, and what it is loading with may not listen: then the daemon says ``group``.
 
 Once nobody is left, the run's temporary folder (``tmp`` in the spec) goes, and what it left in shared memory.
 
 ``watcher`` is the process; ``engine`` starts what it watches, ``output`` keeps the log files, ``leavings`` clears up.
-``tree`` and ``groups`` find and kill processes; the daemon uses these three too, for what a dead shim left behind.
+``proc`` and ``cgroup`` find and kill processes; the daemon uses these three too, for what a dead shim left behind.
 """
 
 INSTANCE_VARIABLE = "L40SD_INSTANCE"

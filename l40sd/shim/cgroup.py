@@ -13,7 +13,7 @@ from typing import Any
 
 from l40sd.shim import OWN_GROUP
 from l40sd.shim.output import RotatingLog
-from l40sd.shim.tree import write_text
+from l40sd.shim.files import write_text
 
 
 def join(spec: dict[str, Any], log: RotatingLog) -> str:

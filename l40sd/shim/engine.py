@@ -11,7 +11,7 @@ import os
 import signal
 from typing import Any, NamedTuple, NoReturn
 
-from l40sd.shim.tree import write_text
+from l40sd.shim.files import write_text
 
 PIPE_BYTES = 1 << 20
 """The engine's output waits here while the disk is slow: the most an unprivileged process may ask for."""

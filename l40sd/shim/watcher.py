@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from l40sd.shim import INSTANCE_VARIABLE, PROTOCOL, RUNTIME_VARIABLE, TERM_GROUP, cgroup, engine, leftovers, tree
+from l40sd.shim import INSTANCE_VARIABLE, PROTOCOL, RUNTIME_VARIABLE, TERM_GROUP, cgroup, engine, leftovers, files, proc
 from l40sd.shim.output import RotatingLog
 
 READ_BYTES = 256 << 10
@@ -55,9 +55,9 @@ def main(argv: list[str]) -> int:
     except FileNotFoundError:
         return 0  # the daemon that wrote it has withdrawn it: see Processes.adopt
     with contextlib.suppress(OSError):
-        tree.write_text("/proc/self/comm", "l40sd-shim")
+        files.write_text("/proc/self/comm", "l40sd-shim")
     with contextlib.suppress(OSError):  # lowering it needs CAP_SYS_RESOURCE
-        tree.write_text("/proc/self/oom_score_adj", str(SHIM_OOM_SCORE))
+        files.write_text("/proc/self/oom_score_adj", str(SHIM_OOM_SCORE))
     return Watcher(directory, spec, began_s).run()
 
 
@@ -148,7 +148,7 @@ class Watcher:
             "instance": self.spec["instance"],
             "shim": identity(os.getpid()),
             "engine": identity(self.engine),
-            "boot_id": tree.boot_id(),
+            "boot_id": proc.boot_id(),
             "group": self.group,
             "started_at": wall_time_iso(),
         }
@@ -224,7 +224,7 @@ class Watcher:
         self.term_deadline_s = time.monotonic() + self.spec["term_timeout_s"]
         self.log.note(f"stopping: {detail or 'asked to'}")
         # The leader is our child and not reaped yet, so its pid, which is its process group's id, is its own.
-        leader = tree.read_process(self.engine)
+        leader = proc.read_process(self.engine)
         assert leader is not None
         if self.term_to() == TERM_GROUP:
             try:
@@ -233,7 +233,7 @@ class Watcher:
                 os.kill(self.engine, signal.SIGTERM)
             tell_all([leader], signal.SIGCONT)
         else:
-            tell_all(tree.engine_of(leader), signal.SIGTERM, signal.SIGCONT)
+            tell_all(proc.engine_of(leader), signal.SIGTERM, signal.SIGCONT)
         with contextlib.suppress(ProcessLookupError):  # a stopped process would not see it, nor end with the others
             os.killpg(self.engine, signal.SIGCONT)
 
@@ -250,7 +250,7 @@ class Watcher:
         """Second rung, once: the leader is gone, and those that it left may put things in order as well."""
         if not self.rest_is_told:
             self.rest_is_told = True
-            tell_all(tree.descendants(os.getpid()), signal.SIGTERM, signal.SIGCONT)
+            tell_all(proc.descendants(os.getpid()), signal.SIGTERM, signal.SIGCONT)
 
     def end(self, cause: str, detail: str) -> None:
         """Skip the ladder: it never got to run properly."""
@@ -280,7 +280,7 @@ class Watcher:
         if self.group:
             cgroup.kill(f"{self.group}/engine")
         if self.has_children:
-            tree.kill_all(lambda: tree.descendants(os.getpid()))
+            proc.kill_all(lambda: proc.descendants(os.getpid()))
 
     def write_exit(self) -> int:
         """Say how it ended; the disk gets a few tries, a directory that is gone needs no record."""
@@ -315,7 +315,7 @@ class Watcher:
 
     def write_record(self, name: str, record: dict[str, Any]) -> None:
         """Write run.json or exit.json, whole or not at all. Raises OSError."""
-        tree.write_file(f"{self.directory}/{name}", json.dumps(record).encode("ascii"))
+        files.write_file(f"{self.directory}/{name}", json.dumps(record).encode("ascii"))
 
 
 def lock_is_free(path: str) -> bool:
@@ -332,16 +332,16 @@ def lock_is_free(path: str) -> bool:
     return bool(struct.unpack_from("h", answer)[0] == fcntl.F_UNLCK)
 
 
-def tell_all(processes: list[tree.Process], *numbers: int) -> None:
+def tell_all(processes: list[proc.Process], *numbers: int) -> None:
     """Send each of these signals to each of these processes."""
     for number in numbers:
         for process in processes:
-            tree.send_signal(process, number)
+            proc.send_signal(process, number)
 
 
 def identity(pid: int) -> dict[str, int]:
     """Return a pid with its start time; 0 for one that is gone already."""
-    process = tree.read_process(pid)
+    process = proc.read_process(pid)
     return {"pid": pid, "start_ticks": process.start_ticks if process else 0}
 
 

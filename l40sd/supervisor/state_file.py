@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from l40sd.errors import L40sError
-from l40sd.shim.tree import write_file
+from l40sd.shim.files import write_file
 
 
 class Store:

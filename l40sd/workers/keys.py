@@ -13,7 +13,7 @@ from pathlib import Path
 
 from l40sd.config.options import slug
 from l40sd.model import ModelName
-from l40sd.shim.tree import write_file
+from l40sd.shim.files import write_file
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{32}")
 _KEY_BYTES = 24

@@ -112,7 +112,7 @@ async def test_fault_37_a_full_disk_leaves_the_old_state_and_is_tried_again(smal
 
 WRITER = """
 import os, sys
-from l40sd.shim.tree import write_file
+from l40sd.shim.files import write_file
 number = 0
 while True:
     number += 1

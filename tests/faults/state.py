@@ -125,7 +125,7 @@ async def state_read_only(rig: Rig) -> Outcome:
 CRASHER = """
 import itertools, sys
 from pathlib import Path
-from l40sd.shim.tree import write_file
+from l40sd.shim.files import write_file
 import msgspec
 for number in itertools.count():
     write_file(sys.argv[1], msgspec.json.encode({"version": 1, "number": number, "filler": "x" * 20000}))

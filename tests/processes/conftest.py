@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from processkit import Site, leftovers, open_descriptors
 
-from l40sd.shim import tree
+from l40sd.shim import proc
 from l40sd.workers.process.containment import Unavailable, probe_cgroup
 
 
@@ -29,7 +29,7 @@ async def site(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         await processes.close()
     left = await leftovers(site)
     for process in left:
-        tree.send_signal(process, signal.SIGKILL)
+        proc.send_signal(process, signal.SIGKILL)
     assert not left, "processes are left"
     assert not [path for path in site.groups() if path.exists()], "cgroups are left"
     assert open_descriptors() == descriptors, "file descriptors are left"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from l40sd.shim import cgroup, tree
+from l40sd.shim import cgroup, proc
 from l40sd.workers.process import Instance, InstanceSpec, Processes
 from l40sd.workers.process.leftovers import mark_of, marked
 
@@ -29,8 +29,8 @@ async def until(condition: Callable[[], Any], what: str, patience_s: float = PAT
     return value
 
 
-def is_alive(process: tree.Process) -> bool:
-    now = tree.read_process(process.pid)
+def is_alive(process: proc.Process) -> bool:
+    now = proc.read_process(process.pid)
     return now is not None and now.is_alive and now.start_ticks == process.start_ticks
 
 
@@ -69,15 +69,15 @@ class Site:
         }
         return InstanceSpec(**values | changes)
 
-    async def pid_in(self, name: str) -> tree.Process:
+    async def pid_in(self, name: str) -> proc.Process:
         """Wait for an engine's process to write its pid into a file; return who that is."""
         path = self.root / name
         text = await until(lambda: path.exists() and path.read_text().strip(), f"{name} is written")
-        process = tree.read_process(int(text))
+        process = proc.read_process(int(text))
         assert process is not None
         return process
 
-    def marked(self) -> list[tree.Process]:
+    def marked(self) -> list[proc.Process]:
         return [one for one in marked() if mark_of(one)[1] == str(self.runtime_dir)]
 
     def groups(self) -> list[Path]:
@@ -89,7 +89,7 @@ class Site:
         return {Path(one._base).name for one in self.opened if one._base}
 
 
-async def leftovers(site: Site) -> list[tree.Process]:
+async def leftovers(site: Site) -> list[proc.Process]:
     """A killed process takes a moment to go; a second is enough."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(1.0):

@@ -13,7 +13,7 @@ import pytest
 from processkit import PATIENCE_S, Site, end, is_alive, until
 
 from l40sd.errors import L40sError
-from l40sd.shim import cgroup, tree
+from l40sd.shim import cgroup, proc
 from l40sd.workers.process import Instance, Processes
 from l40sd.workers.process.containment import choose
 from l40sd.workers.process.leftovers import Remains
@@ -46,7 +46,7 @@ async def kill(process: asyncio.subprocess.Process) -> None:
 
 
 def runs(pid: int) -> bool:
-    process = tree.read_process(pid)
+    process = proc.read_process(pid)
     return process is not None and process.is_alive
 
 
@@ -194,7 +194,7 @@ async def test_fault_20_a_stranger_with_a_recorded_pid_is_never_signalled(site: 
     adoption = await processes.adopt()
     assert [record.cause for _, record in adoption.ended] == ["shim-lost"]
     assert stranger.returncode is None
-    process = tree.read_process(stranger.pid)
+    process = proc.read_process(stranger.pid)
     assert process is not None
     assert process.is_alive
     stranger.kill()
@@ -205,7 +205,7 @@ async def test_fault_20_a_stranger_with_a_recorded_pid_is_never_signalled(site: 
 async def a_stranger(site: Site) -> tuple[asyncio.subprocess.Process, dict[str, int]]:
     """Start a process that is none of ours, and return how a record would name it rightly."""
     stranger = await asyncio.create_subprocess_exec("sleep", "1000", start_new_session=True)
-    process = tree.read_process(stranger.pid)
+    process = proc.read_process(stranger.pid)
     assert process is not None
     return stranger, {"pid": stranger.pid, "start_ticks": process.start_ticks}
 

@@ -10,7 +10,7 @@ import pytest
 from processkit import PATIENCE_S, Site, end, is_alive, until
 
 from l40sd.errors import L40sError
-from l40sd.shim import tree
+from l40sd.shim import proc
 from l40sd.shim.cgroup import was_oom_killed
 from l40sd.workers.process import ExitRecord, Instance
 from l40sd.workers.process.leftovers import Remains
@@ -25,8 +25,8 @@ async def ended(instance: Instance) -> ExitRecord:
         return await instance.exited()
 
 
-def identity(pid: int) -> tree.Process:
-    process = tree.read_process(pid)
+def identity(pid: int) -> proc.Process:
+    process = proc.read_process(pid)
     assert process is not None
     return process
 
@@ -45,7 +45,7 @@ async def test_fault_1_and_3_a_killed_leader_takes_all_others_along(site: Site) 
     processes = await site.open()
     instance = await processes.spawn(site.spec(f"{HIDDEN} sh -c 'echo $$ > core; {FOREVER}' & wait"), 10)
     members = [await site.pid_in("core"), await site.pid_in("hidden")]
-    tree.send_signal(identity(instance.engine_pid), signal.SIGKILL)
+    proc.send_signal(identity(instance.engine_pid), signal.SIGKILL)
     record = await ended(instance)
     assert (record.cause, record.signal) == ("exited", signal.SIGKILL)
     assert not any(map(is_alive, members))
@@ -83,7 +83,7 @@ async def test_fault_6_a_stopped_engine_still_obeys_sigterm(site: Site) -> None:
     instance = await processes.spawn(site.spec("trap 'exit 5' TERM; echo $$ > up; while :; do sleep 0.05; done"), 10)
     await site.pid_in("up")
     engine = identity(instance.engine_pid)
-    tree.send_signal(engine, signal.SIGSTOP)
+    proc.send_signal(engine, signal.SIGSTOP)
     await until(lambda: identity(engine.pid).state == "T", "the engine is stopped")
     instance.terminate()
     record = await ended(instance)

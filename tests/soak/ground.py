@@ -24,7 +24,7 @@ import psutil
 from l40sd.errors import L40sError
 from l40sd.hardware.host_file import format_host_file, parse_host_file
 from l40sd.messages import ChangePreview, PatternRequest, Status
-from l40sd.shim import tree
+from l40sd.shim import proc
 from l40sd.sim.site import Site
 from soak.living import Living, doubly_owned, living
 
@@ -394,7 +394,7 @@ def kill(process: Living) -> bool:
     except ProcessLookupError:
         return False
     try:
-        now = tree.read_process(process.pid)
+        now = proc.read_process(process.pid)
         if now is None or now.start_ticks != process.start_ticks:
             return False
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, tree
+from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, proc
 
 GPUS_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
@@ -27,14 +27,14 @@ class Living:
 
     def lives(self) -> bool:
         """Whether it is still there, and still itself."""
-        now = tree.read_process(self.pid)
+        now = proc.read_process(self.pid)
         return now is not None and now.is_alive and now.start_ticks == self.start_ticks
 
 
 def living(runtime_dir: Path) -> list[Living]:
     """Return the living processes that carry the mark of an instance of this runtime directory."""
     found = []
-    for process in tree.all_processes():
+    for process in proc.all_processes():
         environ = _environ(process.pid)
         if process.is_alive and environ.get(RUNTIME_VARIABLE) == str(runtime_dir):
             gpus = frozenset(filter(None, environ.get(GPUS_VARIABLE, "").split(",")))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l40sd.errors import L40sError
-from l40sd.shim import cgroup, tree
+from l40sd.shim import cgroup, files
 from l40sd.workers.process.leftovers import remove_group, unit_of
 
 UNIT_RUNTIME_DIR = Path("/run/l40sd")
@@ -100,7 +100,7 @@ def probe_cgroup(runtime_dir: Path) -> Provider:
             for level in (place, base) if place == top else (base,):
                 for controller in ("+pids", "+memory"):
                     with contextlib.suppress(OSError):
-                        tree.write_text(f"{level}/cgroup.subtree_control", controller)
+                        files.write_text(f"{level}/cgroup.subtree_control", controller)
             kill_a_child_in(f"{base}/probe-{os.getpid()}")
             controllers = Path(base, "cgroup.controllers").read_text(encoding="ascii").split()
         except OSError as error:
@@ -133,8 +133,8 @@ def kill_a_child_in(group: str) -> None:
     child = 0
     try:
         child = os.posix_spawnp("sleep", ["sleep", "5"], os.environ)
-        tree.write_text(f"{group}/cgroup.procs", str(child))
-        tree.write_text(f"{group}/cgroup.kill", "1")
+        files.write_text(f"{group}/cgroup.procs", str(child))
+        files.write_text(f"{group}/cgroup.kill", "1")
         os.waitpid(child, 0)
         child = 0
     finally:

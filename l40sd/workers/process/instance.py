@@ -7,7 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
-from l40sd.shim import TERM_GROUP, leftovers, tree
+from l40sd.shim import TERM_GROUP, leftovers, proc
 from l40sd.workers.process.containment import reset_unit
 from l40sd.workers.process.leftovers import Remains, remove_group, trusted_group, unit_of
 from l40sd.workers.process.records import (
@@ -183,7 +183,7 @@ def open_shim(identity: Identity) -> int | None:
         pidfd = os.pidfd_open(identity.pid)
     except OSError:
         return None
-    if identity.matches(tree.read_process(identity.pid)):
+    if identity.matches(proc.read_process(identity.pid)):
         return pidfd
     os.close(pidfd)
     return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, cgroup, tree
+from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, cgroup, proc
 from l40sd.workers.process.records import Identity, is_ours
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.2
@@ -28,17 +28,17 @@ class Remains:
     shim: Identity | None = None
     engine: Identity | None = None
 
-    def find(self) -> list[tree.Process]:
+    def find(self) -> list[proc.Process]:
         """Return the living processes outside cgroups' reach; reads all of /proc, about 20 us a process."""
         found = {process.pid: process for process in marked() if self.instance == mark_of(process)[0]}
         if self.shim is not None:
-            shim = tree.read_process(self.shim.pid)
+            shim = proc.read_process(self.shim.pid)
             if shim is not None and shim.is_alive and self.shim.matches(shim):
                 found[shim.pid] = shim
         if self.engine is not None:
-            leader = tree.read_process(self.engine.pid)
+            leader = proc.read_process(self.engine.pid)
             if leader is None or self.engine.matches(leader):
-                below = tree.descendants(self.engine.pid, session=self.engine.pid)
+                below = proc.descendants(self.engine.pid, session=self.engine.pid)
                 found |= {process.pid: process for process in below if is_ours(process.pid)}
             if leader is not None and leader.is_alive and self.engine.matches(leader):
                 found[leader.pid] = leader
@@ -66,25 +66,25 @@ class Remains:
             cgroup.kill(self.group)
             for name in ("engine", "shim"):  # in a unit only these two are ours to kill
                 cgroup.kill(f"{self.group}/{name}")
-        tree.kill_all(self.find)
+        proc.kill_all(self.find)
         return False
 
 
-def marked() -> Iterator[tree.Process]:
+def marked() -> Iterator[proc.Process]:
     """Yield the living processes of our user that carry an instance's mark, but for this one."""
-    for process in tree.all_processes():
+    for process in proc.all_processes():
         if process.is_alive and process.pid != os.getpid() and is_ours(process.pid) and mark_of(process)[0]:
             yield process
 
 
-def mark_of(process: tree.Process) -> tuple[str, str]:
+def mark_of(process: proc.Process) -> tuple[str, str]:
     """Return the instance and the runtime directory in a process's environment; empty where there is none."""
     try:
         with open(f"/proc/{process.pid}/environ", "rb") as file:
             pairs = dict(part.partition(b"=")[::2] for part in file.read().split(b"\0"))
     except OSError:
         return "", ""
-    now = tree.read_process(process.pid)
+    now = proc.read_process(process.pid)
     if now is None or now.start_ticks != process.start_ticks:
         return "", ""  # that was another's environment
     return os.fsdecode(pairs.get(INSTANCE_VARIABLE.encode(), b"")), os.fsdecode(
@@ -94,7 +94,7 @@ def mark_of(process: tree.Process) -> tuple[str, str]:
 
 def is_of(pid: int, instance: str, runtime_dir: Path) -> bool:
     """Whether the process that has this pid now bears an instance's mark, or sits in its cgroup."""
-    process = tree.read_process(pid)
+    process = proc.read_process(pid)
     if process is None or not is_ours(pid):
         return False
     try:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from l40sd.errors import L40sError
 from l40sd.naming import natural
-from l40sd.shim import OWN_GROUP, leftovers, tree
+from l40sd.shim import OWN_GROUP, leftovers, proc
 from l40sd.workers.process import logs
 from l40sd.workers.process.containment import Provider, Unavailable, choose, kill_unit, start_unit
 from l40sd.workers.process.instance import Instance, last_words, open_shim, reap
@@ -208,7 +208,7 @@ class Processes:
         """Write what is about to run; return the cgroup made for it, if one was."""
         group = {"unit": OWN_GROUP, "cgroup": f"{self._base}/{spec.instance}"}.get(self.provider, "")
         birth = Birth(
-            boot_id=tree.boot_id(),
+            boot_id=proc.boot_id(),
             group=group,
             lock=str(self._runtime_dir / LOCK_NAME),
             log=str(self.log_path(spec.worker)),
@@ -272,7 +272,7 @@ class Processes:
             raise CorruptError(f"{directory}: {why}")
         birth = read_record(directory, "spec.json", Birth)
         spec = read_record(directory, "spec.json", InstanceSpec)
-        if birth is not None and birth.boot_id != tree.boot_id():  # 1
+        if birth is not None and birth.boot_id != proc.boot_id():  # 1
             adoption.notes.append(f"{directory.name}: of another boot, dropped")
             if spec is not None:
                 await asyncio.to_thread(leftovers.remove_folder, spec.tmp)
@@ -308,7 +308,7 @@ class Processes:
             CorruptError: The shim or the engine is another process.
         """
         pidfd = open_shim(run.shim)
-        engine = tree.read_process(run.engine.pid)
+        engine = proc.read_process(run.engine.pid)
         if pidfd is None:
             return None, run.engine if engine is None or is_ours(engine.pid) else None
         deadline_s = asyncio.get_running_loop().time() + ENDING_S
@@ -360,7 +360,7 @@ class Processes:
 
 
 def _is_alive(identity: Identity) -> bool:
-    process = tree.read_process(identity.pid)
+    process = proc.read_process(identity.pid)
     return process is not None and process.is_alive and identity.matches(process)
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from l40sd.shim import PROTOCOL, tree
+from l40sd.shim import PROTOCOL, files, proc
 from l40sd.trust import distrust
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class Identity:
     pid: int
     start_ticks: int
 
-    def matches(self, process: tree.Process | None) -> bool:
+    def matches(self, process: proc.Process | None) -> bool:
         """Whether this process is the one meant."""
         return process is not None and process.start_ticks == self.start_ticks
 
@@ -118,12 +118,12 @@ class CorruptError(Exception):
 def write_spec(directory: Path, spec: InstanceSpec, birth: Birth) -> None:
     """Write the write-ahead record, readable to us only: the environment may hold keys. Raises OSError."""
     record = {**asdict(spec), **asdict(birth)}
-    tree.write_file(str(directory / "spec.json"), msgspec.json.encode(record), mode=0o600)
+    files.write_file(str(directory / "spec.json"), msgspec.json.encode(record), mode=0o600)
 
 
 def write_exit(directory: Path, record: ExitRecord) -> None:
     """Write exit.json in a dead shim's place. Raises OSError."""
-    tree.write_file(str(directory / "exit.json"), msgspec.json.encode(record))
+    files.write_file(str(directory / "exit.json"), msgspec.json.encode(record))
 
 
 def read_record(directory: Path, name: str, kind: type[T]) -> T | None:

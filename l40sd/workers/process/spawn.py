@@ -7,7 +7,7 @@ from pathlib import Path
 
 import l40sd
 from l40sd.errors import L40sError
-from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, tree
+from l40sd.shim import INSTANCE_VARIABLE, RUNTIME_VARIABLE, proc
 from l40sd.workers.process.records import Identity, InstanceSpec
 
 SIGNALS_RESET = (signal.SIGPIPE, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGXFSZ)
@@ -46,7 +46,7 @@ def start_shim(directory: Path, instance: str, runtime_dir: Path) -> int:
 
 def identity_of(pid: int) -> Identity:
     """Return a child of ours, zombie or not, with its start time."""
-    process = tree.read_process(pid)
+    process = proc.read_process(pid)
     assert process is not None, "nobody but us reaps it"
     return Identity(pid=pid, start_ticks=process.start_ticks)
 
