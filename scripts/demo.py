@@ -17,13 +17,13 @@ from pathlib import Path
 
 import aiohttp
 import psutil
+from daemonkit import Site
+from loadkit import Mix, Tally, load
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from l40sd.errors import L40sError
 from l40sd.messages import Status
-from l40sd.sim.load import Mix, Tally, load
-from l40sd.sim.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".demo"

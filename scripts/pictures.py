@@ -18,11 +18,10 @@ import tempfile
 import termios
 from pathlib import Path
 
+from daemonkit import Site
+from loadkit import Mix, load
 from rich.console import Console
 from rich.text import Text
-
-from l40sd.sim.load import Mix, load
-from l40sd.sim.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

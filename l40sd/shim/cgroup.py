@@ -12,8 +12,8 @@ import os
 from typing import Any
 
 from l40sd.shim import OWN_GROUP
-from l40sd.shim.output import RotatingLog
 from l40sd.shim.files import write_text
+from l40sd.shim.output import RotatingLog
 
 
 def join(spec: dict[str, Any], log: RotatingLog) -> str:

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from l40sd.shim import INSTANCE_VARIABLE, PROTOCOL, RUNTIME_VARIABLE, TERM_GROUP, cgroup, engine, leftovers, files, proc
+from l40sd.shim import INSTANCE_VARIABLE, PROTOCOL, RUNTIME_VARIABLE, TERM_GROUP, cgroup, engine, files, leftovers, proc
 from l40sd.shim.output import RotatingLog
 
 READ_BYTES = 256 << 10

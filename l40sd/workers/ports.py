@@ -2,7 +2,7 @@
 
 A port that is only looked for can be taken by somebody else before the engine binds it: by a bind to port 0, or
 as the local end of an outgoing connection. So it is bound here, with SO_REUSEADDR and SO_REUSEPORT, and never
-listened on. Measured on Linux 6.18 (tests/adapters/test_ports.py repeats it): an engine that sets either option
+listened on. Measured on Linux 6.18 (tests/workers/test_ports.py repeats it): an engine that sets either option
 binds and listens beside us, on 127.0.0.1, 0.0.0.0 and [::]; binds to port 0 and outgoing connections stay away;
 holding with only one of the two options shuts out engines that set only the other. A program that sets
 neither needs ``HeldPort.let_go`` before it starts.

@@ -4,9 +4,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from daemonkit import Site
 from harness import ENGINE, MODEL, SMOLLM2, STOP_S, SiteOf
-
-from l40sd.sim.site import Site
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from daemonkit import Site
+from loadkit import Mix, Tally
+
 from l40sd.messages import Status
-from l40sd.sim.load import Mix, Tally
-from l40sd.sim.site import Site
 
 ENGINE = Path(__file__).resolve().parents[2] / ".cache" / "engine"
 MODEL = ENGINE / "models" / "smollm2-135m.gguf"

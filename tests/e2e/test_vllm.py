@@ -13,10 +13,10 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
+from daemonkit import Site
 from harness import SiteOf
 
 from l40sd.messages import WorkerStatus
-from l40sd.sim.site import Site
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 

@@ -1,11 +1,11 @@
 """What befalls a pattern change: GPUs that die meanwhile."""
 
 import flaky
+from daemonkit import Site
 
 from faults.rig import Rig, check, post
 from faults.suite import Outcome, fault
 from l40sd.messages import Status
-from l40sd.sim.site import Site
 
 CHANGE_S = 60.0
 PAIRS = """

@@ -14,13 +14,13 @@ from typing import Any
 
 import aiohttp
 import psutil
+from daemonkit import Site
 from ssekit import decode
 
 from faults.rig import PACED, Broken, Rig, ask, check, engine_state, kill, pids, until, worker_of
 from faults.suite import NotHereError, Outcome, fault
 from l40sd.proxy.descriptors import share
 from l40sd.sim.api import BREAKS
-from l40sd.sim.site import Site
 
 
 async def connect(site: Site) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

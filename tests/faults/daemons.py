@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from daemonkit import Site
+from loadkit import Mix, load
 from soak.living import doubly_owned
 from soak.living import living as holders
 
@@ -33,8 +35,6 @@ from faults.rig import (
 from faults.suite import Outcome, fault
 from l40sd.errors import L40sError
 from l40sd.messages import Status
-from l40sd.sim.load import Mix, load
-from l40sd.sim.site import Site
 
 PAIRS = """
 [[patterns.pairs.replicas]]

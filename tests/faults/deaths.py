@@ -5,10 +5,10 @@ from collections import Counter
 from typing import Any
 
 import aiohttp
+from daemonkit import Site
 
 from faults.rig import PACED, Rig, ask, busiest, check, pids, set_faults
 from faults.suite import Outcome, fault
-from l40sd.sim.site import Site
 
 LIBRARY_RETRIES = 2
 """Of the client libraries of OpenAI and Anthropic, by default."""

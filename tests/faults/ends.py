@@ -5,10 +5,11 @@ import os
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
+from daemonkit import Site
+
 from faults.rig import Rig, check, kill, now, post, until
 from faults.suite import Outcome, fault
 from l40sd.messages import WorkerStatus
-from l40sd.sim.site import Site
 
 IN_ORDER = "all is in order"
 

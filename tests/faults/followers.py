@@ -8,9 +8,10 @@ import sys
 import time
 from asyncio.subprocess import PIPE, Process
 
+from daemonkit import Site
+
 from faults.rig import PATIENCE_S, Rig, check, kill, until
 from faults.suite import Outcome, fault
-from l40sd.sim.site import Site
 
 
 class Follower:

@@ -5,12 +5,12 @@ import contextlib
 import time
 
 import psutil
+from daemonkit import Site
 
 from faults.clients import chat, connect, connected, request, until_closed
 from faults.rig import PACED, Rig, ask, check, pids, until
 from faults.suite import Outcome, fault
 from l40sd.proxy.descriptors import RESERVED
-from l40sd.sim.site import Site
 
 DESCRIPTORS = 1024
 PRESSED_S = 8.0

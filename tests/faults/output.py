@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import psutil
+from daemonkit import Site
 
 from faults.rig import PACED, Rig, ask, check, set_faults, until
 from faults.suite import NotHereError, Outcome, fault
-from l40sd.sim.site import Site
 
 MIB = 1 << 20
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import aiohttp
 import psutil
+from daemonkit import Site
+from loadkit import Mix, Tally, load
 
 from l40sd.messages import Event, Status, WorkerStatus
-from l40sd.sim.load import Mix, Tally, load
-from l40sd.sim.site import Site
 
 PATIENCE_S = 60.0
 STOP_S = 60.0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from daemonkit import Site
 
 from faults.rig import (
     PACED,
@@ -27,9 +28,8 @@ from faults.rig import (
     worker_of,
 )
 from faults.suite import Outcome, fault
-from l40sd.sim.site import Site
 
-FAKE_NVML = Path(__file__).resolve().parents[1] / "adapters" / "fake_nvml.py"
+FAKE_NVML = Path(__file__).resolve().parents[1] / "kit" / "fake_nvml.py"
 GIB = 1 << 30
 
 

@@ -19,10 +19,11 @@ import urllib.request
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from daemonkit import MARKER, Site
+from loadkit import Mix, load
+
 from l40sd.errors import L40sError
 from l40sd.messages import Status, Topology, WorkerStatus
-from l40sd.sim.load import Mix, load
-from l40sd.sim.site import MARKER, Site
 
 GIB = 1 << 30
 HELD_GIB = 4.0

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from l40sd.sim.load import Mix, load
+from loadkit import Mix, load
+
 from soak.ground import Broken, Ground
 
 LANES = 4

@@ -1,6 +1,6 @@
 """l40sd in the virtual machine: installed by scripts/install, run by systemd as user l40sd, on the PCI tree there.
 
-Only NVML is not real: the stand-in of tests/adapters/fake_nvml.py has a GPU at the address of each `edu` device. So the
+Only NVML is not real: the stand-in of tests/kit/fake_nvml.py has a GPU at the address of each `edu` device. So the
 inventory is a live one, its links, NUMA nodes and CPUs are what /sys says there, and workers are pinned for real.
 """
 
@@ -13,7 +13,7 @@ from bootedhost import until
 from pcie import STAND_IN
 from vm import Machine
 
-FAKE_NVML = Path(__file__).resolve().parents[1] / "adapters" / "fake_nvml.py"
+FAKE_NVML = Path(__file__).resolve().parents[1] / "kit" / "fake_nvml.py"
 NO_POLKIT_RULES = Path(__file__).resolve().parents[2] / "systemd/l40sd.service.d/no-polkit-rules.conf"
 GPU_BYTES = 48 << 30
 PIDS_LIMIT, BACKOFF_FIRST_S, SPAWN_TIMEOUT_S = 150, 5.0, 60.0

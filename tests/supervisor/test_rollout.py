@@ -1,0 +1,409 @@
+"""A change, from its beginning to one of its ends: it always has one, and the dry run shows the same orders.
+
+``Play`` is the supervisor without processes: the same decisions, turn by turn, and workers that do as their fate is.
+"""
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_reconcile import layouts, one_owner_each, ready, wanted_layout
+
+from l40sd.model import ModelName, WorkerId
+from l40sd.supervisor.pace import bound_back_s, bound_s
+from l40sd.supervisor.reconcile import Do, Order, is_settled, ready_share
+from l40sd.supervisor.rehearsal import Pace, rehearse
+from l40sd.supervisor.rollout import GIVEN_UP, End, Terms, begin, decide, models_leaving, not_in_place
+from l40sd.workers.lifecycle import COMING_UP, Goal, Phase
+from l40sd.workers.slot import Observed, Wanted, slot
+
+M = ModelName("m")
+A = wanted_layout([("m", 1)] * 12)
+B = wanted_layout([("m", 2)] * 6)
+
+
+class Fate(StrEnum):
+    """What becomes of a worker that is started."""
+
+    COMES_UP = "comes up"
+    NEVER_UP = "never comes up, nor fails"
+    DIES = "fails until it is given up"
+    REFUSED = "cannot be started"
+    BLOCKED = "its GPUs are never free"
+    FALLS = "comes up and answers no more probes"
+
+
+ENDLESS = (Fate.NEVER_UP, Fate.BLOCKED)
+QUARANTINE = 3
+
+
+@dataclass
+class Play:
+    """One change, in turns of a second."""
+
+    wanted: list[Wanted]
+    previous: list[Wanted]
+    world: dict[WorkerId, Observed]
+    fates: dict[WorkerId, Fate]
+    unkillable: frozenset[WorkerId]
+    pace: Pace
+    remembered: frozenset[str] = frozenset()
+    limit_s: float | None = None  # None: as computed beforehand
+    now_s: float = 0.0
+    is_back: bool = False
+    why: WorkerId | None = None
+    turned_at: int | None = None
+    orders: list[tuple[Do, WorkerId]] = field(default_factory=list)
+    due_s: dict[WorkerId, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        now = list(self.world.values())
+        self.terms = begin(self.wanted, now, former=None, is_trial=True, remembered=self.remembered)
+        self.forward_s = self.limit_s or bound_s(self.wanted, now, self.terms, self.pace)
+        self.back_s = self.limit_s or bound_back_s(self.wanted, self.previous, self.pace)
+        self.late_at_s = self.forward_s
+
+    def run(self) -> End:
+        """Take turns until the change has ended; it may not take longer than was known before."""
+        for o in self.world.values():
+            self._expect(o)
+        while self.now_s <= self.forward_s + self.back_s + 1:
+            decision = decide(
+                self.wanted,
+                list(self.world.values()),
+                self.terms,
+                start_parallel=self.pace.start_parallel,
+                min_ready=self.pace.min_ready,
+                is_late=self.now_s >= self.late_at_s,
+            )
+            self.terms = decision.terms
+            if decision.back is not None:
+                assert not self.is_back, "it went back twice"
+                self.is_back, self.why, self.turned_at = True, decision.back, len(self.orders)
+                self.wanted, self.terms = self.previous, replace(self.terms, is_trial=False)
+                self.late_at_s = self.now_s + self.back_s
+                continue
+            serving = {o.worker for o in self.world.values() if o.is_serving}
+            is_moving = any(o.phase in COMING_UP for o in kept(self.wanted, self.world))
+            for order in decision.orders:
+                self._carry_out(order)
+            assert one_owner_each(self.world)
+            gone = {order.worker for order in decision.orders if order.do is Do.RETIRE} & serving
+            for model in {self.world[worker].model for worker in gone} if is_moving else ():
+                assert self._share(model) >= self.pace.min_ready, "nothing is given up below the floor"
+            if decision.end is not None:
+                return decision.end
+            if not decision.orders:
+                self._go_on()
+        raise AssertionError(f"not ended after {self.now_s} s: {self.world}")
+
+    def _share(self, model: ModelName) -> float:
+        return ready_share(model, self.wanted, self.world.values(), self.terms.baseline)
+
+    def _carry_out(self, order: Order) -> None:
+        if order.do in (Do.START, Do.RETIRE):
+            self.orders.append((order.do, order.worker))
+        match order.do:
+            case Do.CREATE:
+                self.world[order.worker] = slot(
+                    next(w for w in self.wanted if w.placement.worker == order.worker), Phase.WAITING
+                )
+                self.terms = replace(self.terms, created=self.terms.created | {order.worker})
+            case Do.START:
+                self._become(replace(self.world[order.worker], phase=Phase.SPAWNING))
+            case Do.RETIRE:
+                self._retire(self.world[order.worker])
+            case Do.FORGET:
+                del self.world[order.worker]
+                self.terms = replace(self.terms, created=self.terms.created - {order.worker})
+
+    def _retire(self, o: Observed) -> None:
+        if o.phase in (Phase.WAITING, Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED):
+            self._become(replace(o, phase=Phase.STOPPED, goal=Goal.GONE))
+        elif o.phase in (Phase.STOPPING, Phase.STUCK):
+            self.world[o.worker] = replace(o, goal=Goal.GONE)
+        else:
+            self._become(replace(o, phase=Phase.DRAINING, goal=Goal.GONE))
+
+    def _become(self, o: Observed) -> None:
+        self.world[o.worker] = o
+        self._expect(o)
+
+    def _expect(self, o: Observed) -> None:
+        self.due_s.pop(o.worker, None)
+        match o.phase:
+            case Phase.STARTING | Phase.SPAWNING:
+                if self.fates.get(o.worker) is not Fate.NEVER_UP or o.phase is Phase.SPAWNING:
+                    part_s = self.pace.load_s[o.model] / 2
+                    self.due_s[o.worker] = self.now_s + part_s
+            case Phase.DRAINING | Phase.STOPPING:
+                self.due_s[o.worker] = self.now_s + self.pace.stop_s / 2
+            case Phase.BACKOFF:
+                self.due_s[o.worker] = self.now_s
+            case _:
+                pass
+
+    def _go_on(self) -> None:
+        """Go to the next moment at which something happens, or at which the time is up."""
+        moments = [s for s in self.due_s.values() if s > self.now_s or s == self.now_s]
+        self.now_s = max(self.now_s, min([*moments, max(self.late_at_s, self.now_s + 1)]))
+        for worker in [w for w, due_s in self.due_s.items() if due_s <= self.now_s]:
+            self._become(self._after(self.world[worker]))
+
+    def _after(self, o: Observed) -> Observed:
+        fate = self.fates.get(o.worker, Fate.COMES_UP)
+        match o.phase:
+            case Phase.BACKOFF:
+                return replace(o, phase=Phase.WAITING)
+            case Phase.DRAINING:
+                return replace(o, phase=Phase.STOPPING)
+            case Phase.STOPPING:
+                return replace(o, phase=Phase.STUCK if o.worker in self.unkillable else Phase.STOPPED)
+            case Phase.SPAWNING if fate is Fate.REFUSED:
+                return replace(o, phase=Phase.FAILED)
+            case Phase.SPAWNING if fate is Fate.BLOCKED:
+                return replace(o, phase=Phase.BACKOFF)
+            case Phase.SPAWNING:
+                return replace(o, phase=Phase.STARTING)
+            case Phase.STARTING if fate is Fate.DIES:
+                failed = o.failed_starts + 1
+                phase = Phase.QUARANTINED if failed >= QUARANTINE else Phase.BACKOFF
+                return replace(o, phase=phase, failed_starts=failed)
+            case Phase.STARTING if fate is Fate.FALLS:
+                return replace(o, phase=Phase.UNREADY)
+            case _:
+                return replace(o, phase=Phase.READY)
+
+
+def kept(wanted: list[Wanted], world: dict[WorkerId, Observed]) -> list[Observed]:
+    """Return the workers that are wanted as they are."""
+    there = [(w, world.get(w.placement.worker)) for w in wanted]
+    return [o for w, o in there if o is not None and o.fingerprint == w.fingerprint and o.goal is not Goal.GONE]
+
+
+def play(
+    wanted: list[Wanted],
+    previous: list[Wanted],
+    *,
+    fates: dict[str, Fate] | None = None,
+    unkillable: frozenset[WorkerId] = frozenset(),
+    world: list[Observed] | None = None,
+    min_ready: float = 0.5,
+    parallel: int = 2,
+    limit_s: float | None = None,
+    remembered: frozenset[str] = frozenset(),
+) -> Play:
+    return Play(
+        wanted,
+        previous,
+        {o.worker: o for o in (ready(previous) if world is None else world)},
+        {WorkerId(worker): fate for worker, fate in (fates or {}).items()},
+        unkillable,
+        Pace(start_parallel=parallel, min_ready=min_ready, load_s={M: 10.0, ModelName("n"): 6.0}, stop_s=4.0),
+        remembered,
+        limit_s,
+    )
+
+
+def test_a_change_whose_workers_come_up_is_done() -> None:
+    change = play(B, A)
+    assert change.run() == End()
+    assert not change.is_back
+
+
+def test_one_dead_gpu_is_no_reason_to_give_up_the_others_and_the_change_ends() -> None:
+    """Seen: a worker of a proven shape was given up, everything went back, and the way back never ended."""
+    change = play(B, A, fates={"m-gpu10-11": Fate.DIES})
+    assert change.run() == End(missing=(WorkerId("m-gpu10-11"),))
+    assert not change.is_back
+    assert sum(o.phase is Phase.READY for o in change.world.values()) == 5
+
+
+def test_a_way_back_ends_although_a_worker_of_before_does_not_come_back() -> None:
+    """Seen: "going back ... 10 min", for ever: the first new worker failed, and so did an old one on that GPU."""
+    change = play(B, A, fates={"m-gpu0-1": Fate.DIES, "m-gpu1": Fate.DIES})
+    assert change.run() == End(missing=(WorkerId("m-gpu1"),))
+    assert change.why == "m-gpu0-1"
+    assert sum(o.phase is Phase.READY for o in change.world.values()) == 11
+
+
+@pytest.mark.parametrize("phase", [Phase.QUARANTINED, Phase.FAILED, Phase.BACKOFF, Phase.UNREADY])
+def test_a_worker_that_was_in_trouble_before_does_not_hold_up_the_change(phase: Phase) -> None:
+    """It is wanted as it is, so nothing touches it, and the change waited for it for ever."""
+    n = [*wanted_layout([("m", 1)] * 10), *wanted_layout([("m", 1)] * 10 + [("n", 2)])[-1:]]
+    world = [replace(o, phase=phase) if o.worker == "m-gpu0" else o for o in ready(A)]
+    change = play(n, A, world=world, fates={"m-gpu0": Fate.BLOCKED}, min_ready=1.0)
+    assert change.run() == End(missing=(WorkerId("m-gpu0"),))  # nor is it late, nor is going back any use
+    assert not change.is_back
+    assert change.world[WorkerId("n-gpu10-11")].phase is Phase.READY
+
+
+@pytest.mark.parametrize("fate", ENDLESS)
+def test_a_worker_that_never_comes_up_nor_fails_takes_the_change_back_at_its_deadline(fate: Fate) -> None:
+    change = play(B, A, fates={"m-gpu0-1": fate})
+    assert change.run() == End()
+    assert (change.is_back, change.why) == (True, "m-gpu0-1")
+
+
+def test_what_the_floor_can_do_without_is_late_and_the_rest_stays() -> None:
+    change = play(B, A, fates={"m-gpu10-11": Fate.NEVER_UP})
+    assert change.run() == End(missing=(WorkerId("m-gpu10-11"),), is_late=True)
+    assert not change.is_back
+
+
+def test_when_the_floor_is_lost_everything_goes_back() -> None:
+    change = play(B, A, fates={w.placement.worker: Fate.DIES for w in B[1:]})
+    assert change.run() == End()
+    assert change.is_back
+    assert change.terms.is_trial is False
+    assert is_settled(A, list(change.world.values()))
+
+
+def test_it_goes_back_when_the_floor_is_lost_and_not_when_all_have_been_tried() -> None:
+    change = play(B, A, fates={w.placement.worker: Fate.DIES for w in B[1:]}, min_ready=0.8)
+    change.run()
+    assert (Do.RETIRE, "m-gpu11") not in change.orders[: change.turned_at]
+
+
+def test_all_of_the_capacity_is_a_floor_as_well() -> None:
+    change = play(B, A, fates={"m-gpu10-11": Fate.DIES}, min_ready=1.0)
+    change.run()
+    assert change.is_back
+
+
+def test_a_worker_that_cannot_be_killed_is_named_and_the_rest_is_in_place() -> None:
+    change = play(B, A, unkillable=frozenset({WorkerId("m-gpu4")}))
+    assert set(change.run().missing) == {"m-gpu4-5", "m-gpu4"}
+    assert sum(o.phase is Phase.READY for o in change.world.values()) == 5
+
+
+def test_who_waits_beside_a_worker_that_cannot_be_killed_is_not_waited_for() -> None:
+    """Neither wanted nor retired, because the way is not free anyway: found by the walk below."""
+    world = [replace(slot(A[0], Phase.STUCK)), slot(A[1], Phase.BACKOFF), *ready(A[2:])]
+    assert set(play(B, A, world=world).run().missing) == {"m-gpu0-1", "m-gpu0", "m-gpu1"}
+
+
+def test_which_models_leave_service_is_known_before() -> None:
+    n = wanted_layout([("n", 4)])
+    assert models_leaving(n, begin(n, ready(A), former=None, is_trial=True).baseline) == ("m",)
+    assert models_leaving(B, begin(B, ready(A), former=None, is_trial=True).baseline) == ()
+
+
+def test_a_worker_that_is_wanted_as_it_is_has_nothing_to_prove_unless_a_replaced_change_made_it() -> None:
+    unready = [replace(slot(A[0], Phase.UNREADY)), *ready(A[1:])]
+    assert begin(A, unready[:1], former=None, is_trial=True).proven == {A[0].shape}
+    former = Terms(baseline={}, created=frozenset({A[0].placement.worker}))
+    assert begin(A, unready[:1], former=former, is_trial=True).proven == frozenset()
+    assert begin(A, unready, former=former, is_trial=True).proven == {A[0].shape}
+
+
+def test_a_launch_that_served_a_short_while_ago_is_not_put_on_trial_again() -> None:
+    """Seen: D -> A left a GPU empty for a minute, although A had served minutes ago."""
+    once = play(B, A, parallel=12)
+    once.run()
+    again = play(B, A, parallel=12, remembered=frozenset({B[0].fingerprint}))
+    again.run()
+    assert once.orders[:3] == [(Do.RETIRE, "m-gpu0"), (Do.RETIRE, "m-gpu1"), (Do.START, "m-gpu0-1")]
+    assert [do for do, _ in again.orders[:6]] == [Do.RETIRE] * 6
+    assert again.now_s < once.now_s
+
+
+@pytest.mark.parametrize("min_ready", [0.0, 0.5, 1.0])
+def test_every_fate_of_every_worker_has_its_end(min_ready: float) -> None:
+    """Walked completely for three workers in new launches; a fate is that of the GPU, so the old worker shares it."""
+    old, new = wanted_layout([("m", 1)] * 3), wanted_layout([("m", 1)] * 3, fingerprint="g")
+    for fated in product(Fate, repeat=3):
+        fates = {w.placement.worker: fate for w, fate in zip(new, fated, strict=True)}
+        change = play(new, old, fates=dict(fates), min_ready=min_ready)
+        end = change.run()
+        unlucky = {worker for worker, fate in fates.items() if fate is not Fate.COMES_UP}
+        assert end.missing or change.is_back or not unlucky, fated
+        if not set(fated) & set(ENDLESS):
+            fails_trial = fated[0] not in (Fate.COMES_UP, Fate.FALLS)
+            assert change.is_back == (fails_trial or 3 - len(unlucky) < 3 * min_ready), fated
+            assert set(end.missing) <= unlucky, fated
+            assert not end.is_late, fated
+
+
+fates = st.dictionaries(st.integers(0, 11), st.sampled_from(list(Fate)), max_size=4)
+troubles = st.sampled_from([*GIVEN_UP, Phase.BACKOFF, Phase.UNREADY, Phase.STARTING, Phase.READY, Phase.READY])
+
+
+@st.composite
+def changes(draw: st.DrawFn, *, endless: bool = True) -> Play:
+    """Any change, with any subset of its workers, old and new, in any trouble."""
+    previous = wanted_layout(draw(layouts), fingerprint="f")
+    wanted = wanted_layout(draw(layouts), fingerprint=draw(st.sampled_from("fg")))
+    world = [slot(w, draw(troubles)) for w in previous]
+    names = sorted({w.placement.worker for w in (*wanted, *previous)})
+    drawn = {names[n % len(names)]: fate for n, fate in draw(fates).items()} if names else {}
+    return play(
+        wanted,
+        previous,
+        world=world,
+        fates={name: fate for name, fate in drawn.items() if endless or fate not in ENDLESS},
+        unkillable=frozenset(draw(st.sets(st.sampled_from(names), max_size=2))) if names else frozenset(),
+        min_ready=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        parallel=draw(st.integers(1, 4)),
+    )
+
+
+@settings(max_examples=400, deadline=None)
+@given(changes())
+def test_every_change_ends_within_the_time_known_beforehand_and_says_what_is_missing(change: Play) -> None:
+    end = change.run()
+    now = list(change.world.values())
+    assert change.now_s <= change.forward_s + change.back_s + 1
+    assert end.missing == not_in_place(change.wanted, now)
+    assert (end == End()) == is_settled(change.wanted, now)
+    assert change.wanted == change.previous or not change.is_back
+
+
+@settings(max_examples=400, deadline=None)
+@given(changes(endless=False))
+def test_a_change_whose_workers_all_come_to_rest_ends_without_its_deadline(change: Play) -> None:
+    change.forward_s = change.back_s = change.late_at_s = 1e6
+    end = change.run()
+    assert not end.is_late
+    assert change.now_s < 1e5
+
+
+@settings(max_examples=400, deadline=None)
+@given(changes())
+def test_who_is_wanted_as_it_is_is_not_touched(change: Play) -> None:
+    """Invariant 5, whatever becomes of the others."""
+    untouched = {o.worker for o in kept(change.wanted, change.world)}
+    change.run()
+    if not change.is_back:
+        assert not {worker for do, worker in change.orders if do is Do.RETIRE} & untouched
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    layouts,
+    layouts,
+    st.lists(st.sampled_from([Phase.READY, Phase.READY, Phase.UNREADY, *GIVEN_UP]), min_size=12, max_size=12),
+    st.sampled_from(["f", "g"]),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.integers(1, 6),
+)
+def test_the_orders_that_a_dry_run_shows_are_those_of_the_change(
+    before: list[tuple[str, int]],
+    after: list[tuple[str, int]],
+    phases: list[Phase],
+    fingerprint: str,
+    min_ready: float,
+    parallel: int,
+) -> None:
+    """A kept worker whose probes fail counted as proven in the change and not in the dry run."""
+    previous, wanted = wanted_layout(before), wanted_layout(after, fingerprint=fingerprint)
+    world = [slot(w, phase) for w, phase in zip(previous, phases, strict=False)]
+    change = play(wanted, previous, world=world, min_ready=min_ready, parallel=parallel)
+    shown = rehearse(wanted, world, change.terms, change.pace)
+    change.run()
+    assert [(step.order.do, step.order.worker) for step in shown.steps] == change.orders[: change.turned_at]
+    assert (shown.back is not None) == change.is_back
+    assert change.is_back or shown.duration_s <= change.now_s <= change.forward_s
