@@ -165,17 +165,14 @@ class Proxy:
 
     async def resume_accepting(self) -> None:
         """Accept on every listener, at the start or after ``pause_accepting``."""
-        context = self._running
+        context, clients = self._running, self.clients
         context.resume()
         for sock in self.sockets:
             own = sock.dup()  # a server closes its socket when it stops; the listener must outlive it
             own.setblocking(False)
             backlog = context.bounds.shares.backlog
-            server = context.loop.create_server(self._connection, sock=own, backlog=backlog)
+            server = context.loop.create_server(lambda: ClientConnection(context, clients), sock=own, backlog=backlog)
             self._servers.append(await server)
-
-    def _connection(self) -> ClientConnection:
-        return ClientConnection(self._running, self.clients)
 
     def send_away_waiting(self) -> None:
         """Answer 503 to whoever waits for a worker, now and from now on: none will come any more."""
