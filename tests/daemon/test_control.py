@@ -16,9 +16,9 @@ import pytest
 from daemonkit import Site
 from stranger import BECOME, passable
 
+from l40sd.control.messages import Check, PatternView, Topology
 from l40sd.control.server import CONNECTION_LIMIT
 from l40sd.errors import L40sError
-from l40sd.messages import Check, PatternView, Topology
 
 SiteOf = Callable[[str], Site]
 

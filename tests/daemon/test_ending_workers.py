@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 from daemonkit import Site
 
-from l40sd.messages import WorkerStatus
+from l40sd.control.messages import WorkerStatus
 
 SiteOf = Callable[[str], Site]
 

@@ -8,7 +8,7 @@ import aiohttp
 from aiohttp import web
 from daemonkit import Site
 
-from l40sd.messages import Status, WorkerStatus
+from l40sd.control.messages import Status, WorkerStatus
 
 SiteOf = Callable[[str], Site]
 

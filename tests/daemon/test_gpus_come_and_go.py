@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from daemonkit import Site
 
-from l40sd.messages import Check, Status
+from l40sd.control.messages import Check, Status
 
 SiteOf = Callable[[str], Site]
 FAKE = Path(__file__).parents[1] / "kit/fake_nvml.py"

@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 from daemonkit import Site
 
+from l40sd.control.messages import OperationStatus, Status, WorkerStatus
 from l40sd.errors import L40sError
-from l40sd.messages import OperationStatus, Status, WorkerStatus
 
 SiteOf = Callable[[str], Site]
 

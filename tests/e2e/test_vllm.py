@@ -16,7 +16,7 @@ import pytest
 from daemonkit import Site
 from harness import SiteOf
 
-from l40sd.messages import WorkerStatus
+from l40sd.control.messages import WorkerStatus
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 
