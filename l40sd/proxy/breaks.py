@@ -5,11 +5,11 @@ from l40sd.proxy.http1.chunked import go_on, place_of
 from l40sd.proxy.http1.heads import ResponseHead
 from l40sd.proxy.refused import Refused
 from l40sd.proxy.sse import ending, is_whole
-from l40sd.proxy.worker_connection import Upstream
+from l40sd.proxy.worker_connection import WorkerConnection
 
 
 def end_of_stream(
-    reply: ResponseHead, target: bytes, seen: bytes, refused: Refused, upstream: Upstream, *, takes_chunks: bool
+    reply: ResponseHead, target: bytes, seen: bytes, refused: Refused, upstream: WorkerConnection, *, takes_chunks: bool
 ) -> bytes | None:
     """Return what ends a stream that broke off so that its client is told why; None where nothing can be added.
 
@@ -34,7 +34,7 @@ def end_of_stream(
     return go_on(place, more) if place is not None and takes_chunks else more
 
 
-def ended_whole(reply: ResponseHead, target: bytes, seen: bytes, upstream: Upstream) -> bool:
+def ended_whole(reply: ResponseHead, target: bytes, seen: bytes, upstream: WorkerConnection) -> bool:
     """Return whether a reply whose end was to be its connection's was whole when the worker closed.
 
     Of a stream that can be told: it ends after an event, and with its API's last one where this worker sends that. A
@@ -48,7 +48,7 @@ def ended_whole(reply: ResponseHead, target: bytes, seen: bytes, upstream: Upstr
     """
     if not reply.is_event_stream:
         return True
-    last, peer = last_data(target.partition(b"?")[0]), upstream.peer
-    whole = is_whole(seen, last if peer.ends_streams else b"")
-    peer.ends_streams = peer.ends_streams or (whole and bool(last) and last in seen)
+    last, pool = last_data(target.partition(b"?")[0]), upstream.pool
+    whole = is_whole(seen, last if pool.ends_streams else b"")
+    pool.ends_streams = pool.ends_streams or (whole and bool(last) and last in seen)
     return whole

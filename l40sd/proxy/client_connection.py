@@ -16,14 +16,15 @@ from typing import cast
 from l40sd.proxy import pages as pages
 from l40sd.proxy.admission import admit
 from l40sd.proxy.bounds import FREE_BODY_BYTES, address_of
-from l40sd.proxy.context import Shared
+from l40sd.proxy.context import ProxyContext
 from l40sd.proxy.cors import preflight_fields
 from l40sd.proxy.dialects import dialect_of, error_body
 from l40sd.proxy.exchange import Exchange, duplicate
 from l40sd.proxy.handed import HandedConnection, HandedExchange
+from l40sd.proxy.http1.cached_heads import CachedRequestHead, cached_request_head
 from l40sd.proxy.http1.chunked import ChunkedBody
-from l40sd.proxy.http1.heads import HeadTemplate, RequestHead, parse_request, plain_request, template_of
-from l40sd.proxy.http1.request_body import ModelMemory
+from l40sd.proxy.http1.heads import RequestHead, parse_request, plain_request
+from l40sd.proxy.http1.request_body import CachedModelName
 from l40sd.proxy.refused import Refused
 
 AHEAD_LIMIT_BYTES = 65536
@@ -37,28 +38,28 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 bare_line_feed = re.compile(rb"(?<!\r)\n").search
 
 
-class Client(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
     """The protocol of one accepted connection."""
 
     __slots__ = (
         "_address",
         "_ahead_bytes",
         "_allowed",
+        "_cached_head",
+        "_cached_name",
         "_chunks",
+        "_context",
         "_head",
         "_held",
         "_is_reading",
         "_known_target",
         "_missing",
-        "_models",
         "_parts",
         "_refused",
         "_rules",
         "_scanned",
-        "_shared",
         "_taken_bytes",
         "_target",
-        "_template",
         "_timeout_s",
         "deadline_s",
         "exchange",
@@ -68,8 +69,8 @@ class Client(asyncio.Protocol):
         "transport",
     )
 
-    def __init__(self, shared: Shared) -> None:
-        self._shared = shared
+    def __init__(self, context: ProxyContext) -> None:
+        self._context = context
         self.exchange: Exchange | None = None
         self.is_closing = False
         self.is_paused = False
@@ -81,8 +82,8 @@ class Client(asyncio.Protocol):
         self._address = ""  # that it is counted under
         self._taken_bytes = 0  # of the memory for bodies, for the present one,
         self._ahead_bytes = 0  # and for what was sent ahead
-        self._models = ModelMemory()
-        self._template: HeadTemplate | None = None  # of a head that was admitted,
+        self._cached_name = CachedModelName()
+        self._cached_head: CachedRequestHead | None = None  # of a head that was admitted,
         self._known_target = b""  # for this target,
         self._rules: object = None  # under these rules
         self._begin_request()
@@ -103,17 +104,17 @@ class Client(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the clock for a first request, or send the connection away."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop has no common base class
-        self.expect(self._shared.config.client_header_timeout_s)
-        shared = self._shared
+        self.expect(self._context.config.client_header_timeout_s)
+        context = self._context
         self._address = address_of(transport)
-        refused = shared.bounds.enter(self._address, len(shared.clients))
+        refused = context.bounds.enter(self._address, len(context.clients))
         if refused is not None:
-            shared.metrics.refused_connections += 1
-            if len(shared.clients) >= shared.bounds.shares.clients + shared.bounds.shares.refused:
+            context.metrics.refused_connections += 1
+            if len(context.clients) >= context.bounds.shares.clients + context.bounds.shares.refused:
                 self.is_closing = True
                 self.transport.abort()
                 return
-        shared.clients.add(self)
+        context.clients.add(self)
         if refused is not None:
             self._answer_and_close(refused)
 
@@ -123,7 +124,7 @@ class Client(asyncio.Protocol):
             return
         if (
             self.exchange is None
-            and self._template is not None
+            and self._cached_head is not None
             and self._head is None
             and not self._held
             and not self.is_paused
@@ -138,19 +139,19 @@ class Client(asyncio.Protocol):
 
     def _mind_ahead(self) -> None:
         """Read no further while more than a little was sent ahead of the answers."""
-        if len(self._held) > AHEAD_LIMIT_BYTES and not self.is_closing and self not in self._shared.unread:
+        if len(self._held) > AHEAD_LIMIT_BYTES and not self.is_closing and self not in self._context.unread:
             self.transport.pause_reading()
-            self._shared.unread.add(self)
+            self._context.unread.add(self)
             self._ahead_bytes = len(self._held)
             try:
-                self._shared.bounds.take_memory(self._ahead_bytes)
+                self._context.bounds.take_memory(self._ahead_bytes)
             except Refused:  # there is no place for an answer to it: that of the present request comes first
                 self.reset()
 
     def _read_on(self) -> None:
         """Read a client again that had sent too far ahead."""
-        self._shared.unread.discard(self)
-        self._shared.bounds.body_bytes -= self._ahead_bytes
+        self._context.unread.discard(self)
+        self._context.bounds.body_bytes -= self._ahead_bytes
         self._ahead_bytes = 0
 
     def eof_received(self) -> None:
@@ -159,9 +160,9 @@ class Client(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of everything."""
-        self._shared.clients.discard(self)
+        self._context.clients.discard(self)
         self._read_on()
-        self._shared.bounds.leave(self._address)
+        self._context.bounds.leave(self._address)
         self._address = ""
         self._gone()
         self.release_memory()
@@ -178,18 +179,18 @@ class Client(asyncio.Protocol):
         if self.exchange is not None:
             self.exchange.pause_reply(is_paused=False)
         elif self._held:
-            self._shared.loop.call_soon(self._proceed)
+            self._context.loop.call_soon(self._proceed)
 
     # From the exchange and the sweeper
 
     def expect(self, timeout_s: float | None) -> None:
         """Set the deadline of what comes next; None: somebody else watches over it."""
-        self._timeout_s = inf if timeout_s is None else timeout_s + self._shared.tick_s
-        self.deadline_s = self._shared.now_s + self._timeout_s
+        self._timeout_s = inf if timeout_s is None else timeout_s + self._context.tick_s
+        self.deadline_s = self._context.now_s + self._timeout_s
 
     def moved(self) -> None:
         """Start the present deadline anew."""
-        self.deadline_s = self._shared.now_s + self._timeout_s
+        self.deadline_s = self._context.now_s + self._timeout_s
 
     def expired(self) -> None:
         """Act on a deadline that has passed."""
@@ -212,7 +213,7 @@ class Client(asyncio.Protocol):
         if exchange is not None:
             exchange.broke(error)
             return
-        self._shared.failures.note_own("", error, self._shared.now_s)
+        self._context.failures.note_own("", error, self._context.now_s)
         if self.is_closing:
             self.transport.abort()
         else:
@@ -236,11 +237,11 @@ class Client(asyncio.Protocol):
 
     def part(self) -> None:
         """Close an idle connection soon: a client that has just been told it may go on is not cut off in doing so."""
-        self.deadline_s = min(self.deadline_s, self._shared.now_s + PARTING_S)
+        self.deadline_s = min(self.deadline_s, self._context.now_s + PARTING_S)
 
     def will_keep_alive(self) -> bool:
         """Decide, for the head of a reply, whether another request may follow; it is a promise."""
-        self.keep_alive = self.keep_alive and not self._shared.is_stopping
+        self.keep_alive = self.keep_alive and not self._context.is_stopping
         return self.keep_alive
 
     def finished(self) -> None:
@@ -251,11 +252,11 @@ class Client(asyncio.Protocol):
             return
         if self._head is not None:
             self._begin_request()
-        self.expect(self._shared.config.client_idle_timeout_s)
-        if self._shared.is_stopping:
+        self.expect(self._context.config.client_idle_timeout_s)
+        if self._context.is_stopping:
             self.part()
         if self._held and not self._is_reading:  # otherwise the caller is _proceed, which goes on itself
-            self._shared.loop.call_soon(self._proceed)
+            self._context.loop.call_soon(self._proceed)
 
     def refuse(self, refused: Refused, head: RequestHead | None, *, request_id: bytes = b"") -> None:
         """Answer the present request with an error and go on to the next."""
@@ -285,7 +286,7 @@ class Client(asyncio.Protocol):
     def release_memory(self) -> None:
         """Count the body no more: it is gone, or will be in this turn of the loop."""
         if self._taken_bytes:
-            self._shared.bounds.body_bytes -= self._taken_bytes
+            self._context.bounds.body_bytes -= self._taken_bytes
             self._taken_bytes = 0
 
     # From one daemon to the next
@@ -317,7 +318,7 @@ class Client(asyncio.Protocol):
         self.exchange = None
         self.is_closing = True
         self._held = b""
-        self._shared.clients.discard(self)
+        self._context.clients.discard(self)
         self.transport.abort()  # no more than a close of this descriptor
         return handed
 
@@ -339,10 +340,10 @@ class Client(asyncio.Protocol):
         """Go on with a connection that an earlier daemon accepted; its exchange is set by whoever has both ends."""
         self.transport = transport
         self.is_closing = handed.is_parting
-        self._shared.clients.add(self)
+        self._context.clients.add(self)
         self._address = address_of(transport)
-        self._shared.bounds.enter(self._address, 0)
-        self.expect(LINGER_S if handed.is_parting else self._shared.config.client_idle_timeout_s)
+        self._context.bounds.enter(self._address, 0)
+        self.expect(LINGER_S if handed.is_parting else self._context.config.client_idle_timeout_s)
         if handed.is_parting:
             return
         if handed.exchange is None:
@@ -351,7 +352,7 @@ class Client(asyncio.Protocol):
             return
         self.keep_alive = handed.exchange.keep_alive
         self._taken_bytes = len(handed.exchange.body)
-        self._shared.bounds.body_bytes += self._taken_bytes
+        self._context.bounds.body_bytes += self._taken_bytes
         self._held = handed.held
         self._mind_ahead()
 
@@ -371,7 +372,7 @@ class Client(asyncio.Protocol):
         """
         if self._is_reading or not self._is_free():
             return
-        if self in self._shared.unread:
+        if self in self._context.unread:
             self._read_on()
             self.transport.resume_reading()
         self._is_reading = True
@@ -385,7 +386,7 @@ class Client(asyncio.Protocol):
                 if not self._is_free():
                     break
             else:
-                self._shared.loop.call_soon(self._proceed)
+                self._context.loop.call_soon(self._proceed)
                 self._mind_ahead()
         except Refused as refused:
             self._answer_and_close(refused)
@@ -406,18 +407,18 @@ class Client(asyncio.Protocol):
             held = self._held = held.lstrip(b"\r\n")  # an empty line before a request is harmless (RFC 9112, 2.2)
             self._scanned = 0
         end = held.find(b"\r\n\r\n", self._scanned) + 4
-        limit = self._shared.config.head_limit_bytes
+        limit = self._context.config.head_limit_bytes
         if end < 4 or end > limit:
             if len(held) > limit:
                 raise Refused(431, "head_too_large", f"the request's head is larger than {limit} bytes")
             if bare_line_feed(held, self._scanned):
                 raise Refused(400, "bad_request", "lines end in CR LF")
             if not self._scanned and held:
-                self.expect(self._shared.config.client_header_timeout_s)
+                self.expect(self._context.config.client_header_timeout_s)
             self._scanned = max(0, len(held) - 3)
             return False
-        if self._template is not None and self._known_end(held) == end:
-            head = self._head = self._template.request
+        if self._cached_head is not None and self._known_end(held) == end:
+            head = self._head = self._cached_head.request
             self._target = self._known_target
             self._missing = head.content_length
         else:
@@ -426,21 +427,21 @@ class Client(asyncio.Protocol):
         self._held = held[end:]
         if head.expects_continue and not self._held:
             self.transport.write(CONTINUE)
-        self.expect(self._shared.config.client_body_timeout_s)
+        self.expect(self._context.config.client_body_timeout_s)
         return True
 
     def _known_end(self, held: bytes) -> int:
         """Return where the head ends if it is one that was parsed and admitted on this connection before, else 0."""
-        template = self._template
-        if template is None or self._rules is not self._shared.rules:
+        template = self._cached_head
+        if template is None or self._rules is not self._context.rules:
             return 0
         end = template.end_in(held)
-        return end if template.request.content_length <= self._shared.config.body_limit_bytes else 0
+        return end if template.request.content_length <= self._context.config.body_limit_bytes else 0
 
     def _pass_on_at_once(self, data: bytes) -> bool:
         """Pass on what is exactly one request with a known head; return whether it was: most are, it saves 2 us."""
         end = self._known_end(data)
-        template = self._template
+        template = self._cached_head
         size = len(data) - end
         if not end or template is None or size != template.request.content_length or size > FREE_BODY_BYTES:
             return False
@@ -450,9 +451,11 @@ class Client(asyncio.Protocol):
     def _take_head(self, raw: bytes, head: RequestHead) -> None:
         self._head = head
         self.keep_alive = head.keep_alive
-        config = self._shared.config
+        config = self._context.config
         try:
-            self._target, self._allowed = admit(head, self._shared.has_key, self._shared.cors, config.body_limit_bytes)
+            self._target, self._allowed = admit(
+                head, self._context.has_key, self._context.cors, config.body_limit_bytes
+            )
         except Refused as refused:
             if head.is_chunked or head.content_length > DISCARD_LIMIT_BYTES or head.expects_continue:
                 raise
@@ -461,8 +464,8 @@ class Client(asyncio.Protocol):
             self._chunks = ChunkedBody(config.body_limit_bytes)
         else:
             self._missing = max(0, head.content_length)
-        self._template = template_of(head, raw) if self._target else None
-        self._known_target, self._rules = self._target, self._shared.rules
+        self._cached_head = cached_request_head(head, raw) if self._target else None
+        self._known_target, self._rules = self._target, self._context.rules
 
     def _read_body(self) -> bool:
         """Take the body off what was read; return whether it is whole."""
@@ -471,7 +474,7 @@ class Client(asyncio.Protocol):
             self._held = rest or b""
             self._take_memory(len(self._chunks.content))
             if rest is None:
-                self.expect(self._shared.config.client_body_timeout_s)
+                self.expect(self._context.config.client_body_timeout_s)
             else:
                 self._parts = [bytes(self._chunks.content)]
                 self._chunks = None
@@ -484,7 +487,7 @@ class Client(asyncio.Protocol):
                 self._parts.append(part)
                 self._take_memory(self._head.content_length - self._missing if self._head is not None else 0)
             if self._missing:
-                self.expect(self._shared.config.client_body_timeout_s)
+                self.expect(self._context.config.client_body_timeout_s)
         return not self._missing
 
     def _take_memory(self, held_bytes: int) -> None:
@@ -496,7 +499,7 @@ class Client(asyncio.Protocol):
         more = held_bytes - self._taken_bytes
         if held_bytes > FREE_BODY_BYTES and more > 0:
             self._taken_bytes += more
-            self._shared.bounds.take_memory(more)
+            self._context.bounds.take_memory(more)
 
     # Answering it
 
@@ -508,7 +511,7 @@ class Client(asyncio.Protocol):
             self._count_and_refuse(self._refused, head)
         elif self._allowed:
             fields = b"allow: %b\r\n" % b", ".join(self._allowed)
-            if self._shared.cors is not None and head.is_preflight:
+            if self._context.cors is not None and head.is_preflight:
                 fields += preflight_fields(self._allowed, head.asked_fields)
             self._answer(head, 204, b"", fields=fields)
         elif self._target:
@@ -520,11 +523,11 @@ class Client(asyncio.Protocol):
 
     def _pass_on(self, head: RequestHead, target: bytes, body: bytes, body_at: int) -> None:
         try:
-            name = self._models.name(body, head.content_type, body_at)
+            name = self._cached_name.name(body, head.content_type, body_at)
         except Refused as refused:
             self._count_and_refuse(refused, head)
             return
-        exchange = self.exchange = Exchange(self._shared, self, head, target, body, body_at, name)
+        exchange = self.exchange = Exchange(self._context, self, head, target, body, body_at, name)
         try:
             exchange.start()
         except Exception as error:  # noqa: BLE001 - the loop would only log it, and the request never end
@@ -533,7 +536,7 @@ class Client(asyncio.Protocol):
     def _show(self, head: RequestHead) -> None:
         try:
             page = pages.show(
-                head.target, self._shared.routes, is_stopping=self._shared.is_stopping, metrics=self._metrics_text
+                head.target, self._context.routes, is_stopping=self._context.is_stopping, metrics=self._metrics_text
             )
         except Refused as refused:
             self._count_and_refuse(refused, head)
@@ -541,7 +544,7 @@ class Client(asyncio.Protocol):
         self._answer(head, page.status, page.body, content_type=page.content_type)
 
     def _metrics_text(self) -> str:
-        return self._shared.metrics.text(self._shared.routes, len(self._shared.clients))
+        return self._context.metrics.text(self._context.routes, len(self._context.clients))
 
     def _count_and_refuse(self, refused: Refused, head: RequestHead) -> None:
         self._count(refused, head)
@@ -549,11 +552,13 @@ class Client(asyncio.Protocol):
 
     def _count(self, refused: Refused, head: RequestHead | None) -> None:
         """Count a request that is refused before a worker was looked for; for our reasons, it is told of as well."""
-        shared = self._shared
-        shared.metrics.answered("", refused.status)
+        context = self._context
+        context.metrics.answered("", refused.status)
         if refused.status in OUR_REASONS:
             request = head.request_id.decode() if head is not None else ""
-            shared.failures.note(refused.message, shared.now_s, lambda: {"request": request, "status": refused.status})
+            context.failures.note(
+                refused.message, context.now_s, lambda: {"request": request, "status": refused.status}
+            )
 
     def _answer(
         self,
@@ -594,7 +599,7 @@ class Client(asyncio.Protocol):
 
     def _cors_fields(self, head: RequestHead | None) -> bytes:
         """Return what every reply says of the web pages that may read it, each as ``name: value CR LF``."""
-        cors = self._shared.cors
+        cors = self._context.cors
         fields = b"" if cors is None or head is None else cors.reply_fields(head.origin)
         return fields[2:] + b"\r\n" if fields else b""
 

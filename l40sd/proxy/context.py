@@ -12,15 +12,15 @@ from l40sd.proxy.cors import Cors
 from l40sd.proxy.failures import Failures
 from l40sd.proxy.metrics import Metrics
 from l40sd.proxy.poison_table import Poison
-from l40sd.proxy.worker_connection import Peer
+from l40sd.proxy.worker_connection import ConnectionPool
 from l40sd.routing.routes import Route, Routes
 
 if TYPE_CHECKING:
-    from l40sd.proxy.client_connection import Client
+    from l40sd.proxy.client_connection import ClientConnection
 
 
 @dataclass(slots=True)
-class Shared:
+class ProxyContext:
     """The proxy's own state; changed by ``Proxy`` and, for their own part, by its connections.
 
     Attributes:
@@ -32,7 +32,7 @@ class Shared:
         cors: Which web pages may use the endpoint; None: nothing is said of it to browsers, and nothing refused.
         rules: Another object whenever other requests may come in than before.
         unread: Clients that sent too far ahead to be read for now.
-        peers: By route, made when first used.
+        pools: By route, made when first used.
         is_stopping: Nothing new is accepted; what is open ends.
         is_closing: No worker will come any more: nobody needs to wait for one.
         dials: The requests' tasks (a connection to a worker being made, a question about one); no others hold any.
@@ -52,9 +52,9 @@ class Shared:
     tick_s: float = 0.5
     is_stopping: bool = False
     is_closing: bool = False
-    clients: "set[Client]" = field(default_factory=set)
-    unread: "set[Client]" = field(default_factory=set)
-    peers: dict[Route, Peer] = field(default_factory=dict)
+    clients: "set[ClientConnection]" = field(default_factory=set)
+    unread: "set[ClientConnection]" = field(default_factory=set)
+    pools: dict[Route, ConnectionPool] = field(default_factory=dict)
     dials: set[asyncio.Task[None]] = field(default_factory=set)
     failures: Failures = field(default_factory=lambda: Failures(0, 0.0))
     poison: Poison = field(default_factory=lambda: Poison(limit=0, kept_s=0.0))
@@ -88,19 +88,19 @@ class Shared:
     def make_room_for_upstream(self) -> bool:
         """Return whether one more connection to a worker may be made; for it an idle one may have to go."""
         limit = self.bounds.shares.upstreams
-        if sum(peer.open for peer in self.peers.values()) + len(self.dials) < limit:
+        if sum(pool.open for pool in self.pools.values()) + len(self.dials) < limit:
             return True
-        idle = [peer.idle[0] for peer in self.peers.values() if peer.idle]
+        idle = [pool.idle[0] for pool in self.pools.values() if pool.idle]
         if not idle:
             return False
         oldest = min(idle, key=lambda upstream: upstream.idle_since_s)
-        oldest.peer.idle.remove(oldest)
+        oldest.pool.idle.remove(oldest)
         oldest.abort()
         return True
 
-    def peer(self, route: Route) -> Peer:
+    def pool(self, route: Route) -> ConnectionPool:
         """Return the connections of a route."""
-        peer = self.peers.get(route)
-        if peer is None:
-            peer = self.peers[route] = Peer(route)
-        return peer
+        pool = self.pools.get(route)
+        if pool is None:
+            pool = self.pools[route] = ConnectionPool(route)
+        return pool

@@ -27,11 +27,11 @@ import structlog
 
 from l40sd.model import ModelName
 from l40sd.proxy.breaks import end_of_stream, ended_whole
-from l40sd.proxy.context import Shared
+from l40sd.proxy.context import ProxyContext
 from l40sd.proxy.handed import HandedExchange, HandedReply
+from l40sd.proxy.http1.cached_heads import CachedReplyHead
 from l40sd.proxy.http1.chunked import ends_between_chunks
 from l40sd.proxy.http1.heads import (
-    KnownReply,
     RequestHead,
     ResponseHead,
     format_request,
@@ -44,11 +44,19 @@ from l40sd.proxy.pages import no_worker, refused_as_poison, unknown_model
 from l40sd.proxy.poison_table import End
 from l40sd.proxy.refused import Refused
 from l40sd.proxy.retry_policy import DEATHS_LIMIT, TABLE, Next, Seen, decide
-from l40sd.proxy.worker_connection import ABORTED, Countdown, Peer, Tail, Unchunk, Upstream, says_aborted
+from l40sd.proxy.worker_connection import (
+    ABORTED,
+    ConnectionPool,
+    Countdown,
+    Tail,
+    Unchunk,
+    WorkerConnection,
+    says_aborted,
+)
 from l40sd.routing.routes import FailureKind, Lease, Route, Waiter
 
 if TYPE_CHECKING:
-    from l40sd.proxy.client_connection import Client
+    from l40sd.proxy.client_connection import ClientConnection
 
 STALE_WITHIN_S = 1.0  # a kept connection that closes later than this was closed over the request itself
 LOGGED_LIMIT = 200  # characters of what a client chose
@@ -97,6 +105,7 @@ class Exchange:
         "_body",
         "_body_at",
         "_client",
+        "_context",
         "_countdown",
         "_dial",
         "_died",
@@ -110,7 +119,6 @@ class Exchange:
         "_phase",
         "_reply",
         "_request_id",
-        "_shared",
         "_started_at_s",
         "_tail",
         "_target",
@@ -126,26 +134,26 @@ class Exchange:
 
     def __init__(
         self,
-        shared: Shared,
-        client: "Client",
+        context: ProxyContext,
+        client: "ClientConnection",
         head: RequestHead,
         target: bytes,
         body: bytes,
         body_at: int,
         name: str,
     ) -> None:
-        self._shared = shared
+        self._context = context
         self._client = client
         self._head = head
         self._target = target
         self._body = body
         self._body_at = body_at  # what stands before it was read with it
         self._name = name  # of the model, as the body has it
-        self._request_id = head.request_id or shared.make_request_id()
-        self._started_at_s = shared.loop.time()
+        self._request_id = head.request_id or context.make_request_id()
+        self._started_at_s = context.loop.time()
         self._first_byte_at_s = 0.0
         self._tries = 0  # workers asked, or connected to in vain
-        self._tries_left = shared.config.retries
+        self._tries_left = context.config.retries
         self._tried: tuple[int, ...] = ()  # serials of routes that failed
         self._barred: tuple[int, ...] = ()  # those of them that it cannot be tried on again
         self._died: tuple[str, ...] = ()  # workers that ended with it and had not answered a byte of it
@@ -156,7 +164,7 @@ class Exchange:
         self._lease: Lease | None = None
         self._waiter: Waiter | None = None
         self._dial: asyncio.Task[None] | None = None
-        self._upstream: Upstream | None = None
+        self._upstream: WorkerConnection | None = None
         self._reply: ResponseHead | None = None
         self._countdown: Countdown | None = None  # of a reply with a length, while it comes
         self._tail: Tail | None = None
@@ -167,13 +175,13 @@ class Exchange:
 
     def start(self) -> None:
         """Look for a worker; everything further happens through callbacks."""
-        routes = self._shared.routes
+        routes = self._context.routes
         model = routes.resolve(self._name)
         if model is None:
             self._refuse(unknown_model(routes, self._name))
             return
         self._model = model
-        if self._shared.poison.lengths and self._is_refused_as_poison():
+        if self._context.poison.lengths and self._is_refused_as_poison():
             return
         lease = routes.take(model)
         if lease is not None:
@@ -183,14 +191,14 @@ class Exchange:
 
     def _look_further(self) -> None:
         """Take a worker that has not had the request, else one that could be connected to, else wait for one."""
-        routes = self._shared.routes
+        routes = self._context.routes
         lease = routes.take(self._model, self._tried)
         if lease is None and len(self._tried) > len(self._barred):
             lease = routes.take(self._model, self._barred)
         if lease is not None:
             self._use(lease)
             return
-        if self._shared.is_closing:
+        if self._context.is_closing:
             self._refuse(no_worker(routes, self._model, CLOSING))
             return
         if not routes.may_wait(self._model):
@@ -198,21 +206,21 @@ class Exchange:
             return
         self._phase = Phase.WAITING
         self._client.expect(None)  # the line has its own deadline
-        deadline_s = self._shared.now_s + self._shared.config.queue_timeout_s
+        deadline_s = self._context.now_s + self._context.config.queue_timeout_s
         self._waiter = routes.wait(self._model, self._on_turn, deadline_s=deadline_s, tried=self._barred)
         if self._waiter is None:
             self._refuse(no_worker(routes, self._model, "its waiting line is full"))
 
     def _is_refused_as_poison(self) -> bool:
         """Refuse a request that workers died of; one that may be innocent goes on, and is known to have been aboard."""
-        poison, body = self._shared.poison, memoryview(self._body)[self._body_at :]
+        poison, body = self._context.poison, memoryview(self._body)[self._body_at :]
         if len(body) not in poison.lengths:
             return False
         fingerprint = poison.fingerprint(self._target, body)
         entry = poison.known(fingerprint)
         if entry is None:
             return False
-        now_s = self._shared.now_s
+        now_s = self._context.now_s
         self._fingerprint, self._died, self._earlier = fingerprint, entry.workers(now_s), entry.ends[-1]
         if entry.is_poison(now_s):
             self._refuse(refused_as_poison(self._died, entry.until_s - now_s))
@@ -229,55 +237,57 @@ class Exchange:
         self._waiter = None
         if lease is not None:
             self._use(lease)
-        elif self._shared.routes.resolve(self._name) is None:
-            self._refuse(unknown_model(self._shared.routes, self._name))
+        elif self._context.routes.resolve(self._name) is None:
+            self._refuse(unknown_model(self._context.routes, self._name))
         else:
-            self._refuse(no_worker(self._shared.routes, self._model, self._why_no_turn()))
+            self._refuse(no_worker(self._context.routes, self._model, self._why_no_turn()))
 
     def _why_no_turn(self) -> str:
-        if self._shared.is_closing:
+        if self._context.is_closing:
             return CLOSING
-        if not self._shared.routes.may_wait(self._model):
+        if not self._context.routes.may_wait(self._model):
             return NOTHING_COMES
-        return f"none was free within {self._shared.config.queue_timeout_s:g} s"
+        return f"none was free within {self._context.config.queue_timeout_s:g} s"
 
     def _use(self, lease: Lease) -> None:
         self._lease = lease
         self._tries += 1
         self._was_stale = False
-        shared = self._shared
-        peer = shared.peer(lease.route)
+        context = self._context
+        pool = context.pool(lease.route)
         # A further try takes a new connection: one that may be stale would cost it a try that it may not have.
-        upstream = None if self._tried else peer.take_idle(shared.now_s, shared.config.upstream_idle_timeout_s)
+        upstream = None if self._tried else pool.take_idle(context.now_s, context.config.upstream_idle_timeout_s)
         if upstream is not None:
             self._ask(upstream)
         else:
-            self._connect(peer)
+            self._connect(pool)
 
-    def _connect(self, peer: Peer) -> None:
+    def _connect(self, pool: ConnectionPool) -> None:
         self._phase = Phase.CONNECTING
-        if not self._shared.make_room_for_upstream():
+        if not self._context.make_room_for_upstream():
             self._leave(Seen.OVERLOADED, NO_DESCRIPTOR)
             return
-        self._client.expect(self._shared.config.connect_timeout_s)
-        self._start_task(self._dialling(peer))
+        self._client.expect(self._context.config.connect_timeout_s)
+        self._start_task(self._dialling(pool))
 
     def _start_task(self, task: Coroutine[object, object, None]) -> None:
         """Run a task of this request's; at most one at a time, and it ends with the request."""
-        self._dial = self._shared.loop.create_task(task)
-        self._shared.dials.add(self._dial)
-        self._dial.add_done_callback(self._shared.dials.discard)
+        self._dial = self._context.loop.create_task(task)
+        self._context.dials.add(self._dial)
+        self._dial.add_done_callback(self._context.dials.discard)
 
-    async def _dialling(self, peer: Peer) -> None:
+    async def _dialling(self, pool: ConnectionPool) -> None:
         try:
-            await self._dial_and_ask(peer)
+            await self._dial_and_ask(pool)
         except Exception as error:  # noqa: BLE001 - a task that ends without a word would hold lease and client
             self.broke(error)
 
-    async def _dial_and_ask(self, peer: Peer) -> None:
-        backend = peer.route.backend
+    async def _dial_and_ask(self, pool: ConnectionPool) -> None:
+        backend = pool.route.backend
         try:
-            _, upstream = await self._shared.loop.create_connection(lambda: Upstream(peer), backend.host, backend.port)
+            _, upstream = await self._context.loop.create_connection(
+                lambda: WorkerConnection(pool), backend.host, backend.port
+            )
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be encoded
             self._dial = None
             if isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS:
@@ -288,16 +298,16 @@ class Exchange:
         self._dial = None
         self._ask(upstream)
 
-    def _ask(self, upstream: Upstream) -> None:
+    def _ask(self, upstream: WorkerConnection) -> None:
         self._phase = Phase.ASKED
         self._upstream = upstream
-        self._asked_at_s = self._shared.now_s
-        self._client.expect(self._shared.config.first_byte_timeout_s)
-        peer = upstream.peer
+        self._asked_at_s = self._context.now_s
+        self._client.expect(self._context.config.first_byte_timeout_s)
+        pool = upstream.pool
         body: bytes | memoryview
-        if peer.served_name != self._name:
+        if pool.served_name != self._name:
             try:
-                body = replace_model(self._body, self._head.content_type, peer.served_name, self._body_at)
+                body = replace_model(self._body, self._head.content_type, pool.served_name, self._body_at)
             except Refused as refused:
                 self._refuse(refused)
                 return
@@ -306,9 +316,9 @@ class Exchange:
         else:
             body = memoryview(self._body)[self._body_at :]
         if isinstance(body, bytes) and len(body) < JOIN_BELOW_BYTES:
-            upstream.ask(self, format_request(self._head, self._target, self._request_id, len(body), peer.fields, body))
+            upstream.ask(self, format_request(self._head, self._target, self._request_id, len(body), pool.fields, body))
         else:
-            head = format_request(self._head, self._target, self._request_id, len(body), peer.fields)
+            head = format_request(self._head, self._target, self._request_id, len(body), pool.fields)
             upstream.ask(self, head, body)
 
     def _leave_unconnected(self, why: str) -> None:
@@ -328,7 +338,7 @@ class Exchange:
                 self._was_stale = True
                 self._tries += 1
                 self._tries_left = max(0, self._tries_left - 1)  # it may have been read: it counts where it can
-                self._connect(self._shared.peer(route))
+                self._connect(self._context.pool(route))
                 return True
             case Next.REPLY:
                 return False
@@ -349,7 +359,7 @@ class Exchange:
     def _take_another(self, route: Route) -> bool:
         """Take the request to a worker that has not had it, if one is free now; return whether there was one."""
         tried = (*self._tried, route.serial)
-        another = self._shared.routes.take(self._model, tried)
+        another = self._context.routes.take(self._model, tried)
         if another is None:
             return False
         self._tried = tried
@@ -373,19 +383,19 @@ class Exchange:
 
     def _note_death(self, route: Route) -> None:
         """Count an end of a worker that had not answered a byte: the request may be its cause."""
-        poison, body = self._shared.poison, memoryview(self._body)[self._body_at :]
+        poison, body = self._context.poison, memoryview(self._body)[self._body_at :]
         if not self._fingerprint:
             self._fingerprint = poison.fingerprint(self._target, body)
-        now_s, earlier = self._shared.now_s, self._earlier
+        now_s, earlier = self._context.now_s, self._earlier
         self._earlier = poison.note(self._fingerprint, len(body), route, now_s)
         if earlier is not None:
-            self._shared.routes.excuse(route.backend.worker, earlier.route, earlier.serial, now_s)
+            self._context.routes.excuse(route.backend.worker, earlier.route, earlier.serial, now_s)
         self._died = (*self._died, route.backend.worker)
 
     def _count_retry(self, route: Route) -> None:
         self._tries_left -= 1
         route.tally.retried += 1
-        self._shared.metrics.retried += 1
+        self._context.metrics.retried += 1
 
     # The reply
 
@@ -396,7 +406,7 @@ class Exchange:
         if head.status in (502, 503):
             if self._leave(Seen.UNAVAILABLE, f"status {head.status}"):
                 return None
-        elif head.status == 500 and self._shared.routes.on_doubt is not None:
+        elif head.status == 500 and self._context.routes.on_doubt is not None:
             return self._hold(head, rest)
         elif head.status >= 500:
             self._lease.failed(FailureKind.STATUS)
@@ -417,7 +427,7 @@ class Exchange:
 
     async def _judging(self, head: ResponseHead, rest: bytes) -> None:
         try:
-            doubted, routes = self._lease, self._shared.routes
+            doubted, routes = self._lease, self._context.routes
             assert doubted is not None
             assert routes.on_doubt is not None
             is_ending = await routes.on_doubt(doubted.route.backend.worker)
@@ -449,19 +459,19 @@ class Exchange:
         self.latest = rest
         self._body = b""  # nothing can be repeated from here on
         client.release_memory()
-        self._first_byte_at_s = self._shared.loop.time()
-        client.expect(self._shared.config.idle_timeout_s)
+        self._first_byte_at_s = self._context.loop.time()
+        client.expect(self._context.config.idle_timeout_s)
         write: Callable[[bytes], object] = client.transport.write
         unchunk = self._head.is_http10 and head.is_chunked
         lines = head.without_framing() if unchunk else head.lines
         if not head.is_framed:
             client.keep_alive = False
         line_end = lines.find(b"\r\n")
-        cors = self._shared.cors
+        cors = self._context.cors
         write_head = b"%b\r\nx-request-id: %b%b%b%b%b\r\n\r\n" % (
             lines[:line_end] if line_end >= 0 else lines,
             self._request_id,
-            self._upstream.peer.reply_field,
+            self._upstream.pool.reply_field,
             b"" if client.will_keep_alive() else b"\r\nconnection: close",
             b"" if cors is None else cors.reply_fields(self._head.origin),
             lines[line_end:] if line_end >= 0 else b"",
@@ -480,9 +490,9 @@ class Exchange:
         write = self._countdown = Countdown(write, length - len(rest))
         return write
 
-    def on_whole(self, known: KnownReply, data: bytes) -> None:
+    def on_whole(self, cached: CachedReplyHead, data: bytes) -> None:
         """Pass on a reply that is whole as it came; most of those that are no streams take this way and no other."""
-        lease, upstream, client, shared = self._lease, self._upstream, self._client, self._shared
+        lease, upstream, client, context = self._lease, self._upstream, self._client, self._context
         assert lease is not None
         assert upstream is not None
         if says_aborted(data):
@@ -492,20 +502,20 @@ class Exchange:
         client.transport.write(
             b"%b\r\nx-request-id: %b%b%b%b%b"
             % (
-                data[: known.line_end],
+                data[: cached.line_end],
                 self._request_id,
-                upstream.peer.reply_field,
+                upstream.pool.reply_field,
                 b"" if client.will_keep_alive() else b"\r\nconnection: close",
-                b"" if shared.cors is None else shared.cors.reply_fields(self._head.origin),
-                data[known.line_end :] if known.passed_on is None else known.rest_of(data),
+                b"" if context.cors is None else context.cors.reply_fields(self._head.origin),
+                data[cached.line_end :] if cached.passed_on is None else cached.rest_of(data),
             )
         )
-        upstream.release(shared.now_s)
+        upstream.release(context.now_s)
         self._upstream = None
-        now_s = self._first_byte_at_s = shared.loop.time()
-        shared.metrics.answered_at_once(self._model, known.status, now_s - self._started_at_s)
-        if shared.config.access_log:
-            self._log("", known.status)
+        now_s = self._first_byte_at_s = context.loop.time()
+        context.metrics.answered_at_once(self._model, cached.status, now_s - self._started_at_s)
+        if context.config.access_log:
+            self._log("", cached.status)
         self._phase = Phase.ENDED
         lease.release()
         self._lease = None
@@ -514,14 +524,14 @@ class Exchange:
     def _answered(self, lease: Lease) -> None:
         lease.answered()
         if self._died:
-            self._shared.poison.forget(self._fingerprint)
+            self._context.poison.forget(self._fingerprint)
 
     def on_complete(self) -> None:
         """The whole reply is written, or held."""
         assert self._upstream is not None
         if self._phase is Phase.HELD:
             return
-        self._upstream.release(self._shared.now_s)
+        self._upstream.release(self._context.now_s)
         self._upstream = None
         self._whole()
 
@@ -544,18 +554,18 @@ class Exchange:
                 self._cut(FailureKind.CUT, "the stream ended early", upstream)
         elif upstream.begun or self._phase is Phase.HELD:
             self._leave(Seen.GARBLED, why)
-        elif upstream.reused and self._shared.now_s - self._asked_at_s < STALE_WITHIN_S:
+        elif upstream.reused and self._context.now_s - self._asked_at_s < STALE_WITHIN_S:
             self._leave(Seen.STALE, why)
         else:
             self._leave(Seen.CLOSED, why)
 
-    def _cut(self, kind: FailureKind, why: str, upstream: Upstream) -> None:
+    def _cut(self, kind: FailureKind, why: str, upstream: WorkerConnection) -> None:
         """End a reply that has begun and will not be whole, so that the client can tell."""
         assert self._lease is not None
         assert self._reply is not None
         worker = self._lease.route.backend.worker
         self._lease.failed(kind)
-        self._shared.metrics.cut += 1
+        self._context.metrics.cut += 1
         refused = Refused(502, "worker_failed", f"l40sd: the reply of {worker} broke off: {why}")
         seen = self._tail.data if self._tail else self.latest
         takes_chunks = not self._head.is_http10
@@ -588,7 +598,7 @@ class Exchange:
     def expired(self) -> None:
         """The deadline of the present phase has passed."""
         assert self._lease is not None, "who waits in line has the line's deadline"
-        config = self._shared.config
+        config = self._context.config
         if self._phase is Phase.CONNECTING:
             self._leave_unconnected(f"no connection within {config.connect_timeout_s:g} s")
         elif self._phase in (Phase.ASKED, Phase.HELD):
@@ -611,7 +621,7 @@ class Exchange:
         if isinstance(error, Refused):
             self._refuse(error)
             return
-        self._shared.failures.note_own(self._request_id.decode(), error, self._shared.now_s)
+        self._context.failures.note_own(self._request_id.decode(), error, self._context.now_s)
         what = f"l40sd failed on this request: {type(error).__name__}"
         if self._phase is Phase.REPLYING:
             self._end(what, is_failed=True)
@@ -622,8 +632,8 @@ class Exchange:
     def client_gone(self) -> None:
         """Stop at once; the worker sees its connection close."""
         if self._phase is not Phase.ENDED:
-            self._shared.metrics.gone += 1
-            self._shared.metrics.answered(self._model, self._reply.status if self._reply else CLIENT_GONE)
+            self._context.metrics.gone += 1
+            self._context.metrics.answered(self._model, self._reply.status if self._reply else CLIENT_GONE)
             self._end("client gone")
 
     def pause_reply(self, *, is_paused: bool) -> None:
@@ -634,8 +644,8 @@ class Exchange:
 
     def _whole(self) -> None:
         assert self._reply is not None
-        now_s = self._shared.loop.time()
-        metrics = self._shared.metrics
+        now_s = self._context.loop.time()
+        metrics = self._context.metrics
         metrics.answered(self._model, self._reply.status)
         metrics.timed(self._model, self._first_byte_at_s - self._started_at_s, now_s - self._started_at_s)
         is_failed = self._reply.status >= 500
@@ -643,18 +653,18 @@ class Exchange:
         self._client.finished()
 
     def _refuse(self, refused: Refused) -> None:
-        self._shared.metrics.answered(self._model, refused.status)
+        self._context.metrics.answered(self._model, refused.status)
         self._end(refused.message, refused.status, is_failed=refused.status >= 500)
         self._client.refuse(refused, self._head, request_id=self._request_id)
 
     def _end(self, problem: str, status: int = 0, *, is_failed: bool = False) -> None:
-        shared = self._shared
+        context = self._context
         status = self._reply.status if self._reply else status
         try:
-            if shared.config.access_log:
+            if context.config.access_log:
                 self._log(problem, status)
             if is_failed:
-                shared.failures.note(problem, shared.now_s, lambda: self._account(status))
+                context.failures.note(problem, context.now_s, lambda: self._account(status))
         finally:
             self._phase = Phase.ENDED
             self._let_go()
@@ -767,35 +777,35 @@ class Exchange:
 
     @classmethod
     def take_up(
-        cls, shared: Shared, client: "Client", handed: HandedExchange, transport: asyncio.Transport
-    ) -> tuple["Exchange", Upstream]:
+        cls, context: ProxyContext, client: "ClientConnection", handed: HandedExchange, transport: asyncio.Transport
+    ) -> tuple["Exchange", WorkerConnection]:
         """Go on with a request that an earlier daemon sent to a worker, over this connection to it."""
         head = parse_request(handed.head)
-        exchange = cls(shared, client, head, handed.target, handed.body, 0, handed.name)
+        exchange = cls(context, client, head, handed.target, handed.body, 0, handed.name)
         exchange._request_id = handed.request_id
         exchange._started_at_s = handed.started_at_s
         exchange._asked_at_s = handed.asked_at_s
         exchange._tries, exchange._tries_left = 1, handed.tries_left
         exchange._died = handed.died
         exchange._model = handed.model
-        exchange._lease = shared.routes.hold(handed.backend)
+        exchange._lease = context.routes.hold(handed.backend)
         exchange._phase = Phase.ASKED
-        upstream = exchange._upstream = Upstream(shared.peer(exchange._lease.route))
+        upstream = exchange._upstream = WorkerConnection(context.pool(exchange._lease.route))
         upstream.connection_made(transport)
         upstream.take_up(exchange, begun=handed.begun, is_reused=handed.is_reused)
-        client.expect(shared.config.first_byte_timeout_s)
+        client.expect(context.config.first_byte_timeout_s)
         if handed.reply is not None:
             exchange._take_up_reply(handed.reply, upstream)
         transport.set_protocol(upstream)
         return exchange, upstream
 
-    def _take_up_reply(self, handed: HandedReply, upstream: Upstream) -> None:
+    def _take_up_reply(self, handed: HandedReply, upstream: WorkerConnection) -> None:
         client = self._client
         head = self._reply = ResponseHead(handed.status, handed.lines)
         self._phase = Phase.REPLYING
         self.latest = b"" if head.is_chunked else b"\n"  # what stood before is not known, but that it was a whole part
         self._first_byte_at_s = handed.first_byte_at_s
-        client.expect(self._shared.config.idle_timeout_s)
+        client.expect(self._context.config.idle_timeout_s)
         write: Callable[[bytes], object] = client.transport.write
         framing = b""
         if head.is_chunked:
@@ -839,5 +849,5 @@ class Exchange:
             "status": status,
             "tries": self._tries,
             "first_byte_s": round(self._first_byte_at_s - self._started_at_s, 4) if self._first_byte_at_s else None,
-            "duration_s": round(self._shared.loop.time() - self._started_at_s, 4),
+            "duration_s": round(self._context.loop.time() - self._started_at_s, 4),
         }

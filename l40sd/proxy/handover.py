@@ -13,8 +13,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import cast
 
-from l40sd.proxy.client_connection import Client
-from l40sd.proxy.context import Shared
+from l40sd.proxy.client_connection import ClientConnection
+from l40sd.proxy.context import ProxyContext
 from l40sd.proxy.exchange import Exchange
 from l40sd.proxy.handed import Handed, HandedConnection
 
@@ -32,12 +32,12 @@ class Lost:
     why: str
 
 
-async def settle(shared: Shared, timeout_s: float) -> set[Client]:
+async def settle(context: ProxyContext, timeout_s: float) -> set[ClientConnection]:
     """Wait until each connection has once been where it can be handed over; return those that were not in time."""
-    unsettled = set(shared.clients)
+    unsettled = set(context.clients)
     try:
         async with asyncio.timeout(timeout_s):
-            while unsettled := {c for c in unsettled if c in shared.clients and not c.is_settled()}:
+            while unsettled := {c for c in unsettled if c in context.clients and not c.is_settled()}:
                 for client in unsettled:
                     client.come_to_rest()
                 await asyncio.sleep(POLL_S)
@@ -46,22 +46,24 @@ async def settle(shared: Shared, timeout_s: float) -> set[Client]:
     return unsettled
 
 
-async def gather(shared: Shared, stuck: Collection[Client], timeout_s: float) -> tuple[Handed, list[Lost]]:
+async def gather(
+    context: ProxyContext, stuck: Collection[ClientConnection], timeout_s: float
+) -> tuple[Handed, list[Lost]]:
     """Take every connection out of this daemon. Accepting has been paused.
 
     Args:
-        shared: The proxy's.
+        context: The proxy's.
         stuck: Connections that need not be waited for.
         timeout_s: For those that left the point where they were settled.
     """
-    loop = shared.loop
+    loop = context.loop
     paused_at_s = loop.time()
     taken: list[HandedConnection] = []
     lost: list[Lost] = []
     rounds = 0
-    while rounds < ROUNDS or (loop.time() < paused_at_s + timeout_s and any(c not in stuck for c in shared.clients)):
-        for client in sorted(shared.clients, key=_place):
-            if client not in shared.clients or client.transport.is_closing():
+    while rounds < ROUNDS or (loop.time() < paused_at_s + timeout_s and any(c not in stuck for c in context.clients)):
+        for client in sorted(context.clients, key=_place):
+            if client not in context.clients or client.transport.is_closing():
                 continue
             if client.is_settled():
                 _take(client, taken, lost)
@@ -71,7 +73,7 @@ async def gather(shared: Shared, stuck: Collection[Client], timeout_s: float) ->
                 client.come_to_rest()
         await asyncio.sleep(POLL_S if rounds >= ROUNDS else 0)
         rounds += 1
-    for client in list(shared.clients):
+    for client in list(context.clients):
         if client.transport.get_write_buffer_size():
             lost.append(_lost(client, "its client does not read"))
         elif not client.transport.is_closing():
@@ -79,9 +81,9 @@ async def gather(shared: Shared, stuck: Collection[Client], timeout_s: float) ->
     return Handed(paused_at_s=paused_at_s, connections=tuple(taken)), lost
 
 
-async def take_over(shared: Shared, handed: Handed) -> None:
+async def take_over(context: ProxyContext, handed: Handed) -> None:
     """Go on with the connections of an earlier daemon."""
-    loop = shared.loop
+    loop = context.loop
     clients = await asyncio.gather(*(_land(loop, c.client) for c in handed.connections))
     upstreams = await asyncio.gather(
         *(_land(loop, c.exchange.upstream) for c in handed.connections if c.exchange is not None)
@@ -90,7 +92,7 @@ async def take_over(shared: Shared, handed: Handed) -> None:
     for connection, client in zip(handed.connections, clients, strict=True):
         upstream = next(further) if connection.exchange is not None else None
         if not client.is_lost:
-            _go_on(shared, connection, client, upstream)
+            _go_on(context, connection, client, upstream)
         elif upstream is not None and upstream.transport is not None:
             upstream.transport.abort()
 
@@ -145,8 +147,8 @@ async def _land(loop: asyncio.AbstractEventLoop, descriptor: int) -> Landing:
     return landing
 
 
-def _go_on(shared: Shared, handed: HandedConnection, landed: Landing, upstream_landed: Landing | None) -> None:
-    client = Client(shared)
+def _go_on(context: ProxyContext, handed: HandedConnection, landed: Landing, upstream_landed: Landing | None) -> None:
+    client = ClientConnection(context)
     assert landed.transport is not None
     client.take_up(landed.transport, handed)
     landed.transport.set_protocol(client)
@@ -156,13 +158,13 @@ def _go_on(shared: Shared, handed: HandedConnection, landed: Landing, upstream_l
     if upstream_landed.transport is None:
         client.reset()
         return
-    client.exchange, upstream = Exchange.take_up(shared, client, handed.exchange, upstream_landed.transport)
+    client.exchange, upstream = Exchange.take_up(context, client, handed.exchange, upstream_landed.transport)
     landed.pass_on(client)
     if client.exchange is not None:
         upstream_landed.pass_on(upstream)
 
 
-def _take(client: Client, taken: list[HandedConnection], lost: list[Lost]) -> None:
+def _take(client: ClientConnection, taken: list[HandedConnection], lost: list[Lost]) -> None:
     try:
         handed = client.hand_over()
     except OSError as error:
@@ -176,12 +178,12 @@ def _take(client: Client, taken: list[HandedConnection], lost: list[Lost]) -> No
         taken.append(handed)
 
 
-def _lost(client: Client, why: str) -> Lost:
+def _lost(client: ClientConnection, why: str) -> Lost:
     facts = client.exchange.facts if client.exchange is not None else {"request": "", "worker": ""}
     return Lost(why=why, **facts)
 
 
-def _place(client: Client) -> tuple[bool, float]:
+def _place(client: ClientConnection) -> tuple[bool, float]:
     """Who has no worker comes first: else it would get the place of one that has just been taken. Then the oldest."""
     exchange = client.exchange
     return (False, 0.0) if exchange is None else (exchange.has_worker, exchange.age)

@@ -1,6 +1,7 @@
 """The endpoint: least busy worker, streamed reply, one port for everything.
 
-    Client (bytes in, one request at a time) --> Exchange (lease, tries, deadlines) --> Upstream (bytes back)
+    ClientConnection              --> Exchange                  --> WorkerConnection
+    (bytes in, one request at a time) (lease, tries, deadlines)     (bytes back)
 
 Proxy owns the listening sockets and one timer. The timer looks at every connection twice a second: a deadline is an
 attribute that a request sets on its way, so ten thousand of them cost no timer handles.
@@ -21,8 +22,8 @@ from l40sd.config.options import ProxyConfig
 from l40sd.errors import L40sError
 from l40sd.model import WorkerId
 from l40sd.proxy import heap, listeners
-from l40sd.proxy.client_connection import Client
-from l40sd.proxy.context import Shared
+from l40sd.proxy.client_connection import ClientConnection
+from l40sd.proxy.context import ProxyContext
 from l40sd.proxy.descriptors import BACKLOG
 from l40sd.proxy.handed import Handed
 from l40sd.proxy.handover import gather, settle, take_over
@@ -67,7 +68,7 @@ class Proxy:
         self._config = config
         self._routes = routes
         self._api_keys = api_keys
-        self._shared: Shared | None = None
+        self._context: ProxyContext | None = None
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._paths: list[Path] = []
@@ -94,7 +95,7 @@ class Proxy:
         """
         heap.keep_freed_memory()
         loop = asyncio.get_running_loop()
-        self._shared = Shared(config=self._config, routes=self._routes, loop=loop, now_s=loop.time())
+        self._context = ProxyContext(config=self._config, routes=self._routes, loop=loop, now_s=loop.time())
         self._routes.on_given_up = self._take_from
         self.set_api_keys(self._api_keys)
         self.configure(self._config)
@@ -110,7 +111,7 @@ class Proxy:
             sock.setblocking(False)
         self.addresses = tuple(listeners.address_of(sock) for sock in self.sockets)
         if handed is not None:
-            await take_over(self._shared, handed)
+            await take_over(self._context, handed)
         await self.resume_accepting()
         self._tick()
         log.info("proxy.ready", addresses=self.addresses)
@@ -122,15 +123,15 @@ class Proxy:
     @property
     def stats(self) -> ProxyStats:
         """Counts for ``status``."""
-        shared = self._running
+        context = self._running
         lines = self._routes.lines()
         return ProxyStats(
-            connections=len(shared.clients),
-            in_flight=sum(client.exchange is not None for client in shared.clients),
+            connections=len(context.clients),
+            in_flight=sum(client.exchange is not None for client in context.clients),
             waiting=sum(len(line.waiters) for line in lines),
-            served=shared.metrics.served,
-            failed=shared.metrics.failed,
-            retried=shared.metrics.retried,
+            served=context.metrics.served,
+            failed=context.metrics.failed,
+            retried=context.metrics.retried,
         )
 
     def metrics_text(self) -> str:
@@ -145,21 +146,21 @@ class Proxy:
     def set_api_keys(self, keys: Collection[str]) -> None:
         """Replace the keys that clients may use; none: everybody may ask. Open requests go on."""
         self._api_keys = keys
-        if self._shared is not None:
-            self._shared.set_keys(frozenset(key.encode() for key in keys))
+        if self._context is not None:
+            self._context.set_keys(frozenset(key.encode() for key in keys))
 
     def configure(self, config: ProxyConfig) -> None:
         """Use other limits and deadlines from the next event on; ``listen`` is read by ``start`` only."""
         self._config = config
         self._routes.configure(queue_limit=config.queue_limit, in_flight_limit=config.in_flight_limit)
-        if self._shared is None:
+        if self._context is None:
             return
-        self._shared.config = config
-        self._shared.set_origins(config.cors_origins)
-        self._shared.tick_s = _tick_s(config)
-        self._shared.failures.configure(config.failures_logged_per_minute)
-        self._shared.poison.configure(limit=config.poison_limit, kept_s=config.poison_refused_s)
-        self._shared.bounds.configure(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self._context.config = config
+        self._context.set_origins(config.cors_origins)
+        self._context.tick_s = _tick_s(config)
+        self._context.failures.configure(config.failures_logged_per_minute)
+        self._context.poison.configure(limit=config.poison_limit, kept_s=config.poison_refused_s)
+        self._context.bounds.configure(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
     async def pause_accepting(self) -> None:
         """Accept nothing more; the listeners stay open and the kernel queues connections for whoever accepts next."""
@@ -169,19 +170,21 @@ class Proxy:
 
     async def resume_accepting(self) -> None:
         """Accept on every listener, at the start or after ``pause_accepting``."""
-        shared = self._running
-        shared.is_stopping = False
+        context = self._running
+        context.is_stopping = False
         for sock in self.sockets:
             own = sock.dup()  # a server closes its socket when it stops; the listener must outlive it
             own.setblocking(False)
-            backlog = shared.bounds.shares.backlog
-            self._servers.append(await shared.loop.create_server(lambda: Client(shared), sock=own, backlog=backlog))
+            backlog = context.bounds.shares.backlog
+            self._servers.append(
+                await context.loop.create_server(lambda: ClientConnection(context), sock=own, backlog=backlog)
+            )
 
     def send_away_waiting(self) -> None:
         """Answer 503 to whoever waits for a worker, now and from now on: none will come any more."""
-        shared = self._running
-        shared.is_closing = True
-        shared.routes.expire(math.inf)
+        context = self._running
+        context.is_closing = True
+        context.routes.expire(math.inf)
 
     async def drain(self, grace_s: float) -> int:
         """Accept nothing more and let open requests end; return how many had not after ``grace_s``.
@@ -191,13 +194,13 @@ class Proxy:
 
         The listeners stay open: whoever has them next, a restarted self or a new one, refuses nobody.
         """
-        shared = self._running
-        shared.is_stopping = True
+        context = self._running
+        context.is_stopping = True
         await self.pause_accepting()
         try:
             async with asyncio.timeout(grace_s):
                 while (
-                    shared.clients
+                    context.clients
                 ):  # also those that are closing: the last bytes of a reply may still be on their way
                     self._part()
                     await asyncio.sleep(DRAIN_POLL_S)
@@ -210,13 +213,13 @@ class Proxy:
 
         The listeners are the other's as well: those of ours are closed, their Unix paths stay.
         """
-        shared = self._running
-        timeout_s = shared.config.handover_timeout_s
-        stuck = await settle(shared, timeout_s)
+        context = self._running
+        timeout_s = context.config.handover_timeout_s
+        stuck = await settle(context, timeout_s)
         await self.pause_accepting()
         if self._timer is not None:
             self._timer.cancel()
-        handed, lost = await gather(shared, stuck, timeout_s)
+        handed, lost = await gather(context, stuck, timeout_s)
         for each in lost:
             log.warning("proxy.connection_lost", request=each.request, worker=each.worker, why=each.why)
         self._paths = []
@@ -225,7 +228,7 @@ class Proxy:
 
     async def stop(self, grace_s: float) -> None:
         """Drain, cut what is left, and close everything; a second time is nothing."""
-        if self._shared is None:
+        if self._context is None:
             return
         self._close_sockets()
         await self.drain(grace_s)
@@ -233,24 +236,24 @@ class Proxy:
         log.info("proxy.stopped")
 
     async def _close(self) -> None:
-        shared = self._running
+        context = self._running
         self._close_sockets()
-        for client in list(shared.clients):
+        for client in list(context.clients):
             client.reset()
-        for peer in shared.peers.values():
-            for upstream in list(peer.idle):
+        for pool in context.pools.values():
+            for upstream in list(pool.idle):
                 upstream.abort()
         if self._timer is not None:
             self._timer.cancel()
-        await asyncio.gather(*shared.dials, return_exceptions=True)
+        await asyncio.gather(*context.dials, return_exceptions=True)
         for _ in range(ROUNDS_TO_CLOSE):  # transports call connection_lost in one of the loop's next rounds
             await asyncio.sleep(0)
-        self._shared = None
+        self._context = None
 
     @property
-    def _running(self) -> Shared:
-        assert self._shared is not None, "start comes first"
-        return self._shared
+    def _running(self) -> ProxyContext:
+        assert self._context is not None, "start comes first"
+        return self._context
 
     def _take_from(self, worker: WorkerId, why: str, is_hung: bool) -> None:  # noqa: FBT001 - a callback's
         """Take from a worker, whose process is about to be told to end, what it has; the oldest request first."""
@@ -265,10 +268,10 @@ class Proxy:
 
     def _tick(self) -> None:
         """Look at every deadline, then come again."""
-        shared = self._running
-        now_s = shared.now_s = shared.loop.time()
+        context = self._running
+        now_s = context.now_s = context.loop.time()
         late = []
-        for client in shared.clients:
+        for client in context.clients:
             exchange = client.exchange
             if exchange is not None and exchange.latest is not exchange.swept:
                 exchange.swept = exchange.latest
@@ -280,24 +283,24 @@ class Proxy:
                 client.expired()
             except Exception as error:  # noqa: BLE001 - the deadlines of all others hang on this timer
                 client.broke(error)
-        shared.poison.sweep(now_s)
-        shared.failures.sweep(now_s)
-        for client in list(shared.unread):
+        context.poison.sweep(now_s)
+        context.failures.sweep(now_s)
+        for client in list(context.unread):
             client.look_for_hangup()
         self._routes.expire(now_s)
-        for route, peer in list(shared.peers.items()):
-            peer.sweep(now_s, shared.config.upstream_idle_timeout_s)
-            if not route.is_open and not route.in_flight and not peer.idle:
-                del shared.peers[route]
-        if shared.is_stopping:
+        for route, pool in list(context.pools.items()):
+            pool.sweep(now_s, context.config.upstream_idle_timeout_s)
+            if not route.is_open and not route.in_flight and not pool.idle:
+                del context.pools[route]
+        if context.is_stopping:
             self._part()
-        self._timer = shared.loop.call_later(shared.tick_s, self._tick)
+        self._timer = context.loop.call_later(context.tick_s, self._tick)
 
     def _part(self) -> None:
         """Close what is idle, a moment after it was first seen so."""
-        shared = self._running
-        now_s = shared.now_s = shared.loop.time()
-        for client in list(shared.clients):
+        context = self._running
+        now_s = context.now_s = context.loop.time()
+        for client in list(context.clients):
             if client.is_idle():
                 client.part()
                 if client.deadline_s <= now_s:

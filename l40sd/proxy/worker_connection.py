@@ -11,14 +11,9 @@ from typing import Protocol, cast
 
 import httptools
 
+from l40sd.proxy.http1.cached_heads import CachedReplyHead, cached_reply_head
 from l40sd.proxy.http1.chunked import FAR_BYTES, ends_between_chunks
-from l40sd.proxy.http1.heads import (
-    KnownReply,
-    ResponseHead,
-    is_reserved_in_trailer,
-    known_reply,
-    parse_response,
-)
+from l40sd.proxy.http1.heads import ResponseHead, is_reserved_in_trailer, parse_response
 from l40sd.routing.routes import Route
 
 RESPONSE_HEAD_LIMIT_BYTES = 65536
@@ -49,7 +44,7 @@ class Asker(Protocol):
 
     latest: bytes
 
-    def on_whole(self, known: KnownReply, data: bytes) -> None:
+    def on_whole(self, cached: CachedReplyHead, data: bytes) -> None:
         """Take a whole reply of a known kind that came in one read; in place of ``on_head`` and ``on_complete``."""
 
     def on_head(self, head: ResponseHead, rest: bytes) -> Callable[[bytes], object] | None:
@@ -65,7 +60,7 @@ class Asker(Protocol):
         """End it: our own code failed on the reply."""
 
 
-class Peer:
+class ConnectionPool:
     """One route's connections.
 
     Attributes:
@@ -73,13 +68,13 @@ class Peer:
         reply_field: Names it in every reply.
         idle: Oldest first.
         open: Connections there are, in use or idle.
-        known: Kinds of replies that need no parsing, the latest first. A worker answers with the same fields every
-            time, but for a date and a length (seen with uvicorn and llama.cpp): comparing takes 0.3 us, parsing 2.
+        cached_heads: Kinds of replies that need no parsing, the latest first. A worker answers with the same fields
+            every time, but for a date and a length (uvicorn, llama.cpp): comparing takes 0.3 us, parsing 2.
         served_name: The model's name that its engine answers to.
         ends_streams: Its streams end with the last event that their API has, as far as is known.
     """
 
-    __slots__ = ("ends_streams", "fields", "idle", "known", "open", "reply_field", "route", "served_name")
+    __slots__ = ("cached_heads", "ends_streams", "fields", "idle", "open", "reply_field", "route", "served_name")
 
     def __init__(self, route: Route) -> None:
         backend = route.backend
@@ -88,13 +83,13 @@ class Peer:
         key = f"\r\nauthorization: Bearer {backend.api_key}" if backend.api_key else ""
         self.fields = f"\r\nhost: {host}:{backend.port}{key}".encode()
         self.reply_field = f"\r\nx-l40s-worker: {backend.worker}".encode()
-        self.idle: list[Upstream] = []
+        self.idle: list[WorkerConnection] = []
         self.open = 0
-        self.known: list[KnownReply] = []
+        self.cached_heads: list[CachedReplyHead] = []
         self.served_name = backend.served_name or backend.model
         self.ends_streams = backend.ends_streams
 
-    def take_idle(self, now_s: float, idle_timeout_s: float) -> "Upstream | None":
+    def take_idle(self, now_s: float, idle_timeout_s: float) -> "WorkerConnection | None":
         """Return the connection that was used last, if it is young enough to trust."""
         while self.idle:
             upstream = self.idle.pop()
@@ -105,11 +100,11 @@ class Peer:
 
     def learn(self, head: bytes, response: ResponseHead) -> None:
         """Remember the kind of a head that was parsed, in place of the oldest where there are many."""
-        known = known_reply(head, response)
-        if known is not None and all(
-            known.alike != other.alike or known.status != other.status for other in self.known
+        cached = cached_reply_head(head, response)
+        if cached is not None and all(
+            cached.alike != other.alike or cached.status != other.status for other in self.cached_heads
         ):
-            self.known = [known, *self.known[: KINDS_LIMIT - 1]]
+            self.cached_heads = [cached, *self.cached_heads[: KINDS_LIMIT - 1]]
 
     def sweep(self, now_s: float, idle_timeout_s: float) -> None:
         """Close connections idle for too long, and all when the worker is no longer routed to."""
@@ -118,7 +113,7 @@ class Peer:
             self.idle.pop(0).transport.close()
 
 
-class Upstream(asyncio.Protocol):
+class WorkerConnection(asyncio.Protocol):
     """One connection to a worker, carrying one request at a time."""
 
     __slots__ = (
@@ -136,13 +131,13 @@ class Upstream(asyncio.Protocol):
         "idle_since_s",
         "is_broken",
         "is_done",
-        "peer",
+        "pool",
         "reused",
         "transport",
     )
 
-    def __init__(self, peer: Peer) -> None:
-        self.peer = peer
+    def __init__(self, pool: ConnectionPool) -> None:
+        self.pool = pool
         self.asker: Asker | None = None
         self.idle_since_s = 0.0
         self.reused = False
@@ -154,7 +149,7 @@ class Upstream(asyncio.Protocol):
         self.is_broken = False
         self._parser = httptools.HttpResponseParser(self)
         self._feed = self._parser.feed_data
-        self.peer.open += 1
+        self.pool.open += 1
 
     def ask(self, asker: Asker, head: bytes, body: bytes | memoryview = b"") -> None:
         """Send a request; its reply goes to ``asker``.
@@ -237,12 +232,12 @@ class Upstream(asyncio.Protocol):
         # It may have answered without reading the whole request. A small one is with the kernel as a rule; what is not
         # goes out before the next request does. A connection that closed meanwhile is found out by ``take_idle``.
         is_sent = not self._has_large_body or not self.transport.get_write_buffer_size()
-        if self._keep and is_sent and self.peer.route.is_open and not self.transport.is_closing():
+        if self._keep and is_sent and self.pool.route.is_open and not self.transport.is_closing():
             if self._is_paused:
                 self.pause(is_paused=False)
             self.idle_since_s = now_s
             self.reused = True
-            self.peer.idle.append(self)
+            self.pool.idle.append(self)
         else:
             self.transport.abort()
 
@@ -330,11 +325,11 @@ class Upstream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell who asked; forget an idle connection."""
-        self.peer.open -= 1
+        self.pool.open -= 1
         asker = self.asker
         if asker is None:
-            if self in self.peer.idle:
-                self.peer.idle.remove(self)
+            if self in self.pool.idle:
+                self.pool.idle.remove(self)
             return
         try:
             self._lost(f"connection lost: {exc}" if exc else "connection closed", is_clean=exc is None)
@@ -351,10 +346,10 @@ class Upstream(asyncio.Protocol):
         """Hand over a reply that is whole and of a known kind; return whether it was: most that are no streams are."""
         asker = self.asker
         if asker is not None:
-            for known in self.peer.known:
-                if known.is_whole(data):
+            for cached in self.pool.cached_heads:
+                if cached.is_whole(data):
                     self._keep = True
-                    asker.on_whole(known, data)
+                    asker.on_whole(cached, data)
                     return True
         return False
 
@@ -381,7 +376,7 @@ class Upstream(asyncio.Protocol):
         if problem := self._problem():
             self._lost(problem)
             return
-        self.peer.learn(data[:end], head)
+        self.pool.learn(data[:end], head)
         self._write = asker.on_head(head, self._body_of(head, data[end:]))
         self._buffer = b""
         if self.is_done and self.asker is asker:
@@ -431,7 +426,7 @@ class Tail:
         is_stopping: Read no further than such a place.
     """
 
-    def __init__(self, upstream: Upstream, write: Callable[[bytes], object], seen: bytes) -> None:
+    def __init__(self, upstream: WorkerConnection, write: Callable[[bytes], object], seen: bytes) -> None:
         self._upstream = upstream
         self._write = write
         self.data = seen

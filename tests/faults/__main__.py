@@ -17,12 +17,28 @@ from faults import (
     starts,
     state,
     system,
+    upgrades,
     workers,
 )
 from faults.suite import FAULTS, Result, now_s, recall, remember, run_all, summary, table
 
 RESULTS = Path(__file__).resolve().parents[2] / ".cache" / "faults" / "results.json"
-MODULES = (workers, daemons, starts, output, state, clients, followers, system, gpus, deaths, ends, changes, hostile)
+MODULES = (
+    workers,
+    daemons,
+    starts,
+    output,
+    state,
+    clients,
+    followers,
+    system,
+    gpus,
+    deaths,
+    ends,
+    changes,
+    hostile,
+    upgrades,
+)
 QUICK_SLACK = 3.0
 SECOND_TRIES = 3
 

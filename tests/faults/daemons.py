@@ -2,10 +2,7 @@
 
 import asyncio
 import contextlib
-import json
-import re
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -13,7 +10,6 @@ from typing import Any
 
 import psutil
 from daemonkit import Site
-from loadkit import Mix, load
 from soak.living import doubly_owned
 from soak.living import living as holders
 
@@ -24,6 +20,7 @@ from faults.rig import (
     Rig,
     ask,
     check,
+    forge,
     kill,
     living,
     now,
@@ -322,12 +319,6 @@ async def socket_deleted(rig: Rig) -> Outcome:
     return Outcome(took_s=took_s)
 
 
-def forge(site: Site, name: str, **changes: Any) -> None:
-    """Change a file of every instance's record."""
-    for path in (site.folder / "run" / "instances").glob(f"*/{name}"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 @contextlib.contextmanager
 def stranger() -> Any:
     """Run a process that nobody may touch."""
@@ -439,117 +430,6 @@ def stat_field(pid: int, number: int) -> str:
     """Return a field of /proc/PID/stat, counted as in proc(5)."""
     text = Path(f"/proc/{pid}/stat").read_text()
     return text[text.rindex(")") + 2 :].split()[number - 3]
-
-
-@fault(
-    59,
-    "an upgrade with the older version's shims alive",
-    how="the running workers' records are rewritten as an older protocol's; then the next daemon",
-    expected="They are adopted as they are, and replaced at their next restart.",
-    promise="at the next start",
-    within_s=4.0,
-)
-async def old_shims(rig: Rig) -> Outcome:
-    site = rig.site()
-    before = await rig.serve(site)
-    await site.kill()
-    forge(site, "run.json", protocol=0)
-    began = time.monotonic()
-    await site.start(PATIENCE_S)
-    after = await site.until_ready("few", PATIENCE_S)
-    took_s = time.monotonic() - began
-    check(pids(after) == pids(before), "adopted")
-    mark = await rig.mark(site)
-    await post(site, f"/v1/workers/{before.workers[0].id}/restart")
-    await rig.told(site, mark, "worker.ready", before.workers[0].id)
-    return Outcome(took_s=took_s)
-
-
-@fault(
-    60,
-    "an upgrade in place under load: 12 workers, 200 open streams",
-    how="POST /v1/upgrade (exec in place) while connections are opened in a loop",
-    expected="Same pid, workers untouched, no connection refused; open streams go on in the next daemon.",
-    promise="no connection refused, nothing cut",
-    within_s=12.0,
-)
-async def upgrade(rig: Rig) -> Outcome:
-    streams = 60 if rig.is_quick else 200
-    site = rig.site(count=12, args=(*PACED, "--drain-s", "5"), workers={"drain_timeout_s": 20.0})
-    before = await rig.serve(site)
-    assert site.daemon is not None
-    pid = site.daemon.pid
-    url = await site.url()
-    address = url.removeprefix("http://").split(":")
-    mix = Mix(url=url, models=("toy",), streams=streams, shorts=2, stream_tokens=40, timeout_s=60.0)
-    async with load(mix) as tally:
-        await site.until(lambda s: s.proxy.in_flight >= streams, "all streams are open", PATIENCE_S)
-        knocks = Knocks(address[0], int(address[1]))
-        async with asyncio.TaskGroup() as group:
-            knocking = group.create_task(knocks.run())
-            answered = tally.answered
-            await until(lambda: tally.answered > answered + 20, "streams come to their end")
-            usual_s, tally.longest_silence_s = tally.longest_silence_s, 0.0
-            began = time.monotonic()
-            await post(site, "/v1/upgrade")
-            await until(lambda: site.log_file.read_text().count("event=daemon.ready") == 2, "the next one is ready")
-            took_s = time.monotonic() - began
-            answered = tally.answered
-            await until(lambda: tally.answered > answered + streams, "all streams have come to their end since")
-            knocking.cancel()
-    after = await site.until_ready("few", PATIENCE_S)
-    check(site.daemon.poll() is None, "the same process")
-    check(site.daemon.pid == pid, "the same pid")
-    check(pids(after) == pids(before), "the same workers")
-    check(knocks.refused == 0, f"{knocks.refused} connections were refused")
-    check(tally.lost == 0, tally.examples)
-    handed = said(site, "daemon.handing_over")
-    check("lost=0" in handed, handed)
-    taken = said(site, "proxy.taken_over")
-    carried, paused = value(handed, "in_flight"), value(taken, "paused_s")
-    note = (
-        f"{streams} streams, {carried:.0f} of them went through the exec, nothing moved for {paused * 1000:.0f} ms; "
-        f"longest silence in a stream {tally.longest_silence_s * 1000:.0f} ms ({usual_s * 1000:.0f} ms before); "
-        f"{knocks.made} connections, 0 refused, the longest took {knocks.longest_s * 1000:.0f} ms"
-    )
-    return Outcome(took_s=took_s, lost=tally.lost, note=note)
-
-
-def value(line: str, key: str) -> float:
-    """Return a number from a line of the daemon's log."""
-    found = re.search(rf" {key}=([0-9.]+)", line)
-    check(found is not None, line)
-    return float(found[1])
-
-
-def said(site: Site, event: str) -> str:
-    """Return the last line of the daemon's log with this event."""
-    return next(line for line in reversed(site.log_file.read_text().splitlines()) if f"event={event}" in line)
-
-
-class Knocks:
-    """Opens connections one after the other and counts how that went."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._target = (host, port)
-        self.made = self.refused = 0
-        self.longest_s = 0.0
-
-    async def run(self) -> None:
-        """Knock until cancelled."""
-        while True:
-            began = time.monotonic()
-            try:
-                await asyncio.to_thread(self._knock)
-                self.made += 1
-            except ConnectionRefusedError:
-                self.refused += 1
-            self.longest_s = max(self.longest_s, time.monotonic() - began)
-            await asyncio.sleep(0.01)
-
-    def _knock(self) -> None:
-        with socket.create_connection(self._target, timeout=30):
-            pass
 
 
 @fault(

@@ -25,9 +25,9 @@ def begun(size: int, *, path: bytes = b"/v1/completions", fields: bytes = b"") -
 
 
 def memory(here: Stand) -> int:
-    shared = here.proxy._shared
-    assert shared is not None
-    return shared.bounds.body_bytes
+    context = here.proxy._context
+    assert context is not None
+    return context.bounds.body_bytes
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/v1/models/chat"])
@@ -47,9 +47,9 @@ async def test_a_body_is_not_read_without_a_key(stand: StartStand, size: int) ->
     client = await here.dial()
     await client.send(begun(size) + b"x" * 1000)
     assert (await client.reply()).status == 401
-    shared = here.proxy._shared
-    assert shared is not None
-    assert all(not served._parts and not served._held for served in shared.clients)
+    context = here.proxy._context
+    assert context is not None
+    assert all(not served._parts and not served._held for served in context.clients)
 
 
 async def test_bodies_together_are_bounded_and_who_is_refused_may_come_again(stand: StartStand) -> None:
@@ -153,15 +153,15 @@ async def test_nothing_is_kept_of_a_refused_request(stand: StartStand) -> None:
     large = [each for each in gc.get_objects() if isinstance(each, (list, dict)) and is_large(each)]
     assert large == []
     for served in clients_of(here):
-        for name in (*served.__slots__, *served._models.__slots__):
-            value = getattr(served._models if name in served._models.__slots__ else served, name)
+        for name in (*served.__slots__, *served._cached_name.__slots__):
+            value = getattr(served._cached_name if name in served._cached_name.__slots__ else served, name)
             assert not isinstance(value, (bytes, str)) or len(value) < 10_000, name
 
 
-def clients_of(here: Stand) -> list[client_connection.Client]:
-    shared = here.proxy._shared
-    assert shared is not None
-    return list(shared.clients)
+def clients_of(here: Stand) -> list[client_connection.ClientConnection]:
+    context = here.proxy._context
+    assert context is not None
+    return list(context.clients)
 
 
 def is_large(holder: list[object] | dict[object, object]) -> bool:

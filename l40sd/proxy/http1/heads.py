@@ -17,7 +17,6 @@ REQUEST_ID_LIMIT = 128
 LENGTH_DIGITS = 15
 FIELDS_LIMIT = 256  # a browser sends 20, an SDK 15
 CONNECTION_TOKENS_LIMIT = 16  # clients name one or two
-_DIGITS_ALIKE = bytes.maketrans(b"123456789", b"000000000")
 
 _fields = rb"(?:" + TOKEN + rb"++:[^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+\r\n"
 _request = re.compile(rb"([A-Z]{1,20}+) ([!-~]++) HTTP/1\.([01])\r\n" + _fields).fullmatch
@@ -30,12 +29,11 @@ _special_in_response = re.compile(
     rb"\r\n((?i:connection|keep-alive|proxy-(?:connection|authenticate|authorization)|t(?:e|railer)|upgrade"
     rb"|x-(?:request-id|l40s-(?:worker|source))|access-control-[!-9;-~]++)):[ \t]*+([^\r\n]*+)"
 ).split
-_left_out = re.compile(rb"\r\n(?i:access-control-[!-9;-~]++|keep-alive):[^\r\n]*+").finditer
 _reserved_in_trailer = re.compile(
     rb"(?i:c(?:onnection|ontent-(?:length|encoding|type|range))|t(?:e|railer|ransfer-encoding)|host|keep-alive|upgrade"
     rb"|authorization|set-cookie|access-control-.*+|proxy-.*+|x-(?:request-id|l40s-.*+))"
 ).fullmatch
-_length = re.compile(rb"\r\n(?i:content-length):[ \t]*+([0-9]++)").search
+content_length_in = re.compile(rb"\r\n(?i:content-length):[ \t]*+([0-9]++)").search
 _framing = re.compile(rb"\r\n(?i:content-length|transfer-encoding):").search
 _event_stream = re.compile(rb"\r\n(?i:content-type:[ \t]*+text/event-stream)").search
 _coding = re.compile(rb"\r\n(?i:transfer-encoding):([^\r\n]*+)").search
@@ -92,7 +90,7 @@ class RequestHead:
         self.hosts = 0
         self.hop_by_hop: list[bytes] = []
         self.fields = b""
-        self._content_type: bytes | None = None  # looked for once: a head may serve many requests (HeadTemplate)
+        self._content_type: bytes | None = None  # looked for once: a head may serve many requests (CachedRequestHead)
 
     @property
     def is_preflight(self) -> bool:
@@ -170,43 +168,8 @@ def plain_request(request: RequestHead, content_length: int = -1) -> bytes:
     return b"".join(lines)
 
 
-class HeadTemplate:
-    """A request head of which only Content-Length's digits may differ.
-
-    A client sends the same head with every request on its connection, but for the length (seen with the OpenAI SDKs
-    and curl): comparing bytes then says in 0.3 us what parsing says in 4.
-    """
-
-    __slots__ = ("_after", "_before", "request")
-
-    def __init__(self, request: RequestHead, before: bytes, after: bytes) -> None:
-        self.request = request
-        self._before = before
-        self._after = after
-
-    def end_in(self, data: bytes) -> int:
-        """Return where this head ends if ``data`` begins with it, else 0; ``request`` has its content length then."""
-        if not data.startswith(self._before):
-            return 0
-        start = len(self._before)
-        stop = data.find(b"\r", start)
-        digits = data[start:stop]
-        if not data.startswith(self._after, stop) or not digits.isdigit() or len(digits) > LENGTH_DIGITS:
-            return 0
-        self.request.content_length = int(digits)
-        return stop + len(self._after)
-
-
-def template_of(request: RequestHead, head: bytes) -> HeadTemplate | None:
-    """Return the template of a head that was parsed; None when it has no length or asks for anything unusual."""
-    match = _length(head)
-    if match is None or request.is_chunked or request.expects_continue or not request.keep_alive:
-        return None
-    return HeadTemplate(request, head[: match.start(1)], head[match.end(1) :])
-
-
 def format_request(
-    request: RequestHead, target: bytes, request_id: bytes, content_length: int, peer_fields: bytes, body: bytes = b""
+    request: RequestHead, target: bytes, request_id: bytes, content_length: int, worker_fields: bytes, body: bytes = b""
 ) -> bytes:
     """Return the head that a worker gets, and its body where that comes along.
 
@@ -215,73 +178,18 @@ def format_request(
         target: Path and query to ask for.
         request_id: The client's or ours.
         content_length: Of the body as it will be sent.
-        peer_fields: Host and key of the worker, each as ``CR LF name: value``.
+        worker_fields: Host and key of the worker, each as ``CR LF name: value``.
         body: A small one, in one copy with the head; empty when it is sent on its own.
     """
     return b"%b %b HTTP/1.1%b%b\r\nx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b" % (
         request.method,
         target,
-        peer_fields,
+        worker_fields,
         request.fields,
         request_id,
         content_length,
         body,
     )
-
-
-class KnownReply:
-    """A kind of reply head that was parsed before: with a length, and digits that may differ.
-
-    Nothing has to be taken out of it but ``Keep-Alive`` and what an engine says of CORS: llama.cpp always sends both.
-
-    Attributes:
-        status: Neither 1xx, 204, 304 nor 5xx.
-        line_end: Where the status line ends.
-        alike: The head from the status line to the empty line, all digits zero.
-        end: Its length.
-        passed_on: Where what is passed on behind the status line begins and ends; None: all of it.
-    """
-
-    __slots__ = ("_length_at", "_length_end", "_start", "alike", "end", "line_end", "passed_on", "status")
-
-    def __init__(self, head: bytes, status: int, length_at: int, length_end: int) -> None:
-        self.status = status
-        self.line_end = head.index(b"\r\n")
-        self.alike = head.translate(_DIGITS_ALIKE)
-        self.end = len(head)
-        self._start = head[:12]  # with the status: its digits may not differ
-        self._length_at = length_at
-        self._length_end = length_end
-        cuts = [field.span() for field in _left_out(head)]
-        begins = [self.line_end, *(end for _, end in cuts)]
-        ends = [*(start for start, _ in cuts), None]
-        self.passed_on = list(zip(begins, ends, strict=True)) if cuts else None
-
-    def rest_of(self, data: bytes) -> bytes:
-        """Return what is passed on behind the status line of a reply of this kind; slower than a slice."""
-        return b"".join([data[begin:end] for begin, end in self.passed_on or ((self.line_end, None),)])
-
-    def is_whole(self, data: bytes) -> bool:
-        """Return whether ``data`` is one whole reply with such a head."""
-        end = self.end
-        return (
-            data.startswith(self._start)
-            and data[:end].translate(_DIGITS_ALIKE) == self.alike
-            and len(data) - end == int(data[self._length_at : self._length_end])
-        )
-
-
-def known_reply(head: bytes, response: "ResponseHead") -> KnownReply | None:
-    """Return the kind of a head that llhttp found well-formed; None for one that has to be parsed each time."""
-    found = _length(head)
-    left_out = sum(field.end() - field.start() for field in _left_out(head))
-    is_plain = len(response.lines) + left_out == len(head) - 4
-    is_plain = is_plain and b"x-l00s-" not in head.translate(_DIGITS_ALIKE).lower()
-    if found is None or not is_plain or response.is_chunked or head[:8] != b"HTTP/1.1":
-        return None
-    if found.end() - found.start(1) > LENGTH_DIGITS or not 200 <= response.status < 500:
-        return None
-    return None if response.status in (204, 304) else KnownReply(head, response.status, found.start(1), found.end(1))
 
 
 class ResponseHead:
@@ -309,7 +217,7 @@ class ResponseHead:
     @property
     def content_length(self) -> int:
         """What it says of the body's length; -1 when it says nothing."""
-        found = _length(self.lines)
+        found = content_length_in(self.lines)
         return int(found[1]) if found else -1
 
     @property

@@ -107,7 +107,7 @@ def find_model(body: bytes, content_type: bytes, start: int = 0) -> ModelField:
     return ModelField(name, -1, -1)
 
 
-class ModelMemory:
+class CachedModelName:
     """``find_model`` for one client's connection: its bodies begin alike, or end alike, up to and with the model."""
 
     __slots__ = ("_begins", "_content_type", "_ends", "_name")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from l40sd.proxy import admission, client_connection
-from l40sd.proxy.http1 import chunked, request_body
+from l40sd.proxy.http1 import cached_heads, chunked, request_body
 from l40sd.proxy.http1 import heads as http_heads
 from l40sd.proxy.http1.chunked import ChunkedBody
 from l40sd.proxy.http1.heads import parse_request, parse_response
@@ -29,7 +29,7 @@ NOT_FOR_CLIENTS = ("_chunk_line",)  # looks at the last bytes of a worker's repl
 
 
 def patterns() -> Iterator[tuple[str, re.Pattern[bytes], str]]:
-    for module in (chunked, http_heads, request_body, admission, client_connection):
+    for module in (cached_heads, chunked, http_heads, request_body, admission, client_connection):
         yield from patterns_of(module)
 
 

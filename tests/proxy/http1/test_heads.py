@@ -6,9 +6,10 @@ from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from l40sd.proxy.http1.cached_heads import cached_reply_head, cached_request_head
 from l40sd.proxy.http1.chunked import ChunkedBody
-from l40sd.proxy.http1.heads import format_request, known_reply, parse_request, parse_response, template_of
-from l40sd.proxy.http1.request_body import ModelMemory, find_model, replace_model
+from l40sd.proxy.http1.heads import format_request, parse_request, parse_response
+from l40sd.proxy.http1.request_body import CachedModelName, find_model, replace_model
 from l40sd.proxy.refused import Refused
 
 names = st.text("abcXYZ019-_", min_size=1, max_size=12).map(lambda name: f"x-a-{name}")
@@ -61,7 +62,7 @@ def test_a_template_says_what_parsing_says(
         return head_of([*fields[:at], ("Content-Length", str(length)), *fields[at:]])
 
     first = parse_request(head(one))
-    template = template_of(first, head(one))
+    template = cached_request_head(first, head(one))
     assert template is not None
     again = head(other)
     assert template.end_in(again + b"body") == len(again)
@@ -74,7 +75,7 @@ def test_a_template_says_what_parsing_says(
 def test_no_template_for_what_must_be_looked_at_each_time() -> None:
     for extra in ([], [("Transfer-Encoding", "chunked")], [("Content-Length", "1"), ("Connection", "close")]):
         head = head_of(extra)
-        assert template_of(parse_request(head), head) is None
+        assert cached_request_head(parse_request(head), head) is None
 
 
 def test_the_absolute_form_is_taken_for_its_path() -> None:
@@ -129,7 +130,7 @@ def test_a_known_kind_of_reply_says_what_parsing_says(
 ) -> None:
     seen = data_of.draw(replies(STATUS_LINES, fields))
     now = data_of.draw(replies([seen[0]] * len(STATUS_LINES) + STATUS_LINES, fields))
-    known = known_reply(reply_head(*seen), parse_response(reply_head(*seen)))
+    known = cached_reply_head(reply_head(*seen), parse_response(reply_head(*seen)))
     head = reply_head(*now)
     data = head + b"y" * (now[2] + more)
     if known is None or not known.is_whole(data):
@@ -147,7 +148,7 @@ def test_a_known_kind_of_reply_says_what_parsing_says(
 def test_the_usual_reply_is_known_by_its_second_time() -> None:
     first = reply_head(b"HTTP/1.1 200 OK", [b"date: Thu, 01 Jan 1970 00:00:00 GMT", b"server: uvicorn"], 17)
     later = reply_head(b"HTTP/1.1 200 OK", [b"date: Thu, 22 Jan 1970 13:14:15 GMT", b"server: uvicorn"], 99)
-    known = known_reply(first, parse_response(first))
+    known = cached_reply_head(first, parse_response(first))
     assert known is not None
     assert known.is_whole(later + b"y" * 99)
     assert not known.is_whole(later + b"y" * 98)
@@ -158,7 +159,7 @@ def test_llama_cpps_usual_reply_is_known_too() -> None:
     """Each of them would be parsed for the sake of two fields that are taken out every time."""
     left_out = [b"Access-Control-Allow-Origin: ", b"Keep-Alive: timeout=5, max=100"]
     head = reply_head(b"HTTP/1.1 200 OK", [b"Server: llama.cpp", left_out[0], b"x: y", left_out[1]], 17)
-    known = known_reply(head, parse_response(head))
+    known = cached_reply_head(head, parse_response(head))
     assert known is not None
     assert known.is_whole(head + b"y" * 17)
     assert known.rest_of(head + b"y" * 17) == b"\r\nServer: llama.cpp\r\nx: y\r\nContent-Length: 17\r\n\r\n" + b"y" * 17
@@ -241,7 +242,7 @@ def test_the_top_level_model_is_found_and_replaced_and_nothing_else(
     )
 )
 def test_a_connections_memory_says_what_looking_says(bodies: list[tuple[str, str, int, bool]]) -> None:
-    memory = ModelMemory()
+    memory = CachedModelName()
     for name, where, tokens, is_behind_a_head in bodies:
         pairs = [("messages", ["x"]), ("max_tokens", tokens)]
         pairs = [("model", name), *pairs] if where == "first" else [pairs[0], ("model", name), pairs[1]]
