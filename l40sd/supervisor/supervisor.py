@@ -1,7 +1,7 @@
 """Owns what is wanted and the workers: plans, and carries out one turn at a time.
 
-A turn looks at every worker, asks ``core.plan`` what to do and does it. Turns are cheap and happen after every change,
-so nothing here waits for anything in particular: what is not possible now is possible in a later turn.
+A turn looks at every worker, asks ``reconcile.plan`` what to do and does it. Turns are cheap and happen after every
+change, so nothing here waits for anything in particular: what is not possible now is possible in a later turn.
 
 A **change** is the way from one wanted layout to another. It is on disk before its first step, so a daemon that is
 killed in the middle of it carries on; it remembers what was wanted before, so that going back is only another thing

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from daemonkit import Site
+from daemonkit import Site, SiteOf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,8 +22,6 @@ from l40sd.workers import saved
 from l40sd.workers.lifecycle import Goal, Phase
 from l40sd.workers.restart_policy import Record
 from l40sd.workers.saved import TOLD, SavedWorker
-
-SiteOf = Callable[[str], Site]
 
 TWO = """
 [host]
@@ -52,7 +50,7 @@ tp = 2
 
 
 async def tell(site: Site, worker: str, verb: str) -> None:
-    await asyncio.to_thread(site.client.post, f"/v1/workers/{worker}/{verb}")
+    await site.post(f"/v1/workers/{worker}/{verb}")
 
 
 def of(status: Status, worker: str) -> WorkerStatus:
@@ -141,7 +139,7 @@ async def test_a_drain_ends_with_its_worker_and_outlives_a_new_launch_of_it(site
     site.config_file.write_text(
         TWO.replace("attention_heads = 8", 'attention_heads = 8\nargs = ["--tokens-per-s", "900"]')
     )
-    await asyncio.to_thread(site.client.post, "/v1/reload")
+    await site.post("/v1/reload")
     await site.until_event("pattern.apply.complete", 60)
     status = await site.until(is_up(one.id, other.id), "rolled, and still drained", 30)
     assert of(status, one.id).pid != one.pid

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from daemonkit import Site
+from daemonkit import Site, pids
 from soak.living import doubly_owned
 from soak.living import living as holders
 
@@ -24,8 +24,6 @@ from faults.rig import (
     kill,
     living,
     now,
-    pids,
-    post,
     tree_of,
     until,
 )
@@ -137,7 +135,7 @@ async def killed_while_stopping(rig: Rig) -> Outcome:
         victim = (await site.status()).workers[0]
         tree = tree_of(victim.pid)
         mark = await rig.mark(site)
-        await post(site, f"/v1/workers/{victim.id}/restart")
+        await site.post(f"/v1/workers/{victim.id}/restart")
         await rig.told(site, mark, "worker.stopping", victim.id)
         began = time.monotonic()
         await site.kill()

@@ -198,7 +198,7 @@ class Run:
             assert stranger.stdout is not None
             async with asyncio.timeout(60):
                 await stranger.stdout.readline()
-            await asyncio.to_thread(self.site.client.post, f"/v1/workers/{worker.id}/restart")
+            await self.site.post(f"/v1/workers/{worker.id}/restart")
             status = await self.site.until(
                 lambda s: f"pid {stranger.pid}" in s.workers[0].reason, "status names the stranger", 90
             )

@@ -255,7 +255,7 @@ class Ground:
             L40sError: It is refused for any other reason.
         """
         try:
-            await asyncio.to_thread(self.site.client.post, f"/v1/workers/{worker}/{verb}")
+            await self.site.post(f"/v1/workers/{worker}/{verb}")
         except L40sError as error:
             if error.code not in ("unknown_worker", "worker_retiring", "not_serving"):
                 raise
