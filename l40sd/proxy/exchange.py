@@ -21,7 +21,6 @@ import errno
 import os
 from collections.abc import Callable, Coroutine
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import structlog
 
@@ -39,6 +38,7 @@ from l40sd.proxy.http1.heads import (
     plain_request,
 )
 from l40sd.proxy.http1.request_body import replace_model
+from l40sd.proxy.interfaces import Client
 from l40sd.proxy.metrics import CLIENT_GONE
 from l40sd.proxy.pages import no_worker, refused_as_poison, unknown_model
 from l40sd.proxy.poison_table import End
@@ -54,9 +54,6 @@ from l40sd.proxy.worker_connection import (
     says_aborted,
 )
 from l40sd.routing.routes import FailureKind, Lease, Route, Waiter
-
-if TYPE_CHECKING:
-    from l40sd.proxy.client_connection import ClientConnection
 
 STALE_WITHIN_S = 1.0  # a kept connection that closes later than this was closed over the request itself
 LOGGED_LIMIT = 200  # characters of what a client chose
@@ -120,6 +117,7 @@ class Exchange:
         "_reply",
         "_request_id",
         "_started_at_s",
+        "_swept",
         "_tail",
         "_target",
         "_tried",
@@ -129,13 +127,12 @@ class Exchange:
         "_waiter",
         "_was_stale",
         "latest",
-        "swept",
     )
 
     def __init__(
         self,
         context: ProxyContext,
-        client: "ClientConnection",
+        client: Client,
         head: RequestHead,
         target: bytes,
         body: bytes,
@@ -169,7 +166,7 @@ class Exchange:
         self._countdown: Countdown | None = None  # of a reply with a length, while it comes
         self._tail: Tail | None = None
         self.latest = b""
-        self.swept: bytes | None = b""  # the part that the sweep has seen
+        self._swept: bytes | None = b""  # the part that the sweep has seen
 
     # The way to a worker
 
@@ -272,9 +269,7 @@ class Exchange:
 
     def _start_task(self, task: Coroutine[object, object, None]) -> None:
         """Run a task of this request's; at most one at a time, and it ends with the request."""
-        self._dial = self._context.loop.create_task(task)
-        self._context.dials.add(self._dial)
-        self._dial.add_done_callback(self._context.dials.discard)
+        self._dial = self._context.start_task(task)
 
     async def _dialling(self, pool: ConnectionPool) -> None:
         try:
@@ -327,9 +322,10 @@ class Exchange:
     def _leave(self, seen: Seen, why: str) -> bool:
         """Go on after a failed try as the policy says; return False where the worker's own reply is to be passed on."""
         assert self._lease is not None
-        route, rule = self._lease.route, TABLE[seen]
+        lease, rule = self._lease, TABLE[seen]
+        route = lease.route
         if rule.is_blamed:
-            self._lease.failed(FAILURES[seen])
+            lease.failed(FAILURES[seen])
         if rule.is_death:
             self._note_death(route)
         following = decide(seen, tries_left=self._tries_left, deaths=len(self._died))
@@ -343,28 +339,28 @@ class Exchange:
             case Next.REPLY:
                 return False
             case Next.OTHER_OR_REPLY:
-                return self._take_another(route)
+                return self._take_another(lease)
             case Next.OTHER_OR_WAIT | Next.OTHER_OR_SAME:
                 self._tried = (*self._tried, route.serial)
                 if following is Next.OTHER_OR_WAIT:
                     self._barred = (*self._barred, route.serial)
                 self._let_go()
-                self._count_retry(route)
+                self._count_retry(lease)
                 self._look_further()
             case Next.END:
                 self._tried = (*self._tried, route.serial)
                 self._refuse(self._last_words(seen, route, why))
         return True
 
-    def _take_another(self, route: Route) -> bool:
+    def _take_another(self, lease: Lease) -> bool:
         """Take the request to a worker that has not had it, if one is free now; return whether there was one."""
-        tried = (*self._tried, route.serial)
+        tried = (*self._tried, lease.route.serial)
         another = self._context.routes.take(self._model, tried)
         if another is None:
             return False
         self._tried = tried
         self._let_go()
-        self._count_retry(route)
+        self._count_retry(lease)
         self._use(another)
         return True
 
@@ -392,10 +388,10 @@ class Exchange:
             self._context.routes.excuse(route.backend.worker, earlier.route, earlier.serial, now_s)
         self._died = (*self._died, route.backend.worker)
 
-    def _count_retry(self, route: Route) -> None:
+    def _count_retry(self, lease: Lease) -> None:
         self._tries_left -= 1
-        route.tally.retried += 1
-        self._context.metrics.retried += 1
+        lease.retried()
+        self._context.metrics.tried_again()
 
     # The reply
 
@@ -465,7 +461,7 @@ class Exchange:
         unchunk = self._head.is_http10 and head.is_chunked
         lines = head.without_framing() if unchunk else head.lines
         if not head.is_framed:
-            client.keep_alive = False
+            client.close_after_reply()
         line_end = lines.find(b"\r\n")
         cors = self._context.cors
         write_head = b"%b\r\nx-request-id: %b%b%b%b%b\r\n\r\n" % (
@@ -565,7 +561,7 @@ class Exchange:
         assert self._reply is not None
         worker = self._lease.route.backend.worker
         self._lease.failed(kind)
-        self._context.metrics.cut += 1
+        self._context.metrics.reply_cut()
         refused = Refused(502, "worker_failed", f"l40sd: the reply of {worker} broke off: {why}")
         seen = self._tail.data if self._tail else self.latest
         takes_chunks = not self._head.is_http10
@@ -615,8 +611,7 @@ class Exchange:
     def broke(self, error: Exception) -> None:
         """End a request that our own code fails on: with an answer while none has begun, and holding nothing."""
         if self._phase is Phase.ENDED:
-            if self._client.exchange is self:  # it holds nothing, and its client waits for an answer
-                self._client.reset()
+            self._client.reset_unanswered(self)
             return
         if isinstance(error, Refused):
             self._refuse(error)
@@ -632,15 +627,21 @@ class Exchange:
     def client_gone(self) -> None:
         """Stop at once; the worker sees its connection close."""
         if self._phase is not Phase.ENDED:
-            self._context.metrics.gone += 1
+            self._context.metrics.client_gone()
             self._context.metrics.answered(self._model, self._reply.status if self._reply else CLIENT_GONE)
             self._end("client gone")
 
     def pause_reply(self, *, is_paused: bool) -> None:
         """Stop or go on reading the reply: the client takes it too slowly, or keeps up again."""
-        self.swept = None  # for the sweep, something has moved
+        self._swept = None  # for the sweep, something has moved
         if self._upstream is not None and self._phase is Phase.REPLYING:
             self._upstream.pause(is_paused=is_paused)
+
+    def has_moved(self) -> bool:
+        """Return whether something has moved since this was asked last."""
+        has_moved = self.latest is not self._swept
+        self._swept = self.latest
+        return has_moved
 
     def _whole(self) -> None:
         assert self._reply is not None
@@ -777,7 +778,7 @@ class Exchange:
 
     @classmethod
     def take_up(
-        cls, context: ProxyContext, client: "ClientConnection", handed: HandedExchange, transport: asyncio.Transport
+        cls, context: ProxyContext, client: Client, handed: HandedExchange, transport: asyncio.Transport
     ) -> tuple["Exchange", WorkerConnection]:
         """Go on with a request that an earlier daemon sent to a worker, over this connection to it."""
         head = parse_request(handed.head)

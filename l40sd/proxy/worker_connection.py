@@ -106,6 +106,29 @@ class ConnectionPool:
         ):
             self.cached_heads = [cached, *self.cached_heads[: KINDS_LIMIT - 1]]
 
+    def learn_end(self) -> None:
+        """Expect of every further stream that it ends with its API's last event, as one has done."""
+        self.ends_streams = True
+
+    def opened(self) -> None:
+        """Count a connection that was made."""
+        self.open += 1
+
+    def closed(self, upstream: "WorkerConnection") -> None:
+        """Count a connection no more, which may have been idle."""
+        self.open -= 1
+        if upstream in self.idle:
+            self.idle.remove(upstream)
+
+    def close_oldest(self) -> None:
+        """Close the connection that has been idle for longest."""
+        self.idle.pop(0).abort()
+
+    def close_idle(self) -> None:
+        """Close every idle connection."""
+        for upstream in list(self.idle):
+            upstream.abort()
+
     def sweep(self, now_s: float, idle_timeout_s: float) -> None:
         """Close connections idle for too long, and all when the worker is no longer routed to."""
         limit_s = idle_timeout_s if self.route.is_open else 0.0
@@ -149,7 +172,7 @@ class WorkerConnection(asyncio.Protocol):
         self.is_broken = False
         self._parser = httptools.HttpResponseParser(self)
         self._feed = self._parser.feed_data
-        self.pool.open += 1
+        self.pool.opened()
 
     def ask(self, asker: Asker, head: bytes, body: bytes | memoryview = b"") -> None:
         """Send a request; its reply goes to ``asker``.
@@ -325,11 +348,9 @@ class WorkerConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell who asked; forget an idle connection."""
-        self.pool.open -= 1
+        self.pool.closed(self)
         asker = self.asker
         if asker is None:
-            if self in self.pool.idle:
-                self.pool.idle.remove(self)
             return
         try:
             self._lost(f"connection lost: {exc}" if exc else "connection closed", is_clean=exc is None)
