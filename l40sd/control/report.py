@@ -36,7 +36,7 @@ SUMMARY_REASON = 160
 
 def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
     """Return one worker as `l40sctl status` shows it."""
-    p, process, tools = worker.wanted.placement, worker.process, supervisor.tools
+    p, process, context = worker.wanted.placement, worker.process, supervisor.context
     instance = process.instance if process else None
     now = now_s()
     is_coming = worker.phase is Phase.STARTING and worker.watch is not None
@@ -56,8 +56,8 @@ def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
         instance=instance.spec.instance if instance else "",
         pid=instance.engine_pid if instance else None,
         address=f"{process.launch.host}:{process.launch.port}" if process else "",
-        in_flight=tools.routes.in_flight(worker.id),
-        served=tools.routes.served(worker.id),
+        in_flight=context.routes.in_flight(worker.id),
+        served=context.routes.served(worker.id),
         restarts=worker.restarts,
         reason=_why(worker, supervisor),
         last_lines=worker.last_lines,
@@ -87,18 +87,18 @@ def status(
     degraded: tuple[str, ...],
 ) -> Status:
     """Return everything of `l40sctl status`."""
-    tools = supervisor.tools
+    context = supervisor.context
     change, roll = supervisor.change, supervisor.roll
     return Status(
         version=__version__,
-        host=tools.host.inventory.host,
-        inventory=tools.host.inventory.source,
-        is_live=tools.host.inventory.is_live,
+        host=context.host.inventory.host,
+        inventory=context.host.inventory.source,
+        is_live=context.host.inventory.is_live,
         uptime_s=now_s() - began_at_s,
         pattern=supervisor.want.pattern,
         operation=supervisor.operations.get(change.id) if change else roll.status() if roll else None,
-        provider=tools.processes.provider,
-        provider_note=tools.processes.note,
+        provider=context.processes.provider,
+        provider_note=context.processes.note,
         workers=tuple(worker_status(w, supervisor) for w in _in_order(supervisor)),
         gpus=_gpus(supervisor, memory),
         proxy=proxy_status(proxy),
@@ -150,12 +150,14 @@ def proxy_status(proxy: Proxy) -> ProxyStatus:
 
 def patterns(supervisor: Supervisor) -> list[PatternView]:
     """Return every pattern as it would be on this host now."""
-    return [_pattern_view(name, supervisor) for name in patterns_of(supervisor.config, supervisor.tools.host.inventory)]
+    return [
+        _pattern_view(name, supervisor) for name in patterns_of(supervisor.config, supervisor.context.host.inventory)
+    ]
 
 
 def topology(supervisor: Supervisor) -> Topology:
     """Return the link matrix, and the GPU groups in force with the reason for each."""
-    want, inventory = supervisor.want, supervisor.tools.host.inventory
+    want, inventory = supervisor.want, supervisor.context.host.inventory
     return views.topology(
         inventory,
         pattern=want.pattern,
@@ -167,10 +169,10 @@ def topology(supervisor: Supervisor) -> Topology:
 
 def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:
     """Return what ``apply(want)`` would do, in order, if every step succeeds: the planner itself, played ahead."""
-    inventory = supervisor.tools.host.inventory
+    inventory = supervisor.context.host.inventory
     number = {gpu.id: gpu.index for gpu in inventory.gpus}
     observed = [w.observed() for w in supervisor.workers.values()]
-    change, loads_s = supervisor.change_to(want), supervisor.tools.past_loads_s
+    change, loads_s = supervisor.change_to(want), supervisor.context.models.loads_s
     played = rehearse(want.wanted, observed, change.terms, usual(want.config, loads_s, supervisor.at_once(want)))
     shown = played.steps
     loaded = {s.order.worker for s in shown if s.order.do is Do.START}
@@ -233,7 +235,7 @@ def under_way(supervisor: Supervisor) -> str:
 
 
 def _pattern_view(name: str, supervisor: Supervisor) -> PatternView:
-    inventory = supervisor.tools.host.inventory
+    inventory = supervisor.context.host.inventory
     pattern = patterns_of(supervisor.config, inventory)[name]
     is_current = name == supervisor.want.pattern
     try:
@@ -276,7 +278,7 @@ def _letters(p: Placement) -> str:
 
 def _in_order(supervisor: Supervisor) -> list[Worker]:
     """Return the workers in the order of their first GPU; one on its way out before what takes its place."""
-    rank = {gpu.id: n for n, gpu in enumerate(supervisor.tools.host.inventory.gpus)}
+    rank = {gpu.id: n for n, gpu in enumerate(supervisor.context.host.inventory.gpus)}
 
     def key(worker: Worker) -> tuple[object, ...]:
         gpus = worker.wanted.placement.gpus
@@ -290,7 +292,7 @@ def _in_order(supervisor: Supervisor) -> list[Worker]:
 
 
 def _gpus(supervisor: Supervisor, memory: Mapping[GpuId, GpuMemory] | None) -> tuple[GpuStatus, ...]:
-    inventory = supervisor.tools.host.inventory
+    inventory = supervisor.context.host.inventory
     owner = {
         g: w.id
         for w in supervisor.workers.values()

@@ -93,7 +93,7 @@ class Control:
         self._doors = doors
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
-        self._log: structlog.stdlib.BoundLogger = supervisor.tools.log
+        self._log: structlog.stdlib.BoundLogger = supervisor.context.log
 
     async def start(self) -> None:
         """Open the socket; call only while holding the daemon's lock: a socket file found there is a dead daemon's.
@@ -240,7 +240,7 @@ class Control:
         one of them named, and takes the place of ``tail``.
         """
         worker = await self._logged(request.match_info["id"])
-        processes = self._supervisor.tools.processes
+        processes = self._supervisor.context.processes
         tail = min(TAIL_AT_MOST, _number(request, "tail", 100))
         if not _flag(request, "follow"):
             return web.Response(text=_as_text(await processes.tail(worker, tail)), content_type="text/plain")
@@ -267,7 +267,7 @@ class Control:
         """
         known = {str(worker): None for worker in self._supervisor.workers}
         if name not in known:
-            known |= dict.fromkeys(await self._supervisor.tools.processes.logged())
+            known |= dict.fromkeys(await self._supervisor.context.processes.logged())
         if name in known:
             return name
         near = get_close_matches(name, known, n=1, cutoff=0.5)

@@ -155,7 +155,7 @@ class Change:
 def state_of(
     want: Want, change: Change | None, drained: Collection[WorkerId], floor: Mapping[ModelName, int]
 ) -> dict[str, Any]:
-    """Return what is kept on disk, over reboots too; beside it stands what ``past`` says of the workers.
+    """Return what is kept on disk, over reboots too; beside it stands what ``workers.saved`` says of the workers.
 
     Args:
         floor: The baseline of a change that ended incomplete: what is still to be done keeps to it.
