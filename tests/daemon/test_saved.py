@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l40sd import clock
-from l40sd.messages import Status, WorkerStatus
+from l40sd.control.messages import Status, WorkerStatus
 from l40sd.model import WorkerId
 from l40sd.workers import saved
-from l40sd.workers.lifecycle import Goal, Phase, Record
-from l40sd.workers.saved import TOLD, Past
+from l40sd.workers.lifecycle import Goal, Phase
+from l40sd.workers.restart_policy import Record
+from l40sd.workers.saved import TOLD, SavedWorker
 
 TWO = """
 [host]
@@ -239,7 +240,7 @@ async def test_another_boot_forgets_the_failures_but_not_who_is_drained(site_of:
     assert {w.restarts for w in status.workers} == {0}
 
 
-async def test_an_unreadable_past_is_said_and_costs_nothing_else(site_of: SiteOf, tmp_path: Path) -> None:
+async def test_what_is_saved_and_unreadable_is_said_and_costs_nothing_else(site_of: SiteOf, tmp_path: Path) -> None:
     site = site_of(TWO)
     await site.start()
     before = await site.until_ready("two", 30)
@@ -262,7 +263,7 @@ def ice(tmp_path: Path) -> Iterator[Path]:
     """A cgroup in which SIGKILL waits."""
     if not (FREEZER / "cgroup.procs").exists() or os.geteuid() != 0:
         pytest.skip("needs root and a cgroup v1 freezer to make a process that SIGKILL does not end")
-    group = FREEZER / f"l40sd-past-{os.getpid()}"
+    group = FREEZER / f"l40sd-saved-{os.getpid()}"
     group.mkdir()
     yield group
     thaw(group)
@@ -298,8 +299,8 @@ async def test_stuck_is_stuck_until_it_is_gone_also_for_the_next_daemon(site_of:
 
 
 times = st.floats(0, 1e6)
-pasts = st.builds(
-    Past,
+saved_workers = st.builds(
+    SavedWorker,
     fingerprint=st.text(max_size=5),
     phase=st.sampled_from([Phase.WAITING, *TOLD]),
     goal=st.sampled_from(Goal),
@@ -316,16 +317,16 @@ pasts = st.builds(
 )
 
 
-@given(st.dictionaries(st.text(max_size=3).map(WorkerId), pasts, max_size=3))
-def test_what_is_written_is_read(found: dict[WorkerId, Past]) -> None:
+@given(st.dictionaries(st.text(max_size=3).map(WorkerId), saved_workers, max_size=3))
+def test_what_is_written_is_read(found: dict[WorkerId, SavedWorker]) -> None:
     stored = json.loads(json.dumps(saved.written(found)))
     assert saved.read(stored) == (found, "")
     assert saved.read({**stored, "boot_id": "another"}) == ({}, "")
     assert saved.read({**stored, "now_s": clock.now_s() + 1000}) == ({}, "")
 
 
-@given(pasts, st.text(max_size=3), st.floats(0, 1e6))
-def test_a_run_has_been_ready_for_no_longer_than_it_ran(one: Past, instance: str, ran_s: float) -> None:
+@given(saved_workers, st.text(max_size=3), st.floats(0, 1e6))
+def test_a_run_has_been_ready_for_no_longer_than_it_ran(one: SavedWorker, instance: str, ran_s: float) -> None:
     about = one.of(instance)
     assert about.of(instance).record == one.record
     ready_s = replace(about, spawned_at_s=0.0).ready_for_s(ran_s)
