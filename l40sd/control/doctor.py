@@ -7,9 +7,9 @@ from pathlib import Path
 from l40sd.config import show as config_show
 from l40sd.config.options import Config
 from l40sd.control import preflight
+from l40sd.control.messages import Check
 from l40sd.control.preflight import FAILED, OK, WARNING
 from l40sd.hardware.host import Host
-from l40sd.messages import Check
 from l40sd.naming import natural
 from l40sd.proxy.descriptors import needed
 from l40sd.supervisor.supervisor import Supervisor
@@ -24,15 +24,15 @@ async def examine(supervisor: Supervisor, config: Config, path: Path, *, reload_
         path: Of the configuration's main file, which may be another than ``config`` by now.
         reload_problem: Why the latest reload was refused; empty when it was not.
     """
-    memory = await supervisor.tools.host.memory()
+    memory = await supervisor.context.host.memory()
     disks = await asyncio.to_thread(preflight.directories, config)
-    layout, inventory = supervisor.want.layout, supervisor.tools.host.inventory
+    layout, inventory = supervisor.want.layout, supervisor.context.host.inventory
     return [
         *await asyncio.to_thread(_files, config, path, reload_problem),
         preflight.exposure(config),
         _host(supervisor, answers=memory is not None),
         _provider(supervisor),
-        *preflight.programs(layout, config, inventory, supervisor.tools.facts),
+        *preflight.programs(layout, config, inventory, supervisor.context.models.facts),
         preflight.numactl(inventory, config),
         _placement(supervisor),
         _descriptors(config),
@@ -58,7 +58,7 @@ def _files(config: Config, path: Path, reload_problem: str) -> list[Check]:
 
 
 def _host(supervisor: Supervisor, *, answers: bool) -> Check:
-    host = supervisor.tools.host
+    host = supervisor.context.host
     inventory = host.inventory
     found = f"{len(inventory.gpus)} GPUs, {len(inventory.numa_nodes)} NUMA nodes, from {inventory.source}"
     if not inventory.is_live:
@@ -78,7 +78,7 @@ def _offers(host: Host) -> list[str]:
 
 
 def _provider(supervisor: Supervisor) -> Check:
-    processes = supervisor.tools.processes
+    processes = supervisor.context.processes
     state = WARNING if processes.provider == "none" else OK
     hint = "install the units (scripts/install), or give the daemon a cgroup2 of its own" if state == WARNING else ""
     return Check(name="provider", state=state, found=f"{processes.provider}: {processes.note}", hint=hint)

@@ -1,28 +1,30 @@
-"""What the running parts look like from outside, as the records of messages.py. Reads, changes nothing."""
+"""What the running parts look like from outside, as the records of control/messages.py. Reads, changes nothing."""
 
 from collections.abc import Mapping, Sequence
 
 from l40sd import __version__
 from l40sd.clock import now_s
 from l40sd.control import views
-from l40sd.errors import L40sError
-from l40sd.hardware.cpus import format_cpu_list
-from l40sd.hardware.host import GpuMemory
-from l40sd.messages import (
+from l40sd.control.messages import (
     ChangePreview,
     ChangeStep,
     GpuStatus,
+    OperationStatus,
     PatternView,
     ProxyStatus,
     Status,
     Topology,
     WorkerStatus,
 )
-from l40sd.model import GpuId, Layout, Link, Placement
+from l40sd.errors import L40sError
+from l40sd.hardware.cpus import format_cpu_list
+from l40sd.hardware.host import GpuMemory
+from l40sd.model import GpuId, Layout, Link, OperationKind, OperationState, Placement
 from l40sd.naming import natural
 from l40sd.placement.patterns import patterns_of
 from l40sd.proxy.server import Proxy
 from l40sd.supervisor.change import Want
+from l40sd.supervisor.operation import Operation
 from l40sd.supervisor.pace import usual
 from l40sd.supervisor.reconcile import Do
 from l40sd.supervisor.rehearsal import rehearse
@@ -36,7 +38,7 @@ SUMMARY_REASON = 160
 
 def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
     """Return one worker as `l40sctl status` shows it."""
-    p, process, tools = worker.wanted.placement, worker.process, supervisor.tools
+    p, process, context = worker.wanted.placement, worker.process, supervisor.context
     instance = process.instance if process else None
     now = now_s()
     is_coming = worker.phase is Phase.STARTING and worker.watch is not None
@@ -56,8 +58,8 @@ def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
         instance=instance.spec.instance if instance else "",
         pid=instance.engine_pid if instance else None,
         address=f"{process.launch.host}:{process.launch.port}" if process else "",
-        in_flight=tools.routes.in_flight(worker.id),
-        served=tools.routes.served(worker.id),
+        in_flight=context.routes.in_flight(worker.id),
+        served=context.routes.served(worker.id),
         restarts=worker.restarts,
         reason=_why(worker, supervisor),
         last_lines=worker.last_lines,
@@ -87,23 +89,43 @@ def status(
     degraded: tuple[str, ...],
 ) -> Status:
     """Return everything of `l40sctl status`."""
-    tools = supervisor.tools
-    change, roll = supervisor.change, supervisor.roll
+    operation = supervisor.under_way
+    context = supervisor.context
     return Status(
         version=__version__,
-        host=tools.host.inventory.host,
-        inventory=tools.host.inventory.source,
-        is_live=tools.host.inventory.is_live,
+        host=context.host.inventory.host,
+        inventory=context.host.inventory.source,
+        is_live=context.host.inventory.is_live,
         uptime_s=now_s() - began_at_s,
         pattern=supervisor.want.pattern,
-        operation=supervisor.operations.get(change.id) if change else roll.status() if roll else None,
-        provider=tools.processes.provider,
-        provider_note=tools.processes.note,
+        operation=operation_status(operation) if operation is not None else None,
+        provider=context.processes.provider,
+        provider_note=context.processes.note,
         workers=tuple(worker_status(w, supervisor) for w in _in_order(supervisor)),
         gpus=_gpus(supervisor, memory),
         proxy=proxy_status(proxy),
         warnings=supervisor.want.layout.warnings,
         degraded=degraded,
+    )
+
+
+def operation_status(operation: Operation) -> OperationStatus:
+    """Return a pattern change or a rolling restart as it is shown."""
+    return OperationStatus(
+        id=operation.id,
+        kind=operation.kind,
+        pattern=operation.pattern,
+        previous=operation.previous,
+        state=operation.state,
+        done=operation.done,
+        total=operation.total,
+        step=operation.step,
+        lowest_ready=operation.lowest_ready,
+        why=operation.why,
+        duration_s=operation.duration_s,
+        ends_within_s=operation.ends_within_s,
+        leaving=operation.leaving,
+        by=operation.by,
     )
 
 
@@ -150,12 +172,14 @@ def proxy_status(proxy: Proxy) -> ProxyStatus:
 
 def patterns(supervisor: Supervisor) -> list[PatternView]:
     """Return every pattern as it would be on this host now."""
-    return [_pattern_view(name, supervisor) for name in patterns_of(supervisor.config, supervisor.tools.host.inventory)]
+    return [
+        _pattern_view(name, supervisor) for name in patterns_of(supervisor.config, supervisor.context.host.inventory)
+    ]
 
 
 def topology(supervisor: Supervisor) -> Topology:
     """Return the link matrix, and the GPU groups in force with the reason for each."""
-    want, inventory = supervisor.want, supervisor.tools.host.inventory
+    want, inventory = supervisor.want, supervisor.context.host.inventory
     return views.topology(
         inventory,
         pattern=want.pattern,
@@ -167,10 +191,10 @@ def topology(supervisor: Supervisor) -> Topology:
 
 def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:
     """Return what ``apply(want)`` would do, in order, if every step succeeds: the planner itself, played ahead."""
-    inventory = supervisor.tools.host.inventory
+    inventory = supervisor.context.host.inventory
     number = {gpu.id: gpu.index for gpu in inventory.gpus}
     observed = [w.observed() for w in supervisor.workers.values()]
-    change, loads_s = supervisor.change_to(want), supervisor.tools.past_loads_s
+    change, loads_s = supervisor.change_to(want), supervisor.context.models.loads_s
     played = rehearse(want.wanted, observed, change.terms, usual(want.config, loads_s, supervisor.at_once(want)))
     shown = played.steps
     loaded = {s.order.worker for s in shown if s.order.do is Do.START}
@@ -218,14 +242,13 @@ def notes_on(want: Want, supervisor: Supervisor) -> tuple[str, ...]:
 
 def under_way(supervisor: Supervisor) -> str:
     """Return what is under way, and by whom, in one clause; empty when nothing is."""
-    change, roll = supervisor.change, supervisor.roll
-    now = supervisor.operations.get(change.id) if change else roll.status() if roll else None
+    now = supervisor.under_way
     if now is None:
         return ""
     match now.kind, now.state:
-        case "restart", _:
+        case OperationKind.RESTART, _:
             what = "a rolling restart"
-        case _, "rolling_back":
+        case _, OperationState.ROLLING_BACK:
             what = f"the way back to {now.previous}"
         case _:
             what = f"the change to {now.pattern}"
@@ -233,7 +256,7 @@ def under_way(supervisor: Supervisor) -> str:
 
 
 def _pattern_view(name: str, supervisor: Supervisor) -> PatternView:
-    inventory = supervisor.tools.host.inventory
+    inventory = supervisor.context.host.inventory
     pattern = patterns_of(supervisor.config, inventory)[name]
     is_current = name == supervisor.want.pattern
     try:
@@ -276,7 +299,7 @@ def _letters(p: Placement) -> str:
 
 def _in_order(supervisor: Supervisor) -> list[Worker]:
     """Return the workers in the order of their first GPU; one on its way out before what takes its place."""
-    rank = {gpu.id: n for n, gpu in enumerate(supervisor.tools.host.inventory.gpus)}
+    rank = {gpu.id: n for n, gpu in enumerate(supervisor.context.host.inventory.gpus)}
 
     def key(worker: Worker) -> tuple[object, ...]:
         gpus = worker.wanted.placement.gpus
@@ -290,7 +313,7 @@ def _in_order(supervisor: Supervisor) -> list[Worker]:
 
 
 def _gpus(supervisor: Supervisor, memory: Mapping[GpuId, GpuMemory] | None) -> tuple[GpuStatus, ...]:
-    inventory = supervisor.tools.host.inventory
+    inventory = supervisor.context.host.inventory
     owner = {
         g: w.id
         for w in supervisor.workers.values()

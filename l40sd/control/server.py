@@ -27,20 +27,11 @@ import structlog
 from aiohttp import web
 
 from l40sd import __version__
+from l40sd.codec import decode, encode
 from l40sd.control import report
 from l40sd.control.events import Events, Wanted
+from l40sd.control.messages import Accepted, Check, ErrorBody, LogPart, PatternRequest, RestartRequest, Status
 from l40sd.errors import L40sError
-from l40sd.messages import (
-    Accepted,
-    Check,
-    ErrorBody,
-    LogPart,
-    PatternRequest,
-    RestartRequest,
-    Status,
-    decode,
-    encode,
-)
 from l40sd.supervisor.supervisor import Supervisor
 from l40sd.workers.process import Position
 
@@ -93,7 +84,7 @@ class Control:
         self._doors = doors
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
-        self._log: structlog.stdlib.BoundLogger = supervisor.tools.log
+        self._log: structlog.stdlib.BoundLogger = supervisor.context.log
 
     async def start(self) -> None:
         """Open the socket; call only while holding the daemon's lock: a socket file found there is a dead daemon's.
@@ -221,7 +212,7 @@ class Control:
         operation = self._supervisor.operations.get(request.match_info["id"])
         if operation is None:
             raise L40sError("there is no such operation", where=request.match_info["id"], code="unknown_operation")
-        return _json(operation)
+        return _json(report.operation_status(operation))
 
     async def _follow_events(self, request: web.Request) -> web.StreamResponse:
         wanted = Wanted(
@@ -240,7 +231,7 @@ class Control:
         one of them named, and takes the place of ``tail``.
         """
         worker = await self._logged(request.match_info["id"])
-        processes = self._supervisor.tools.processes
+        processes = self._supervisor.context.processes
         tail = min(TAIL_AT_MOST, _number(request, "tail", 100))
         if not _flag(request, "follow"):
             return web.Response(text=_as_text(await processes.tail(worker, tail)), content_type="text/plain")
@@ -267,7 +258,7 @@ class Control:
         """
         known = {str(worker): None for worker in self._supervisor.workers}
         if name not in known:
-            known |= dict.fromkeys(await self._supervisor.tools.processes.logged())
+            known |= dict.fromkeys(await self._supervisor.context.processes.logged())
         if name in known:
             return name
         near = get_close_matches(name, known, n=1, cutoff=0.5)

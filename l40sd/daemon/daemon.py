@@ -25,6 +25,7 @@ from l40sd.control import report
 from l40sd.control.doctor import examine
 from l40sd.control.event_file import EventFile
 from l40sd.control.events import Events
+from l40sd.control.messages import Check, Status
 from l40sd.control.preflight import STATE_NAME
 from l40sd.control.server import Control, Doors
 from l40sd.daemon import reexec
@@ -34,7 +35,6 @@ from l40sd.errors import L40sError
 from l40sd.hardware.gpu_watch import GpuWatch
 from l40sd.hardware.host import Host
 from l40sd.hardware.presence import changes
-from l40sd.messages import Check, Status
 from l40sd.naming import natural
 from l40sd.proxy.api_keys import read_keys
 from l40sd.proxy.key_file import key_changes
@@ -42,11 +42,12 @@ from l40sd.proxy.server import Proxy
 from l40sd.routing.routes import Routes
 from l40sd.supervisor.state_file import Store
 from l40sd.supervisor.supervisor import Supervisor
+from l40sd.workers.context import WorkerContext
 from l40sd.workers.keys import WorkerKeys
+from l40sd.workers.known_models import KnownModels
 from l40sd.workers.ports import PortPool
 from l40sd.workers.probe import Prober
 from l40sd.workers.process import Processes
-from l40sd.workers.tools import Tools
 
 TICK_S = 5.0
 ADOPT_TIMEOUT_S = 30.0
@@ -91,20 +92,21 @@ async def run_workers(
         prober = Prober()
         stack.push_async_callback(prober.close)
         workers = config.workers
-        tools = Tools(
+        context = WorkerContext(
             host=host,
             processes=processes,
             ports=PortPool(workers.host, workers.port_first, workers.port_last),
             keys=WorkerKeys(Path(config.daemon.state_dir) / "worker-keys"),
             prober=prober,
             routes=routes,
-            facts=await host.facts(config),
-            past_loads_s={},
+            models=KnownModels(await host.facts(config)),
             python=own_python(),
             base_env={name: os.environ[name] for name in PASSED_ON if name in os.environ},
             log=logger,
         )
-        supervisor = Supervisor(tools, config, Store(Path(config.daemon.state_dir) / STATE_NAME, version=STATE_VERSION))
+        supervisor = Supervisor(
+            context, config, Store(Path(config.daemon.state_dir) / STATE_NAME, version=STATE_VERSION)
+        )
         routes.on_failure = supervisor.on_request_failure
         routes.on_doubt = supervisor.is_ending
         async with asyncio.timeout(ADOPT_TIMEOUT_S):
@@ -149,7 +151,7 @@ class Daemon:
         self._reload_wanted = asyncio.Event()
         self._reload_problem = ""
         self._log = structlog.get_logger()
-        host = supervisor.tools.host
+        host = supervisor.context.host
         self._watch_gpus = GpuWatch(host, lambda: self._loaded.config.host, self._take_in_gpus)
 
     async def live(self, control: Control) -> Ending:
@@ -196,7 +198,7 @@ class Daemon:
 
     async def status(self) -> Status:
         """Return everything of `l40sctl status`."""
-        memory = await self._supervisor.tools.host.memory()
+        memory = await self._supervisor.context.host.memory()
         return report.status(
             self._supervisor, self._proxy, memory, began_at_s=self._began_at_s, degraded=self._degraded()
         )
@@ -237,7 +239,7 @@ class Daemon:
         Raises:
             L40sError: It does not fit; then nothing has changed.
         """
-        host = self._supervisor.tools.host
+        host = self._supervisor.context.host
         facts = await host.facts(config)
         found = await host.look(held=self._supervisor.held_gpus(), forget=forget_gpus)
         former = host.take(found)
@@ -266,17 +268,17 @@ class Daemon:
 
     def _degraded(self) -> tuple[str, ...]:
         """Sentences on what does not work at present."""
-        host, store = self._supervisor.tools.host, self._supervisor.store
+        host, store = self._supervisor.context.host, self._supervisor.store
         return (*host.degraded, *filter(None, [store.degraded]), *self._supervisor.degraded)
 
     def facts(self) -> dict[str, object]:
         """Return what is worth a line in the log at the start."""
-        tools = self._supervisor.tools
+        context = self._supervisor.context
         return {
             "pattern": self._supervisor.want.pattern,
-            "host": tools.host.inventory.source,
-            "gpu_count": len(tools.host.inventory.gpus),
-            "provider": tools.processes.provider,
+            "host": context.host.inventory.source,
+            "gpu_count": len(context.host.inventory.gpus),
+            "provider": context.processes.provider,
         }
 
     async def upgrade(self) -> None:

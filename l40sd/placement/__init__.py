@@ -1,1 +1,1 @@
-"""Which GPUs, CPUs and memory each replica gets. PURE."""
+"""Which GPUs, CPUs and memory each replica gets."""

@@ -57,8 +57,16 @@ class Bounds:
             if not self._addresses[address]:
                 del self._addresses[address]
 
+    def hold_memory(self, size_bytes: int) -> None:
+        """Count more of a body that is there already, within the limit or not."""
+        self.body_bytes += size_bytes
+
+    def give_back_memory(self, size_bytes: int) -> None:
+        """Count so much of a body no more."""
+        self.body_bytes -= size_bytes
+
     def take_memory(self, size_bytes: int) -> None:
-        """Count more of a body; the caller gives it back with ``body_bytes -= ...``, also when this raises.
+        """Count more of a body; the caller gives it back, also when this raises.
 
         Raises:
             Refused: 503; all bodies together are too large.

@@ -50,5 +50,6 @@ def ended_whole(reply: ResponseHead, target: bytes, seen: bytes, upstream: Worke
         return True
     last, pool = last_data(target.partition(b"?")[0]), upstream.pool
     whole = is_whole(seen, last if pool.ends_streams else b"")
-    pool.ends_streams = pool.ends_streams or (whole and bool(last) and last in seen)
+    if whole and last and last in seen:
+        pool.learn_end()
     return whole

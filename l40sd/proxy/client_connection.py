@@ -19,7 +19,8 @@ from l40sd.proxy.bounds import FREE_BODY_BYTES, address_of
 from l40sd.proxy.context import ProxyContext
 from l40sd.proxy.cors import preflight_fields
 from l40sd.proxy.dialects import dialect_of, error_body
-from l40sd.proxy.exchange import Exchange, duplicate
+from l40sd.proxy.exchange import Exchange
+from l40sd.proxy.exchange_handover import duplicate, export_exchange
 from l40sd.proxy.handed import HandedConnection, HandedExchange
 from l40sd.proxy.http1.cached_heads import CachedRequestHead, cached_request_head
 from l40sd.proxy.http1.chunked import ChunkedBody
@@ -38,6 +39,21 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 bare_line_feed = re.compile(rb"(?<!\r)\n").search
 
 
+class ClientConnections:
+    """All that a proxy has; each enters and leaves by itself.
+
+    Attributes:
+        open: Every one of them.
+        unread: Those that sent too far ahead to be read for now.
+    """
+
+    __slots__ = ("open", "unread")
+
+    def __init__(self) -> None:
+        self.open: set[ClientConnection] = set()
+        self.unread: set[ClientConnection] = set()
+
+
 class ClientConnection(asyncio.Protocol):
     """The protocol of one accepted connection."""
 
@@ -48,10 +64,12 @@ class ClientConnection(asyncio.Protocol):
         "_cached_head",
         "_cached_name",
         "_chunks",
+        "_clients",
         "_context",
         "_head",
         "_held",
         "_is_reading",
+        "_keep_alive",
         "_known_target",
         "_missing",
         "_parts",
@@ -65,16 +83,16 @@ class ClientConnection(asyncio.Protocol):
         "exchange",
         "is_closing",
         "is_paused",
-        "keep_alive",
         "transport",
     )
 
-    def __init__(self, context: ProxyContext) -> None:
+    def __init__(self, context: ProxyContext, clients: ClientConnections) -> None:
         self._context = context
+        self._clients = clients
         self.exchange: Exchange | None = None
         self.is_closing = False
         self.is_paused = False
-        self.keep_alive = True
+        self._keep_alive = True
         self.deadline_s = inf
         self._timeout_s = inf
         self._held = b""
@@ -105,16 +123,16 @@ class ClientConnection(asyncio.Protocol):
         """Start the clock for a first request, or send the connection away."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop has no common base class
         self.expect(self._context.config.client_header_timeout_s)
-        context = self._context
+        context, count = self._context, len(self._clients.open)
         self._address = address_of(transport)
-        refused = context.bounds.enter(self._address, len(context.clients))
+        refused = context.bounds.enter(self._address, count)
         if refused is not None:
-            context.metrics.refused_connections += 1
-            if len(context.clients) >= context.bounds.shares.clients + context.bounds.shares.refused:
+            context.metrics.connection_refused()
+            if count >= context.bounds.shares.clients + context.bounds.shares.refused:
                 self.is_closing = True
                 self.transport.abort()
                 return
-        context.clients.add(self)
+        self._clients.open.add(self)
         if refused is not None:
             self._answer_and_close(refused)
 
@@ -139,9 +157,9 @@ class ClientConnection(asyncio.Protocol):
 
     def _mind_ahead(self) -> None:
         """Read no further while more than a little was sent ahead of the answers."""
-        if len(self._held) > AHEAD_LIMIT_BYTES and not self.is_closing and self not in self._context.unread:
+        if len(self._held) > AHEAD_LIMIT_BYTES and not self.is_closing and self not in self._clients.unread:
             self.transport.pause_reading()
-            self._context.unread.add(self)
+            self._clients.unread.add(self)
             self._ahead_bytes = len(self._held)
             try:
                 self._context.bounds.take_memory(self._ahead_bytes)
@@ -150,8 +168,8 @@ class ClientConnection(asyncio.Protocol):
 
     def _read_on(self) -> None:
         """Read a client again that had sent too far ahead."""
-        self._context.unread.discard(self)
-        self._context.bounds.body_bytes -= self._ahead_bytes
+        self._clients.unread.discard(self)
+        self._context.bounds.give_back_memory(self._ahead_bytes)
         self._ahead_bytes = 0
 
     def eof_received(self) -> None:
@@ -160,7 +178,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of everything."""
-        self._context.clients.discard(self)
+        self._clients.open.discard(self)
         self._read_on()
         self._context.bounds.leave(self._address)
         self._address = ""
@@ -171,13 +189,13 @@ class ClientConnection(asyncio.Protocol):
         """Stop reading the worker: the client is slow."""
         self.is_paused = True
         if self.exchange is not None:
-            self.exchange.pause_reply(is_paused=True)
+            self.exchange.stage.pause(is_paused=True)
 
     def resume_writing(self) -> None:
         """Go on reading the worker, or answering what the client has sent ahead."""
         self.is_paused = False
         if self.exchange is not None:
-            self.exchange.pause_reply(is_paused=False)
+            self.exchange.stage.pause(is_paused=False)
         elif self._held:
             self._context.loop.call_soon(self._proceed)
 
@@ -188,16 +206,20 @@ class ClientConnection(asyncio.Protocol):
         self._timeout_s = inf if timeout_s is None else timeout_s + self._context.tick_s
         self.deadline_s = self._context.now_s + self._timeout_s
 
-    def moved(self) -> None:
-        """Start the present deadline anew."""
-        self.deadline_s = self._context.now_s + self._timeout_s
+    def is_late(self, now_s: float) -> bool:
+        """Return whether a deadline has passed; where a reply has moved, the present one starts anew."""
+        exchange = self.exchange
+        if exchange is not None and exchange.stage.has_moved():
+            self.deadline_s = now_s + self._timeout_s
+            return False
+        return self.deadline_s <= now_s
 
     def expired(self) -> None:
         """Act on a deadline that has passed."""
         if self.is_closing:
             self.transport.abort()
         elif self.exchange is not None:
-            self.exchange.expired()
+            self.exchange.stage.expired()
         elif self.is_paused:  # it reads nothing, so it would not read why either
             self.transport.abort()
         elif self._head is not None:
@@ -239,15 +261,26 @@ class ClientConnection(asyncio.Protocol):
         """Close an idle connection soon: a client that has just been told it may go on is not cut off in doing so."""
         self.deadline_s = min(self.deadline_s, self._context.now_s + PARTING_S)
 
+    def part_if_idle(self) -> None:
+        """Close an idle connection a moment after it was first seen so."""
+        if self.is_idle():
+            self.part()
+            if self.deadline_s <= self._context.now_s:
+                self.close()
+
+    def close_after_reply(self) -> None:
+        """Promise no further request: the end of this reply is the connection's."""
+        self._keep_alive = False
+
     def will_keep_alive(self) -> bool:
         """Decide, for the head of a reply, whether another request may follow; it is a promise."""
-        self.keep_alive = self.keep_alive and not self._context.is_stopping
-        return self.keep_alive
+        self._keep_alive = self._keep_alive and not self._context.is_stopping
+        return self._keep_alive
 
     def finished(self) -> None:
         """Go on to the next request: the answer to this one is written."""
         self.exchange = None
-        if not self.keep_alive:
+        if not self._keep_alive:
             self.close()
             return
         if self._head is not None:
@@ -283,10 +316,15 @@ class ClientConnection(asyncio.Protocol):
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
+    def reset_unanswered(self, exchange: object) -> None:
+        """Reset if it still waits for the answer of this exchange, which has ended and gives none."""
+        if self.exchange is exchange:
+            self.reset()
+
     def release_memory(self) -> None:
         """Count the body no more: it is gone, or will be in this turn of the loop."""
         if self._taken_bytes:
-            self._context.bounds.body_bytes -= self._taken_bytes
+            self._context.bounds.give_back_memory(self._taken_bytes)
             self._taken_bytes = 0
 
     # From one daemon to the next
@@ -295,12 +333,12 @@ class ClientConnection(asyncio.Protocol):
         """Whether it is at a point where another daemon could go on with it: nothing unsent, between two chunks."""
         if self.transport.get_write_buffer_size():
             return False
-        return self.exchange is None or self.exchange.is_settled()
+        return self.exchange is None or self.exchange.stage.is_settled()
 
     def come_to_rest(self) -> None:
         """Send no more of a reply than to the next such point."""
         if self.exchange is not None:
-            self.exchange.come_to_rest()
+            self.exchange.stage.come_to_rest()
 
     def hand_over(self) -> HandedConnection | None:
         """End here, for another daemon to go on; None, and nothing has ended, where that cannot be."""
@@ -318,7 +356,7 @@ class ClientConnection(asyncio.Protocol):
         self.exchange = None
         self.is_closing = True
         self._held = b""
-        self._context.clients.discard(self)
+        self._clients.open.discard(self)
         self.transport.abort()  # no more than a close of this descriptor
         return handed
 
@@ -328,7 +366,7 @@ class ClientConnection(asyncio.Protocol):
             return None, b""
         if self.exchange is None:
             return None, (b"" if self._head is None else self._begun_request(self._head)) + self._held
-        match self.exchange.hand_over(keep_alive=self.keep_alive):
+        match export_exchange(self.exchange, keep_alive=self._keep_alive):
             case None:
                 return None
             case bytes(again):
@@ -336,11 +374,15 @@ class ClientConnection(asyncio.Protocol):
             case handed:
                 return handed, self._held
 
+    def carry_on(self, exchange: Exchange) -> None:
+        """Have what an earlier daemon asked a worker for."""
+        self.exchange = exchange
+
     def take_up(self, transport: asyncio.Transport, handed: HandedConnection) -> None:
         """Go on with a connection that an earlier daemon accepted; its exchange is set by whoever has both ends."""
         self.transport = transport
         self.is_closing = handed.is_parting
-        self._context.clients.add(self)
+        self._clients.open.add(self)
         self._address = address_of(transport)
         self._context.bounds.enter(self._address, 0)
         self.expect(LINGER_S if handed.is_parting else self._context.config.client_idle_timeout_s)
@@ -350,9 +392,9 @@ class ClientConnection(asyncio.Protocol):
             if handed.held:
                 self.data_received(handed.held)
             return
-        self.keep_alive = handed.exchange.keep_alive
+        self._keep_alive = handed.exchange.keep_alive
         self._taken_bytes = len(handed.exchange.body)
-        self._context.bounds.body_bytes += self._taken_bytes
+        self._context.bounds.hold_memory(self._taken_bytes)
         self._held = handed.held
         self._mind_ahead()
 
@@ -372,7 +414,7 @@ class ClientConnection(asyncio.Protocol):
         """
         if self._is_reading or not self._is_free():
             return
-        if self in self._context.unread:
+        if self in self._clients.unread:
             self._read_on()
             self.transport.resume_reading()
         self._is_reading = True
@@ -450,7 +492,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _take_head(self, raw: bytes, head: RequestHead) -> None:
         self._head = head
-        self.keep_alive = head.keep_alive
+        self._keep_alive = head.keep_alive
         config = self._context.config
         try:
             self._target, self._allowed = admit(
@@ -544,7 +586,7 @@ class ClientConnection(asyncio.Protocol):
         self._answer(head, page.status, page.body, content_type=page.content_type)
 
     def _metrics_text(self) -> str:
-        return self._context.metrics.text(self._context.routes, len(self._context.clients))
+        return self._context.metrics.text(self._context.routes, len(self._clients.open))
 
     def _count_and_refuse(self, refused: Refused, head: RequestHead) -> None:
         self._count(refused, head)

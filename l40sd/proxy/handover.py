@@ -13,9 +13,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import cast
 
-from l40sd.proxy.client_connection import ClientConnection
+from l40sd.proxy.client_connection import ClientConnection, ClientConnections
 from l40sd.proxy.context import ProxyContext
-from l40sd.proxy.exchange import Exchange
+from l40sd.proxy.exchange_handover import import_exchange
 from l40sd.proxy.handed import Handed, HandedConnection
 
 POLL_S = 0.002
@@ -32,12 +32,12 @@ class Lost:
     why: str
 
 
-async def settle(context: ProxyContext, timeout_s: float) -> set[ClientConnection]:
+async def settle(clients: ClientConnections, timeout_s: float) -> set[ClientConnection]:
     """Wait until each connection has once been where it can be handed over; return those that were not in time."""
-    unsettled = set(context.clients)
+    unsettled = set(clients.open)
     try:
         async with asyncio.timeout(timeout_s):
-            while unsettled := {c for c in unsettled if c in context.clients and not c.is_settled()}:
+            while unsettled := {c for c in unsettled if c in clients.open and not c.is_settled()}:
                 for client in unsettled:
                     client.come_to_rest()
                 await asyncio.sleep(POLL_S)
@@ -47,23 +47,26 @@ async def settle(context: ProxyContext, timeout_s: float) -> set[ClientConnectio
 
 
 async def gather(
-    context: ProxyContext, stuck: Collection[ClientConnection], timeout_s: float
+    loop: asyncio.AbstractEventLoop,
+    clients: ClientConnections,
+    stuck: Collection[ClientConnection],
+    timeout_s: float,
 ) -> tuple[Handed, list[Lost]]:
     """Take every connection out of this daemon. Accepting has been paused.
 
     Args:
-        context: The proxy's.
+        loop: That runs the proxy.
+        clients: Its connections.
         stuck: Connections that need not be waited for.
         timeout_s: For those that left the point where they were settled.
     """
-    loop = context.loop
     paused_at_s = loop.time()
     taken: list[HandedConnection] = []
     lost: list[Lost] = []
     rounds = 0
-    while rounds < ROUNDS or (loop.time() < paused_at_s + timeout_s and any(c not in stuck for c in context.clients)):
-        for client in sorted(context.clients, key=_place):
-            if client not in context.clients or client.transport.is_closing():
+    while rounds < ROUNDS or (loop.time() < paused_at_s + timeout_s and any(c not in stuck for c in clients.open)):
+        for client in sorted(clients.open, key=_place):
+            if client not in clients.open or client.transport.is_closing():
                 continue
             if client.is_settled():
                 _take(client, taken, lost)
@@ -73,7 +76,7 @@ async def gather(
                 client.come_to_rest()
         await asyncio.sleep(POLL_S if rounds >= ROUNDS else 0)
         rounds += 1
-    for client in list(context.clients):
+    for client in list(clients.open):
         if client.transport.get_write_buffer_size():
             lost.append(_lost(client, "its client does not read"))
         elif not client.transport.is_closing():
@@ -81,18 +84,18 @@ async def gather(
     return Handed(paused_at_s=paused_at_s, connections=tuple(taken)), lost
 
 
-async def take_over(context: ProxyContext, handed: Handed) -> None:
+async def take_over(context: ProxyContext, clients: ClientConnections, handed: Handed) -> None:
     """Go on with the connections of an earlier daemon."""
     loop = context.loop
-    clients = await asyncio.gather(*(_land(loop, c.client) for c in handed.connections))
+    landed = await asyncio.gather(*(_land(loop, c.client) for c in handed.connections))
     upstreams = await asyncio.gather(
         *(_land(loop, c.exchange.upstream) for c in handed.connections if c.exchange is not None)
     )
     further = iter(upstreams)
-    for connection, client in zip(handed.connections, clients, strict=True):
+    for connection, client in zip(handed.connections, landed, strict=True):
         upstream = next(further) if connection.exchange is not None else None
         if not client.is_lost:
-            _go_on(context, connection, client, upstream)
+            _go_on(context, clients, connection, client, upstream)
         elif upstream is not None and upstream.transport is not None:
             upstream.transport.abort()
 
@@ -147,8 +150,14 @@ async def _land(loop: asyncio.AbstractEventLoop, descriptor: int) -> Landing:
     return landing
 
 
-def _go_on(context: ProxyContext, handed: HandedConnection, landed: Landing, upstream_landed: Landing | None) -> None:
-    client = ClientConnection(context)
+def _go_on(
+    context: ProxyContext,
+    clients: ClientConnections,
+    handed: HandedConnection,
+    landed: Landing,
+    upstream_landed: Landing | None,
+) -> None:
+    client = ClientConnection(context, clients)
     assert landed.transport is not None
     client.take_up(landed.transport, handed)
     landed.transport.set_protocol(client)
@@ -158,7 +167,8 @@ def _go_on(context: ProxyContext, handed: HandedConnection, landed: Landing, ups
     if upstream_landed.transport is None:
         client.reset()
         return
-    client.exchange, upstream = Exchange.take_up(context, client, handed.exchange, upstream_landed.transport)
+    exchange, upstream = import_exchange(context, client, handed.exchange, upstream_landed.transport)
+    client.carry_on(exchange)
     landed.pass_on(client)
     if client.exchange is not None:
         upstream_landed.pass_on(upstream)
@@ -179,14 +189,16 @@ def _take(client: ClientConnection, taken: list[HandedConnection], lost: list[Lo
 
 
 def _lost(client: ClientConnection, why: str) -> Lost:
-    facts = client.exchange.facts if client.exchange is not None else {"request": "", "worker": ""}
-    return Lost(why=why, **facts)
+    exchange = client.exchange
+    if exchange is None:
+        return Lost(request="", worker="", why=why)
+    return Lost(request=exchange.request_id.decode(), worker=exchange.worker, why=why)
 
 
 def _place(client: ClientConnection) -> tuple[bool, float]:
     """Who has no worker comes first: else it would get the place of one that has just been taken. Then the oldest."""
     exchange = client.exchange
-    return (False, 0.0) if exchange is None else (exchange.has_worker, exchange.age)
+    return (False, 0.0) if exchange is None else (exchange.stage.has_worker, exchange.started_at_s)
 
 
 async def _turn() -> None:

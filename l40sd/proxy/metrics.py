@@ -68,6 +68,22 @@ class Metrics:
         self.gone = 0
         self.refused_connections = 0
 
+    def client_gone(self) -> None:
+        """Count a request whose client left before the end."""
+        self.gone += 1
+
+    def reply_cut(self) -> None:
+        """Count a reply that had begun and broke off."""
+        self.cut += 1
+
+    def tried_again(self) -> None:
+        """Count a further try of a request."""
+        self.retried += 1
+
+    def connection_refused(self) -> None:
+        """Count a connection that was over a limit."""
+        self.refused_connections += 1
+
     def answered(self, model: str, status: int) -> None:
         """Count a request that was answered, by a worker or here."""
         key = (model, status)

@@ -8,7 +8,6 @@ attribute that a request sets on its way, so ten thousand of them cost no timer 
 """
 
 import asyncio
-import math
 import resource
 import socket
 import stat
@@ -22,7 +21,7 @@ from l40sd.config.options import ProxyConfig
 from l40sd.errors import L40sError
 from l40sd.model import WorkerId
 from l40sd.proxy import heap, listeners
-from l40sd.proxy.client_connection import ClientConnection
+from l40sd.proxy.client_connection import ClientConnection, ClientConnections
 from l40sd.proxy.context import ProxyContext
 from l40sd.proxy.descriptors import BACKLOG
 from l40sd.proxy.handed import Handed
@@ -31,7 +30,6 @@ from l40sd.routing.routes import Routes
 
 DRAIN_POLL_S = 0.01
 ROUNDS_TO_CLOSE = 3
-TICK_LIMITS_S = (0.02, 0.5)
 UNIX_SOCKET_MODE = 0o660
 
 log = structlog.get_logger()
@@ -61,6 +59,7 @@ class Proxy:
     Attributes:
         sockets: The listeners; they stay open and keep queueing while accepting is paused.
         lent: Those of them that are not ours alone.
+        clients: Their connections.
         addresses: Where clients reach it: ``host:port``, ``[host]:port`` or ``unix:/path``, real port numbers.
     """
 
@@ -73,6 +72,7 @@ class Proxy:
         self._timer: asyncio.TimerHandle | None = None
         self._paths: list[Path] = []
         self.sockets: list[socket.socket] = []
+        self.clients = ClientConnections()
         self.lent: list[socket.socket] = []
         self.addresses: tuple[str, ...] = ()
 
@@ -111,7 +111,7 @@ class Proxy:
             sock.setblocking(False)
         self.addresses = tuple(listeners.address_of(sock) for sock in self.sockets)
         if handed is not None:
-            await take_over(self._context, handed)
+            await take_over(self._context, self.clients, handed)
         await self.resume_accepting()
         self._tick()
         log.info("proxy.ready", addresses=self.addresses)
@@ -126,8 +126,8 @@ class Proxy:
         context = self._running
         lines = self._routes.lines()
         return ProxyStats(
-            connections=len(context.clients),
-            in_flight=sum(client.exchange is not None for client in context.clients),
+            connections=len(self.clients.open),
+            in_flight=sum(client.exchange is not None for client in self.clients.open),
             waiting=sum(len(line.waiters) for line in lines),
             served=context.metrics.served,
             failed=context.metrics.failed,
@@ -136,7 +136,7 @@ class Proxy:
 
     def metrics_text(self) -> str:
         """Return what ``GET /metrics`` shows."""
-        return self._running.metrics.text(self._routes, len(self._running.clients))
+        return self._running.metrics.text(self._routes, len(self.clients.open))
 
     @property
     def api_keys(self) -> Collection[str]:
@@ -155,12 +155,7 @@ class Proxy:
         self._routes.configure(queue_limit=config.queue_limit, in_flight_limit=config.in_flight_limit)
         if self._context is None:
             return
-        self._context.config = config
-        self._context.set_origins(config.cors_origins)
-        self._context.tick_s = _tick_s(config)
-        self._context.failures.configure(config.failures_logged_per_minute)
-        self._context.poison.configure(limit=config.poison_limit, kept_s=config.poison_refused_s)
-        self._context.bounds.configure(config, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self._context.configure(config, descriptor_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
     async def pause_accepting(self) -> None:
         """Accept nothing more; the listeners stay open and the kernel queues connections for whoever accepts next."""
@@ -170,21 +165,18 @@ class Proxy:
 
     async def resume_accepting(self) -> None:
         """Accept on every listener, at the start or after ``pause_accepting``."""
-        context = self._running
-        context.is_stopping = False
+        context, clients = self._running, self.clients
+        context.resume()
         for sock in self.sockets:
             own = sock.dup()  # a server closes its socket when it stops; the listener must outlive it
             own.setblocking(False)
             backlog = context.bounds.shares.backlog
-            self._servers.append(
-                await context.loop.create_server(lambda: ClientConnection(context), sock=own, backlog=backlog)
-            )
+            server = context.loop.create_server(lambda: ClientConnection(context, clients), sock=own, backlog=backlog)
+            self._servers.append(await server)
 
     def send_away_waiting(self) -> None:
         """Answer 503 to whoever waits for a worker, now and from now on: none will come any more."""
-        context = self._running
-        context.is_closing = True
-        context.routes.expire(math.inf)
+        self._running.give_up_waiting()
 
     async def drain(self, grace_s: float) -> int:
         """Accept nothing more and let open requests end; return how many had not after ``grace_s``.
@@ -195,13 +187,11 @@ class Proxy:
         The listeners stay open: whoever has them next, a restarted self or a new one, refuses nobody.
         """
         context = self._running
-        context.is_stopping = True
+        context.stop()
         await self.pause_accepting()
         try:
             async with asyncio.timeout(grace_s):
-                while (
-                    context.clients
-                ):  # also those that are closing: the last bytes of a reply may still be on their way
+                while self.clients.open:  # also those that are closing: a reply's last bytes may still be on their way
                     self._part()
                     await asyncio.sleep(DRAIN_POLL_S)
         except TimeoutError:
@@ -215,11 +205,11 @@ class Proxy:
         """
         context = self._running
         timeout_s = context.config.handover_timeout_s
-        stuck = await settle(context, timeout_s)
+        stuck = await settle(self.clients, timeout_s)
         await self.pause_accepting()
         if self._timer is not None:
             self._timer.cancel()
-        handed, lost = await gather(context, stuck, timeout_s)
+        handed, lost = await gather(context.loop, self.clients, stuck, timeout_s)
         for each in lost:
             log.warning("proxy.connection_lost", request=each.request, worker=each.worker, why=each.why)
         self._paths = []
@@ -238,14 +228,13 @@ class Proxy:
     async def _close(self) -> None:
         context = self._running
         self._close_sockets()
-        for client in list(context.clients):
+        for client in list(self.clients.open):
             client.reset()
         for pool in context.pools.values():
-            for upstream in list(pool.idle):
-                upstream.abort()
+            pool.close_idle()
         if self._timer is not None:
             self._timer.cancel()
-        await asyncio.gather(*context.dials, return_exceptions=True)
+        await asyncio.gather(*context.tasks, return_exceptions=True)
         for _ in range(ROUNDS_TO_CLOSE):  # transports call connection_lost in one of the loop's next rounds
             await asyncio.sleep(0)
         self._context = None
@@ -257,10 +246,10 @@ class Proxy:
 
     def _take_from(self, worker: WorkerId, why: str, is_hung: bool) -> None:  # noqa: FBT001 - a callback's
         """Take from a worker, whose process is about to be told to end, what it has; the oldest request first."""
-        exchanges = [client.exchange for client in self._running.clients if client.exchange is not None]
-        for exchange in sorted((e for e in exchanges if e.worker == worker), key=lambda e: e.age):
+        exchanges = [client.exchange for client in self.clients.open if client.exchange is not None]
+        for exchange in sorted((e for e in exchanges if e.worker == worker), key=lambda e: e.started_at_s):
             try:
-                exchange.given_up(why, is_hung=is_hung)
+                exchange.stage.given_up(why, is_hung=is_hung)
             except Exception as error:  # noqa: BLE001 - the worker's task calls this, and the others wait for it
                 exchange.broke(error)
 
@@ -269,42 +258,24 @@ class Proxy:
     def _tick(self) -> None:
         """Look at every deadline, then come again."""
         context = self._running
-        now_s = context.now_s = context.loop.time()
-        late = []
-        for client in context.clients:
-            exchange = client.exchange
-            if exchange is not None and exchange.latest is not exchange.swept:
-                exchange.swept = exchange.latest
-                client.moved()
-            elif client.deadline_s <= now_s:
-                late.append(client)
-        for client in late:
+        now_s = context.look_at_clock()
+        for client in [client for client in self.clients.open if client.is_late(now_s)]:
             try:
                 client.expired()
             except Exception as error:  # noqa: BLE001 - the deadlines of all others hang on this timer
                 client.broke(error)
-        context.poison.sweep(now_s)
-        context.failures.sweep(now_s)
-        for client in list(context.unread):
+        for client in list(self.clients.unread):
             client.look_for_hangup()
-        self._routes.expire(now_s)
-        for route, pool in list(context.pools.items()):
-            pool.sweep(now_s, context.config.upstream_idle_timeout_s)
-            if not route.is_open and not route.in_flight and not pool.idle:
-                del context.pools[route]
+        context.sweep(now_s)
         if context.is_stopping:
             self._part()
         self._timer = context.loop.call_later(context.tick_s, self._tick)
 
     def _part(self) -> None:
         """Close what is idle, a moment after it was first seen so."""
-        context = self._running
-        now_s = context.now_s = context.loop.time()
-        for client in list(context.clients):
-            if client.is_idle():
-                client.part()
-                if client.deadline_s <= now_s:
-                    client.close()
+        self._running.look_at_clock()
+        for client in list(self.clients.open):
+            client.part_if_idle()
 
     # Listeners
 
@@ -356,18 +327,3 @@ class Proxy:
     def _close_sockets(self) -> None:
         listeners.close(self.sockets, self._paths)
         self.sockets, self.lent, self._paths = [], [], []
-
-
-def _tick_s(config: ProxyConfig) -> float:
-    """Return how often to look: a quarter of the shortest deadline, within bounds."""
-    shortest = min(
-        config.queue_timeout_s,
-        config.connect_timeout_s,
-        config.first_byte_timeout_s,
-        config.idle_timeout_s,
-        config.client_header_timeout_s,
-        config.client_body_timeout_s,
-        config.client_idle_timeout_s,
-        config.upstream_idle_timeout_s,
-    )
-    return min(max(shortest / 4, TICK_LIMITS_S[0]), TICK_LIMITS_S[1])

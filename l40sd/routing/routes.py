@@ -113,6 +113,10 @@ class Lease:
         if self.route.is_open and self._routes.on_failure is not None:  # a drained or stopped worker may fail
             self._routes.on_failure(self.route.backend.worker, kind)
 
+    def retried(self) -> None:
+        """Count a request that is taken elsewhere, or asked again."""
+        self.route.tally.retried += 1
+
     def release(self) -> None:
         """Give the backend back; again is nothing."""
         if self._is_held:

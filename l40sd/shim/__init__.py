@@ -18,7 +18,7 @@ put in order, and what it is loading with may not listen: then the daemon says `
 
 Once nobody is left, the run's temporary folder (``tmp`` in the spec) goes, and what it left in shared memory.
 
-``watcher`` is the process; ``engine`` starts what it watches, ``output`` keeps the log files, ``leavings`` clears up.
+``watcher`` is the process; ``engine`` starts what it watches, ``output`` keeps the log files, ``leftovers`` clears up.
 ``proc`` and ``cgroup`` find and kill processes; the daemon uses these three too, for what a dead shim left behind.
 """
 

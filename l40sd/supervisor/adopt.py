@@ -7,19 +7,20 @@ from typing import Any, Protocol
 
 import msgspec
 
+from l40sd.codec import restore
 from l40sd.config.options import Config, ModelConfig
 from l40sd.errors import DoesNotFit, L40sError
 from l40sd.hardware.topology import NvmlGpu
-from l40sd.messages import OperationStatus, restore
 from l40sd.model import GpuId, Layout, ModelName, Placement, WorkerId
 from l40sd.placement.place import part_of
 from l40sd.supervisor.change import Change, Want
+from l40sd.supervisor.operation import Operation, ended_of
 from l40sd.supervisor.rolling_restart import Roll
+from l40sd.workers.context import WorkerContext
 from l40sd.workers.ends import end_of
 from l40sd.workers.process import Adoption, ExitRecord, Instance, InstanceSpec
-from l40sd.workers.saved import Past, read
+from l40sd.workers.saved import SavedWorker, read
 from l40sd.workers.slot import Wanted
-from l40sd.workers.tools import Tools
 from l40sd.workers.worker import Worker
 
 
@@ -42,7 +43,14 @@ class Recalled:
     drained: set[WorkerId] = field(default_factory=set)
     floor: Mapping[ModelName, int] = field(default_factory=dict)
     roll: Roll | None = None
-    ended: tuple[OperationStatus, ...] = ()
+    ended: tuple[Operation, ...] = ()
+
+
+class MakeWorker(Protocol):
+    """How a slot gets its worker: the supervisor's own way."""
+
+    def __call__(self, wanted: Wanted, config: Config, saved: SavedWorker | None = None) -> Worker:
+        """Return the worker, not yet running."""
 
 
 class Design(Protocol):
@@ -56,10 +64,11 @@ async def recall(
     adoption: Adoption,
     state: Mapping[str, Any],
     config: Config,
-    tools: Tools,
+    context: WorkerContext,
     *,
     design: Design,
     want_of: Callable[[Layout, Config], Want],
+    make_worker: MakeWorker,
 ) -> Recalled:
     """Return what to begin with.
 
@@ -74,28 +83,28 @@ async def recall(
     Raises:
         L40sError: The pattern is not possible, for no reason that lies in what the host has lost.
     """
-    await _recall_gpus(adoption, state.get("gpus"), tools)  # 0
-    pasts, note = read(state.get("pasts"))
+    await _recall_gpus(adoption, state.get("gpus"), context)  # 0
+    saved, note = read(state.get("pasts"))
     if note:
-        tools.log.warning("state.unreadable", reason=note)
+        context.log.warning("state.unreadable", reason=note)
     workers: dict[WorkerId, Worker] = {}
     for instance in (*adoption.running, *adoption.stuck):  # 1
-        await _adopt(instance, workers, pasts, config, tools)
-    recalled = _recall_want(state, config, tools, design, want_of)  # 2
+        await _adopt(instance, workers, saved, config, context, make_worker)
+    recalled = _recall_want(state, config, context, design, want_of)  # 2
     recalled.workers = workers
     journal = state.get("change")
     if isinstance(journal, dict):  # 3
-        former = [p for p in _placements(journal.get("placements"), tools) if _is_possible(p, config, tools)]
+        former = [p for p in _placements(journal.get("placements"), context) if _is_possible(p, config, context)]
         layout = Layout(pattern=str(journal.get("previous", "")), placements=tuple(former))
         previous = want_of(layout, config) if former else None
         recalled.change = Change.resumed(journal, previous)
-        tools.log.warning("pattern.apply.resumed", pattern=recalled.want.pattern, operation=recalled.change.id)
+        context.log.warning("pattern.apply.resumed", pattern=recalled.want.pattern, operation=recalled.change.id)
     for spec, record in adoption.ended:  # 4
-        await _note_ended(spec, record, recalled, pasts, config, tools)
-    _remember(recalled, pasts, config, tools)  # 5
-    recalled.drained = _drained(state.get("drained"), recalled, tools)  # 6
+        await _note_ended(spec, record, recalled, saved, config, context, make_worker)
+    _remember(recalled, saved, config, make_worker)  # 5
+    recalled.drained = _drained(state.get("drained"), recalled, context)  # 6
     recalled.floor = _floor(state.get("floor"))
-    recalled.roll, recalled.ended = _roll(state.get("roll")), _ended(state.get("ended"))
+    recalled.roll, recalled.ended = _roll(state.get("roll")), ended_of(state.get("ended"))
     for worker_id in recalled.drained & workers.keys():
         workers[worker_id].rest()
     if recalled.change is not None and isinstance(journal, dict) and "created" not in journal:  # of an older l40sd
@@ -105,42 +114,47 @@ async def recall(
 
 
 async def _adopt(
-    instance: Instance, workers: dict[WorkerId, Worker], pasts: Mapping[WorkerId, Past], config: Config, tools: Tools
+    instance: Instance,
+    workers: dict[WorkerId, Worker],
+    saved: Mapping[WorkerId, SavedWorker],
+    config: Config,
+    context: WorkerContext,
+    make_worker: MakeWorker,
 ) -> None:
     """Make a worker of a running instance; one whose record says too little to talk to it is ended here."""
     try:
         placement = restore(Placement, instance.spec.meta["placement"])
         _refuse_second(placement, workers)
         wanted = Wanted(placement=placement, fingerprint=str(instance.spec.meta["fingerprint"]))
-        worker = Worker(wanted, _with_model(config, placement), tools, _past_of(wanted, pasts))
+        worker = make_worker(wanted, _with_model(config, placement), _saved_of(wanted, saved))
         worker.adopt(instance)
     except (KeyError, msgspec.ValidationError, L40sError) as error:
-        tools.log.warning("worker.not_adopted", instance=instance.spec.instance, reason=str(error))
+        context.log.warning("worker.not_adopted", instance=instance.spec.instance, reason=str(error))
         if await instance.kill(config.workers.kill_timeout_s):
-            tools.processes.forget(instance.spec.instance)
+            context.processes.forget(instance.spec.instance)
         return
     workers[worker.id] = worker
-    tools.log.info("worker.adopted", worker=worker.id, pid=instance.engine_pid, instance=instance.spec.instance)
+    context.log.info("worker.adopted", worker=worker.id, pid=instance.engine_pid, instance=instance.spec.instance)
 
 
-async def _recall_gpus(adoption: Adoption, stored: Any, tools: Tools) -> None:
+async def _recall_gpus(adoption: Adoption, stored: Any, context: WorkerContext) -> None:
     """Have the host know the GPUs that it had before, and keep those that running workers hold, lost or not."""
     try:
         known = restore(list[NvmlGpu], stored or [])
     except msgspec.ValidationError as error:
-        tools.log.warning("state.unreadable", reason=f"which GPUs there were is not known: {error}")
+        context.log.warning("state.unreadable", reason=f"which GPUs there were is not known: {error}")
         known = []
     specs = [instance.spec for instance in (*adoption.running, *adoption.stuck)]
     held: set[GpuId] = set()
     for spec in specs:
         with suppress(KeyError, TypeError, msgspec.ValidationError):  # said when it is adopted
             held.update(restore(Placement, spec.meta["placement"]).gpus)
-    await tools.host.recall(known, held=held)
+    await context.host.recall(known, held=held)
 
 
-def _past_of(wanted: Wanted, pasts: Mapping[WorkerId, Past]) -> Past | None:
-    past = pasts.get(wanted.placement.worker)
-    return past if past is not None and past.fingerprint == wanted.fingerprint else None
+def _saved_of(wanted: Wanted, saved: Mapping[WorkerId, SavedWorker]) -> SavedWorker | None:
+    own = saved.get(wanted.placement.worker)
+    return own if own is not None and own.fingerprint == wanted.fingerprint else None
 
 
 def _refuse_second(placement: Placement, workers: Mapping[WorkerId, Worker]) -> None:
@@ -159,19 +173,19 @@ def _with_model(config: Config, placement: Placement) -> Config:
 def _recall_want(
     state: Mapping[str, Any],
     config: Config,
-    tools: Tools,
+    context: WorkerContext,
     design: Design,
     want_of: Callable[[Layout, Config], Want],
 ) -> Recalled:
     pattern = str(state.get("pattern") or config.daemon.pattern)
-    stored = _placements(state.get("placements"), tools)
+    stored = _placements(state.get("placements"), context)
     try:
         return Recalled(want=design(pattern, config, force=bool(state.get("force")), current=stored or None))
     except L40sError as error:
-        is_shrunk = isinstance(error, DoesNotFit) and ("pattern" in state or not tools.host.inventory.gpus)
-        if not is_shrunk and not any(_is_possible(p, config, tools) for p in stored):
+        is_shrunk = isinstance(error, DoesNotFit) and ("pattern" in state or not context.host.inventory.gpus)
+        if not is_shrunk and not any(_is_possible(p, config, context) for p in stored):
             raise  # the configuration is wrong, and not the host smaller than it was
-        want, trouble = left_of(pattern, stored, config, tools, want_of, error)
+        want, trouble = left_of(pattern, stored, config, context, want_of, error)
         return Recalled(want=want, trouble=trouble)
 
 
@@ -179,7 +193,7 @@ def left_of(
     pattern: str,
     former: Sequence[Placement],
     config: Config,
-    tools: Tools,
+    context: WorkerContext,
     want_of: Callable[[Layout, Config], Want],
     why: L40sError,
 ) -> tuple[Want, str]:
@@ -188,23 +202,23 @@ def left_of(
     Raises:
         L40sError: A launch that cannot be built.
     """
-    want = want_of(part_of(pattern, former, config, tools.host.inventory), config)
+    want = want_of(part_of(pattern, former, config, context.host.inventory), config)
     count = len(want.wanted)
-    tools.log.error("pattern.degraded", pattern=pattern, reason=str(why), workers=count)
+    context.log.error("pattern.degraded", pattern=pattern, reason=str(why), workers=count)
     rest = "what is left of it runs" if count else "nothing of it can run"
     return want, f"pattern {pattern} does not fit this host as it is, {rest}: {why.what}"
 
 
-def _placements(stored: Any, tools: Tools) -> list[Placement]:
+def _placements(stored: Any, context: WorkerContext) -> list[Placement]:
     try:
         return restore(list[Placement], stored or [])
     except msgspec.ValidationError as error:
-        tools.log.warning("state.unreadable", reason=str(error))
+        context.log.warning("state.unreadable", reason=str(error))
         return []
 
 
-def _is_possible(p: Placement, config: Config, tools: Tools) -> bool:
-    gpus = {gpu.id for gpu in tools.host.inventory.gpus}
+def _is_possible(p: Placement, config: Config, context: WorkerContext) -> bool:
+    gpus = {gpu.id for gpu in context.host.inventory.gpus}
     return p.model in config.models and gpus.issuperset(p.gpus)
 
 
@@ -212,34 +226,37 @@ async def _note_ended(
     spec: InstanceSpec,
     record: ExitRecord,
     recalled: Recalled,
-    pasts: Mapping[WorkerId, Past],
+    saved: Mapping[WorkerId, SavedWorker],
     config: Config,
-    tools: Tools,
+    context: WorkerContext,
+    make_worker: MakeWorker,
 ) -> None:
     keys = {"cause": record.cause, "ended_at": record.ended_at, "ran_s": round(record.ran_s, 1)}
     keys |= {"exit_code": record.code, "exit_signal": record.signal, "oom": record.oom}
-    tools.log.warning("worker.ended_meanwhile", worker=spec.worker, **keys)
-    tools.processes.forget(spec.instance)  # nobody else will: its directory and its cgroup go
+    context.log.warning("worker.ended_meanwhile", worker=spec.worker, **keys)
+    context.processes.forget(spec.instance)  # nobody else will: its directory and its cgroup go
     wanted = next((w for w in recalled.want.wanted if w.placement.worker == spec.worker), None)
     if wanted is None or spec.worker in recalled.workers:
         return
-    past = _past_of(wanted, pasts)
-    was_failing = past is not None and bool(past.of(spec.instance).kind)
+    own = _saved_of(wanted, saved)
+    was_failing = own is not None and bool(own.of(spec.instance).kind)
     if record.cause in ("stopped", "killed", "orphaned") and not was_failing:  # as somebody wished
         return
-    worker = Worker(wanted, config, tools, past)
-    worker.died_meanwhile(record, await end_of(tools.processes, spec, record, is_wish=False))
+    worker = make_worker(wanted, config, own)
+    worker.died_meanwhile(record, await end_of(context.processes, spec, record, is_wish=False))
     recalled.workers[worker.id] = worker
 
 
-def _remember(recalled: Recalled, pasts: Mapping[WorkerId, Past], config: Config, tools: Tools) -> None:
-    """Make the wanted workers that have a past but no process. Nobody who lives holds their GPUs (invariant 1)."""
+def _remember(
+    recalled: Recalled, saved: Mapping[WorkerId, SavedWorker], config: Config, make_worker: MakeWorker
+) -> None:
+    """Make the wanted workers that were saved and have no process. Nobody who lives holds their GPUs (invariant 1)."""
     for wanted in recalled.want.wanted:
         worker_id, gpus = wanted.placement.worker, set(wanted.placement.gpus)
-        past = _past_of(wanted, pasts)
+        own = _saved_of(wanted, saved)
         is_free = all(gpus.isdisjoint(w.wanted.placement.gpus) for w in recalled.workers.values())
-        if past is not None and worker_id not in recalled.workers and is_free:
-            recalled.workers[worker_id] = Worker(wanted, config, tools, past)
+        if own is not None and worker_id not in recalled.workers and is_free:
+            recalled.workers[worker_id] = make_worker(wanted, config, own)
 
 
 def _floor(stored: Any) -> Mapping[ModelName, int]:
@@ -256,19 +273,12 @@ def _roll(stored: Any) -> Roll | None:
         return None
 
 
-def _ended(stored: Any) -> tuple[OperationStatus, ...]:
-    try:
-        return restore(tuple[OperationStatus, ...], stored or ())
-    except msgspec.ValidationError:
-        return ()
-
-
-def _drained(stored: Any, recalled: Recalled, tools: Tools) -> set[WorkerId]:
+def _drained(stored: Any, recalled: Recalled, context: WorkerContext) -> set[WorkerId]:
     """Return who shall rest: of those that are wanted, or may be wanted again while a change is under way."""
     try:
         drained = restore(set[WorkerId], stored or [])
     except msgspec.ValidationError as error:
-        tools.log.warning("state.unreadable", reason=f"who was drained is not known: {error}")
+        context.log.warning("state.unreadable", reason=f"who was drained is not known: {error}")
         return set()
     if recalled.change is not None:
         return drained

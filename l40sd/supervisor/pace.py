@@ -9,9 +9,9 @@ from l40sd.engines.table import resolve
 from l40sd.model import Inventory, ModelFacts, ModelName
 from l40sd.supervisor.rehearsal import Pace, rehearse
 from l40sd.supervisor.rollout import Terms, begin
-from l40sd.workers.health import PROLONGED_AT_MOST, startup_timeout_s
 from l40sd.workers.lifecycle import Phase
 from l40sd.workers.slot import Observed, Wanted, slot
+from l40sd.workers.startup import PROLONGED_AT_MOST, startup_timeout_s
 
 SLACK_S = 30.0
 """For the turns between the steps."""

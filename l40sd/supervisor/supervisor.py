@@ -1,7 +1,7 @@
 """Owns what is wanted and the workers: plans, and carries out one turn at a time.
 
-A turn looks at every worker, asks ``core.plan`` what to do and does it. Turns are cheap and happen after every change,
-so nothing here waits for anything in particular: what is not possible now is possible in a later turn.
+A turn looks at every worker, asks ``reconcile.plan`` what to do and does it. Turns are cheap and happen after every
+change, so nothing here waits for anything in particular: what is not possible now is possible in a later turn.
 
 A **change** is the way from one wanted layout to another. It is on disk before its first step, so a daemon that is
 killed in the middle of it carries on; it remembers what was wanted before, so that going back is only another thing
@@ -16,39 +16,37 @@ from statistics import median
 from typing import Any
 
 from l40sd.clock import now_s
+from l40sd.codec import plain
 from l40sd.config.options import Config
 from l40sd.errors import DoesNotFit, L40sError
-from l40sd.messages import OperationStatus, plain
-from l40sd.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
+from l40sd.model import GpuId, Layout, ModelFacts, ModelName, OperationState, Placement, WorkerId
 from l40sd.naming import natural
 from l40sd.placement.patterns import patterns_of
 from l40sd.placement.place import place
 from l40sd.routing.outliers import Peer
 from l40sd.routing.routes import CatalogEntry
 from l40sd.supervisor.adopt import left_of, recall
-from l40sd.supervisor.change import UNDER_WAY, Change, Want, state_of
+from l40sd.supervisor.change import Change, Want, state_of
 from l40sd.supervisor.learned import Learned
 from l40sd.supervisor.learned import recalled as learned
+from l40sd.supervisor.operation import Operation, Operations
 from l40sd.supervisor.pace import bound_back_s, bound_s, slowest, start_parallel
 from l40sd.supervisor.reconcile import Do, Limits, Order, is_settled, plan, ready_share
 from l40sd.supervisor.rolling_restart import Roll
 from l40sd.supervisor.rollout import Decision, End, begin, decide, models_leaving
 from l40sd.supervisor.state_file import Store
+from l40sd.workers.context import WorkerContext
 from l40sd.workers.lifecycle import Event, Goal, Phase
 from l40sd.workers.outlook import Patience, Slot, outlook
 from l40sd.workers.process import Adoption
 from l40sd.workers.run_spec import launch_of
-from l40sd.workers.saved import Past, written
+from l40sd.workers.saved import SavedWorker, written
 from l40sd.workers.slot import Observed, Wanted
-from l40sd.workers.tools import Tools
 from l40sd.workers.worker import Worker
 
 TURN_AT_LEAST_EVERY_S = 2.0
 TURN_AGAIN_S = 0.5
 """Until a turn is taken again that the system refused something."""
-OPERATIONS_KEPT = 50
-ENDED_KEPT = 10
-"""Operations whose end the next daemon still knows."""
 MISSING_TOLD = 4
 """Workers that the end of a change names with their reasons; `status` has all."""
 SERVED = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
@@ -62,14 +60,14 @@ HEAR_UNDRAIN = (Phase.WAITING, Phase.STARTING, Phase.DRAINING, Phase.DRAINED)
 class Supervisor:
     """Keeps the workers as they are wanted."""
 
-    def __init__(self, tools: Tools, config: Config, store: Store) -> None:
-        self.tools = tools
+    def __init__(self, context: WorkerContext, config: Config, store: Store) -> None:
+        self.context = context
         self.config = config
         self.workers: dict[WorkerId, Worker] = {}
         self.want = Want(layout=Layout(pattern="", placements=()), config=config)
         self.change: Change | None = None
         self.roll: Roll | None = None
-        self.operations: dict[str, OperationStatus] = {}
+        self.operations = Operations()
         self.store = store
         self._wake = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
@@ -78,13 +76,11 @@ class Supervisor:
         self._drained: set[WorkerId] = set()
         self._floor: Mapping[ModelName, int] = {}  # of a change that ended incomplete
         self._learned = Learned()
-        self._pasts: dict[WorkerId, Past] = {}  # as they are on disk
+        self._saved: dict[WorkerId, SavedWorker] = {}  # as they are on disk
         self._trouble = ""
         self._refused = ""  # what the system says to the turns since the last good one
         self.failed_turns = 0
-        self._log = tools.log
-        tools.changed = self._wake.set
-        tools.peers = self._peers
+        self._log = context.log
 
     # -- what is wanted --------------------------------------------------------------------------------------------
 
@@ -99,7 +95,7 @@ class Supervisor:
         Raises:
             L40sError: No such pattern (hint: the nearest known one), or it does not fit.
         """
-        patterns = patterns_of(config, self.tools.host.inventory)
+        patterns = patterns_of(config, self.context.host.inventory)
         if pattern_name not in patterns:
             raise L40sError(
                 f"there is no pattern {pattern_name!r}",
@@ -109,8 +105,8 @@ class Supervisor:
         layout = place(
             patterns[pattern_name],
             config,
-            self.tools.host.inventory,
-            facts=self.tools.facts,
+            self.context.host.inventory,
+            facts=self.context.models.facts,
             current=self._current() if current is None else current,
             force=force,
             unusable=self.unusable(),
@@ -135,9 +131,9 @@ class Supervisor:
     def out_of_use(self) -> dict[GpuId, str]:
         """Return the GPUs that are ``stuck`` (held by a worker that cannot be killed) or ``lost``."""
         stuck = (g for w in self.workers.values() if w.phase is Phase.STUCK for g in w.wanted.placement.gpus)
-        return {gpu.id: "lost" for gpu in self.tools.host.lost} | dict.fromkeys(stuck, "stuck")
+        return {gpu.id: "lost" for gpu in self.context.host.lost} | dict.fromkeys(stuck, "stuck")
 
-    def apply(self, want: Want, by: str = "") -> OperationStatus:
+    def apply(self, want: Want, by: str = "") -> Operation:
         """Make ``want`` wanted; the turns that follow bring it about. A change under way is replaced.
 
         What a replaced change would have gone back to stays what this one goes back to: the last layout that served.
@@ -145,7 +141,7 @@ class Supervisor:
         change = self.change_to(want, by)
         successor = f"{f'{by} asked for' if by else 'a reload asks for'} pattern {want.pattern}, operation {change.id}"
         if self.change is not None:
-            self._end("replaced", successor)
+            self._end(OperationState.REPLACED, successor)
         if self.roll is not None:
             self.roll.replaced(successor)
             self._end_roll(self.roll)
@@ -162,15 +158,14 @@ class Supervisor:
             leaving=list(change.leaving),
         )
         self._save()
-        self._note_operation()
         self._wake.set()
-        return self.operations[self.change.id]
+        return self._note_change(self.change)
 
     def change_to(self, want: Want, by: str = "") -> Change:
         """Return the change that ``apply`` would begin; nothing is changed."""
         observed, former = self._observed(), self.change
         previous = self.want if former is None else former.previous
-        pace = slowest(want.config, self.tools.facts, self.tools.past_loads_s, self.at_once(want))
+        pace = slowest(want.config, self.context.models.facts, self.context.models.loads_s, self.at_once(want))
         terms = begin(
             want.wanted,
             observed,
@@ -191,7 +186,7 @@ class Supervisor:
 
     def at_once(self, want: Want) -> int:
         """Return how many workers may be starting at once on the way to this want."""
-        return start_parallel(want.config, self.tools.host.inventory, self.tools.facts, want.wanted)
+        return start_parallel(want.config, self.context.host.inventory, self.context.models.facts, want.wanted)
 
     def _observed(self) -> list[Observed]:
         return [w.observed() for w in self.workers.values()]
@@ -202,7 +197,7 @@ class Supervisor:
         Raises:
             L40sError: An engine, a placeholder or a shape that the engine cannot run.
         """
-        launches = [launch_of(p, config, self.tools) for p in layout.placements]
+        launches = [launch_of(p, config, self.context) for p in layout.placements]
         pairs = zip(layout.placements, launches, strict=True)
         wanted = tuple(Wanted(placement=p, fingerprint=launch.fingerprint) for p, launch in pairs)
         return Want(layout=layout, config=config, force=force, wanted=wanted)
@@ -221,11 +216,11 @@ class Supervisor:
         Raises:
             L40sError: The pattern is not in it any more or does not fit; then nothing has changed (invariant 6).
         """
-        former, self.tools.facts = self.tools.facts, facts
+        former = self.context.models.take(facts)
         try:
             want, trouble = self._design_or_keep(config)
         except L40sError:
-            self.tools.facts = former
+            self.context.models.take(former)
             raise
         self.config = config
         if want.wanted == self.want.wanted:
@@ -241,10 +236,10 @@ class Supervisor:
         try:
             return self.design(pattern, config, force=self.want.force), ""
         except DoesNotFit as error:
-            host = self.tools.host
+            host = self.context.host
             if not (self._trouble or host.lost or not host.inventory.gpus):
                 raise
-            return left_of(pattern, self._current(), config, self.tools, self._want, error)
+            return left_of(pattern, self._current(), config, self.context, self._want, error)
 
     @property
     def degraded(self) -> tuple[str, ...]:
@@ -256,6 +251,13 @@ class Supervisor:
             f"the system refuses what is needed to go on, again and again: {self._refused}" if self._refused else ""
         )
         return (*filter(None, [self._trouble, refused]), *workers, *failing)
+
+    @property
+    def under_way(self) -> Operation | None:
+        """The pattern change or the rolling restart that has not ended yet; never both."""
+        if self.change is not None:
+            return self.operations.get(self.change.id)
+        return self.roll.operation() if self.roll is not None else None
 
     # -- turns -----------------------------------------------------------------------------------------------------
 
@@ -306,7 +308,7 @@ class Supervisor:
         self._learned.note(self._observed())
         if self.change is not None:
             self._judge(self.change)  # 1
-        if self._pasts_now() != self._pasts:
+        if self._saved_now() != self._saved:
             self._is_unsaved = True
         await self.write_down()  # 2
         if self._is_stopping:  # since then: whoever was made now would not be told to go
@@ -394,23 +396,23 @@ class Supervisor:
         missing += f"; and {more} more" if (more := len(end.missing) - MISSING_TOLD) > 0 else ""
         if end.is_late:
             missing += f" (not done within {change.back_s if change.turned_at_s else change.forward_s:.0f} s)"
-        if change.state == "rolling_back":
-            self._end("rolled_back", f"{change.why}; back but for {missing}" if missing else change.why)
+        if change.state is OperationState.ROLLING_BACK:
+            self._end(OperationState.ROLLED_BACK, f"{change.why}; back but for {missing}" if missing else change.why)
         elif missing:
-            self._end("incomplete", missing)
+            self._end(OperationState.INCOMPLETE, missing)
         else:
-            self._end("done", "")
+            self._end(OperationState.DONE, "")
         self.change = None
         self._floor = change.terms.baseline if missing else {}
         self._save()
 
-    def _end(self, state: str, why: str) -> None:
+    def _end(self, state: OperationState, why: str) -> None:
         assert self.change is not None
         change = self.change
         change.state, change.why, change.step = state, why, ""
         duration_s = round(now_s() - change.began_at_s, 2)
         keys: dict[str, Any] = {"pattern": change.pattern, "operation": change.id, "duration_s": duration_s}
-        if state == "done":
+        if state is OperationState.DONE:
             self._log.info("pattern.apply.complete", lowest_ready=round(change.lowest_ready, 2), **keys)
         else:
             self._log.warning(f"pattern.apply.{state}", why=why, **keys)
@@ -420,7 +422,7 @@ class Supervisor:
         match order.do:
             case Do.CREATE:
                 wanted = next(w for w in self.want.wanted if w.placement.worker == order.worker)
-                worker = Worker(wanted, self.want.config, self.tools)
+                worker = self._make_worker(wanted, self.want.config)
                 self.workers[worker.id] = worker
                 if self.change is not None:
                     terms = self.change.terms
@@ -435,6 +437,9 @@ class Supervisor:
                 self._note_step(f"draining {order.worker}")
             case Do.FORGET:
                 self._forget(order.worker)
+
+    def _make_worker(self, wanted: Wanted, config: Config, saved: SavedWorker | None = None) -> Worker:
+        return Worker(wanted, config, self.context, saved, changed=self._wake.set, peers=self._peers)
 
     def _run_worker(self, worker: Worker) -> None:
         assert self._group is not None
@@ -452,7 +457,7 @@ class Supervisor:
 
     # -- restarts one after the other ------------------------------------------------------------------------------
 
-    def restart(self, names: Sequence[str], by: str = "") -> OperationStatus:
+    def restart(self, names: Sequence[str], by: str = "") -> Operation:
         """Restart these workers one after the other, each model's floor of ready capacity kept.
 
         Raises:
@@ -466,17 +471,20 @@ class Supervisor:
                 hint="wait for it: l40sctl wait; or restart --now: all at once, whatever capacity is left",
                 code="under_way",
             )
-        pace = slowest(self.want.config, self.tools.facts, self.tools.past_loads_s, self.at_once(self.want))
+        pace = slowest(
+            self.want.config, self.context.models.facts, self.context.models.loads_s, self.at_once(self.want)
+        )
         self.roll = Roll.of(chosen, self._observed(), pace, pattern=self.want.pattern, by=by)
         self._log.info("workers.restart.started", operation=self.roll.id, workers=list(chosen), by=by)
-        self._note(self.roll.status())
+        operation = self.roll.operation()
+        self.operations.note(operation)
         self._save()
-        return self.roll.status()
+        return operation
 
     def _roll_on(self, roll: Roll) -> None:
         workers, before = self.want.config.workers, len(roll.pending)
         is_over = roll.advance(self.workers, start_parallel=self.at_once(self.want), min_ready=workers.min_ready)
-        self._note(roll.status())
+        self.operations.note(roll.operation())
         if is_over:
             self._end_roll(roll)
         elif len(roll.pending) != before:
@@ -484,7 +492,7 @@ class Supervisor:
 
     def _end_roll(self, roll: Roll) -> None:
         roll.tell_end(self._log)
-        self._note(roll.status())
+        self.operations.note(roll.operation())
         self.roll = None
         self._save()
 
@@ -577,12 +585,21 @@ class Supervisor:
             L40sError: The pattern is not possible, and nothing of it is running.
         """
         state = await self.store.load() or {}
-        recalled = await recall(adoption, state, self.config, self.tools, design=self.design, want_of=self._want)
+        recalled = await recall(
+            adoption,
+            state,
+            self.config,
+            self.context,
+            design=self.design,
+            want_of=self._want,
+            make_worker=self._make_worker,
+        )
         self.workers, self.change, self._trouble = recalled.workers, recalled.change, recalled.trouble
         self._learned, loads_s = learned(state.get("learned"))
-        self.tools.past_loads_s.update(loads_s)
+        self.context.models.loads_s.update(loads_s)
         self._drained, self._floor, self.roll = recalled.drained, recalled.floor, recalled.roll
-        self.operations |= {operation.id: operation for operation in recalled.ended}
+        for operation in recalled.ended:
+            self.operations.note(operation)
         self._set_want(recalled.want)
         self._note_operation()
         self._save()
@@ -615,21 +632,21 @@ class Supervisor:
         self._wake.set()
 
     async def write_down(self) -> None:
-        """Write what is wanted, the change under way and the workers' pasts.
+        """Write what is wanted, the change under way and the saved workers.
 
         A full disk degrades, it does not stop the work. What somebody else is writing at the moment is waited for.
         """
         while self._is_unsaved:
             self._is_unsaved = False
-            self._pasts = self._pasts_now()
+            self._saved = self._saved_now()
             try:
                 state = {
                     **state_of(self.want, self.change, self._drained, self._floor),
-                    "pasts": written(self._pasts),
+                    "pasts": written(self._saved),
                     "roll": self.roll.journal() if self.roll else None,
-                    "ended": plain([o for o in self.operations.values() if o.state not in UNDER_WAY][-ENDED_KEPT:]),
-                    "learned": self._learned.journal(self.tools.past_loads_s),
-                    "gpus": plain(self.tools.host.known),
+                    "ended": self.operations.saved(),
+                    "learned": self._learned.journal(self.context.models.loads_s),
+                    "gpus": plain(self.context.host.known),
                 }
                 await self.store.save(state)
             except OSError:
@@ -637,31 +654,28 @@ class Supervisor:
                 raise
         await self.store.retry()
 
-    def _pasts_now(self) -> dict[WorkerId, Past]:
-        """Return the workers' pasts; while all are being stopped, those from before: that is no part of them."""
-        return self._pasts if self._is_stopping else {w.id: w.past() for w in self.workers.values()}
+    def _saved_now(self) -> dict[WorkerId, SavedWorker]:
+        """Return the saved workers; while all are being stopped, those from before: that is no part of them."""
+        return self._saved if self._is_stopping else {w.id: w.saved() for w in self.workers.values()}
 
     def _note_step(self, text: str) -> None:
         if self.change is not None:
             self.change.step = text
 
     def _note_operation(self) -> None:
-        change = self.change
-        if change is None:
-            return
+        if self.change is not None:
+            self._note_change(self.change)
+
+    def _note_change(self, change: Change) -> Operation:
         observed = self._observed()
         for model in change.terms.baseline:
             share = ready_share(model, self.want.wanted, observed, change.terms.baseline)
             change.lowest_ready = min(change.lowest_ready, share)
         serving = {(o.worker, o.fingerprint) for o in observed if o.is_serving}
         done = sum((w.placement.worker, w.fingerprint) in serving for w in self.want.wanted)
-        self._note(change.status(done=done, total=len(self.want.wanted)))
-
-    def _note(self, operation: OperationStatus) -> None:
-        """Keep how an operation stands, for whoever asks by its id; the oldest are forgotten."""
-        self.operations[operation.id] = operation
-        while len(self.operations) > OPERATIONS_KEPT:
-            self.operations.pop(next(iter(self.operations)))
+        operation = change.operation(done=done, total=len(self.want.wanted))
+        self.operations.note(operation)
+        return operation
 
     def _publish_catalog(self) -> None:
         """Tell the routes which models there are and, for a request that finds no worker, what is on its way."""
@@ -672,7 +686,7 @@ class Supervisor:
             is_held = not self.unusable().isdisjoint(w.placement.gpus)
             slots.setdefault(w.placement.model, []).append(Slot(phase=Phase.STUCK if is_held else Phase.WAITING))
         wanted = {w.placement.model for w in self.want.wanted}
-        self.tools.routes.set_catalog(
+        self.context.routes.set_catalog(
             {
                 name: CatalogEntry(
                     aliases=model.aliases,
@@ -693,7 +707,7 @@ class Supervisor:
 
     def _patience(self, model: ModelName) -> Patience:
         config = self.want.config
-        loads_s = self.tools.past_loads_s.get(model)
+        loads_s = self.context.models.loads_of(model)
         return Patience(
             queue_s=config.proxy.queue_timeout_s,
             load_s=median(loads_s) if loads_s else None,

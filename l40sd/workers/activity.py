@@ -4,7 +4,7 @@ from pathlib import Path
 
 import psutil
 
-from l40sd.workers.health import Activity
+from l40sd.workers.startup import Activity
 
 
 def activity_of(pid: int | None, log_path: Path) -> Activity:

@@ -1,4 +1,4 @@
-"""The worker table: which phase follows from which event, what is then done, and when to try again.
+"""The worker table: which phase follows from which event, and what is then done.
 
 Everything that decides a transition is in this file; workers/worker.py only carries out the actions.
 
@@ -22,7 +22,7 @@ An event without a row is *late*: it was true of a phase that has been left (a p
 began, say). Late events are absorbed. Events that can only come from our own mistake are in ``IMPOSSIBLE`` and raise.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -96,7 +96,7 @@ class Action(StrEnum):
     FORGIVE = "forgive"  # clear the record of failures
 
 
-class Ask(StrEnum):
+class NextPhase(StrEnum):
     """A next phase that depends on the goal."""
 
     AFTER_START = "after_start"
@@ -108,7 +108,7 @@ class Ask(StrEnum):
 class Step:
     """One row's answer."""
 
-    phase: Phase | Ask
+    phase: Phase | NextPhase
     actions: tuple[Action, ...] = ()
     goal: Goal | None = None  # None: stays as it is
 
@@ -120,7 +120,7 @@ LIVE = frozenset({P.STARTING, P.READY, P.UNREADY, P.DRAINING, P.DRAINED, P.STOPP
 OCCUPIES_GPUS = LIVE | {P.SPAWNING}
 COMING_UP = frozenset({P.SPAWNING, P.STARTING})
 
-_EXIT = Step(Ask.AFTER_EXIT, (A.REMOVE_ROUTE, A.CLEAN_UP))
+_EXIT = Step(NextPhase.AFTER_EXIT, (A.REMOVE_ROUTE, A.CLEAN_UP))
 _ENDED = Step(P.STOPPED, goal=G.GONE)
 _TERMINATE = (A.REMOVE_ROUTE, A.TERMINATE)
 _AGAIN = Step(P.WAITING, (A.FORGIVE,), goal=G.SERVE)
@@ -140,7 +140,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
     },
     P.SPAWNING: {
         E.SPAWNED: Step(P.STARTING, (A.WATCH_EXIT, A.WATCH_START)),
-        E.SPAWN_FAILED: Step(Ask.AFTER_EXIT, (A.CLEAN_UP,)),
+        E.SPAWN_FAILED: Step(NextPhase.AFTER_EXIT, (A.CLEAN_UP,)),
         E.BLOCKED: Step(P.BACKOFF, (A.CLEAN_UP, A.WAIT_BLOCKED)),
         E.MISCONFIGURED: Step(P.FAILED, (A.CLEAN_UP, A.WAIT_REFUSED)),
         # The process may come into being at any moment: remember the wish, act when it is known.
@@ -148,7 +148,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.RESTART: Step(P.SPAWNING),
     },
     P.STARTING: {
-        E.UP: Step(Ask.AFTER_START, (A.WATCH,)),
+        E.UP: Step(NextPhase.AFTER_START, (A.WATCH,)),
         E.UNDRAIN: Step(P.STARTING, goal=G.SERVE),
         E.START_FAILED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,
@@ -175,7 +175,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.RESTART: Step(P.DRAINING, _DRAIN, goal=G.RESTART),
     },
     P.DRAINING: {
-        E.EMPTY: Step(Ask.AFTER_DRAIN),
+        E.EMPTY: Step(NextPhase.AFTER_DRAIN),
         E.STALLED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,
         # The stricter wish wins; GONE is never taken back, the plan makes a new worker instead.
@@ -226,7 +226,7 @@ IMPOSSIBLE: dict[Phase, frozenset[Event]] = {
 def step(phase: Phase, goal: Goal, event: Event) -> Step | None:
     """Return what follows when ``event`` happens in ``phase``; None when the event is late.
 
-    The step's phase is always a Phase and its goal always set: ``Ask`` is resolved with the goal in force.
+    The step's phase is always a Phase and its goal always set: ``NextPhase`` is resolved with the goal in force.
     STEP.phase BACKOFF together with ASK_POLICY means: the policy chooses among BACKOFF, WAITING and QUARANTINED.
 
     1. A goal once GONE stays GONE.
@@ -243,15 +243,15 @@ def step(phase: Phase, goal: Goal, event: Event) -> Step | None:
     if new_goal is G.GONE and event is E.SPAWNED:  # 2
         return Step(P.STOPPING, (A.WATCH_EXIT, A.TERMINATE), new_goal)
     match row.phase:
-        case Ask.AFTER_START:
+        case NextPhase.AFTER_START:
             if new_goal is G.REST:
                 return Step(P.DRAINED, row.actions, new_goal)
             return Step(P.READY, (*row.actions, A.ADD_ROUTE), new_goal)
-        case Ask.AFTER_DRAIN:
+        case NextPhase.AFTER_DRAIN:
             if new_goal is G.REST:
                 return Step(P.DRAINED, row.actions, new_goal)
             return Step(P.STOPPING, (*row.actions, A.TERMINATE), new_goal)
-        case Ask.AFTER_EXIT:
+        case NextPhase.AFTER_EXIT:
             if new_goal is G.GONE:
                 return Step(P.STOPPED, row.actions, new_goal)
             if new_goal is G.RESTART:
@@ -261,116 +261,3 @@ def step(phase: Phase, goal: Goal, event: Event) -> Step | None:
             if new_goal is G.GONE and row.phase in (P.WAITING, P.BACKOFF, P.FAILED):
                 return Step(P.STOPPED, tuple(a for a in row.actions if a is A.CLEAN_UP), new_goal)
             return Step(row.phase, row.actions, new_goal)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestartLimits:
-    """The restart policy's figures; see ``[workers]`` in the config for each."""
-
-    backoff_first_s: float
-    backoff_limit_s: float
-    never_ready_first_s: float
-    never_ready_limit_s: float
-    quarantine_alike: int
-    quarantine_per_hour: int
-    healthy_after_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """A worker's failures since they were last cleared.
-
-    Attributes:
-        kind: The last failure's kind, e.g. ``"exit 1"``, ``"signal 11"``, ``"start deadline"``.
-        alike: Starts in a row that failed with this kind without ever being ready.
-        streak: Failures in a row.
-        failed_at_s: Monotonic times of the failures of the last hour.
-    """
-
-    kind: str = ""
-    alike: int = 0
-    streak: int = 0
-    failed_at_s: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What the restart policy says.
-
-    Attributes:
-        delay_s: Until the next try; None: it is given up, and tried again after long or at a reset.
-        why: For the operator, when it is given up.
-    """
-
-    record: Record
-    delay_s: float | None
-    why: str = ""
-
-
-HOUR_S = 3600.0
-OOM_DELAY_FACTOR = 2.0
-
-
-def decide_restart(
-    record: Record,
-    *,
-    kind: str,
-    ready_for_s: float | None,
-    is_oom: bool,
-    now_s: float,
-    jitter: float,
-    limits: RestartLimits,
-    is_excused: bool = False,
-) -> Verdict:
-    """Return when a failed worker is tried again, or that it is not.
-
-    0. It ended with a request that had been the end of another worker: that counted there. Again at once.
-    1. Healthy for long enough: the record starts anew.
-    2. So many starts in a row that fail alike, or so many failures within an hour: it is given up.
-    3. A worker that was ready: at once, then ``backoff_first_s`` doubling to its limit.
-       One that never was: ``never_ready_first_s`` doubling to its limit. Out of memory: twice that.
-
-    Args:
-        ready_for_s: How long it had been ready; None when it never was.
-        now_s: Monotonic.
-        jitter: -1 to 1, stretches the delay by up to a tenth so that twelve workers do not return as one.
-        is_excused: A request that ends workers ended it, and its first one was counted.
-    """
-    if is_excused:  # 0
-        return Verdict(record=record, delay_s=0.0)
-    if ready_for_s is not None and ready_for_s >= limits.healthy_after_s:  # 1
-        record = Record()
-    never_ready = ready_for_s is None
-    recent = (*(t for t in record.failed_at_s if now_s - t < HOUR_S), now_s)
-    alike = (record.alike + 1 if record.kind == kind else 1) if never_ready else 0
-    updated = Record(kind=kind, alike=alike, streak=record.streak + 1, failed_at_s=recent)
-    if alike >= limits.quarantine_alike:  # 2
-        return Verdict(record=updated, delay_s=None, why=f"{alike} starts in a row failed alike ({kind})")
-    if len(recent) >= limits.quarantine_per_hour:
-        return Verdict(record=updated, delay_s=None, why=f"{len(recent)} failures within an hour, last: {kind}")
-    if never_ready:  # 3
-        delay_s = _doubled(limits.never_ready_first_s, updated.streak - 1, limits.never_ready_limit_s)
-    elif updated.streak == 1 and not is_oom:
-        return Verdict(record=updated, delay_s=0.0)
-    else:
-        delay_s = _doubled(limits.backoff_first_s, max(0, updated.streak - 2), limits.backoff_limit_s)
-    if is_oom:
-        delay_s *= OOM_DELAY_FACTOR
-    return Verdict(record=updated, delay_s=delay_s * (1 + 0.1 * jitter))
-
-
-def refused_delay_s(times: int, *, first_s: float, limit_s: float) -> float | None:
-    """Return until when it is looked at again whether a worker can be started, after so many looks; None: never.
-
-    It costs nothing but a line in the log, so it begins soon and becomes rare.
-    """
-    return _doubled(min(first_s, limit_s), times, limit_s) if limit_s else None
-
-
-def forgiven(record: Record, *, ready_for_s: float, limits: RestartLimits) -> Record:
-    """Return the record as it stands after ``ready_for_s`` of good health: empty once that is long enough."""
-    return Record() if ready_for_s >= limits.healthy_after_s else replace(record, alike=0)
-
-
-def _doubled(first_s: float, times: int, limit_s: float) -> float:
-    return min(limit_s, first_s * 2.0 ** min(times, 30))

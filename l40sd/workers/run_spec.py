@@ -6,33 +6,35 @@ import shutil
 from pathlib import Path
 
 from l40sd.clock import wall_time_s
+from l40sd.codec import plain
 from l40sd.config.options import Config
 from l40sd.engines import launch as launching
 from l40sd.engines.launch import Launch
 from l40sd.errors import L40sError
-from l40sd.messages import plain
 from l40sd.model import InstanceId, ModelFacts, Placement
 from l40sd.shim import leftovers
 from l40sd.workers import cache_folders
+from l40sd.workers.context import WorkerContext
 from l40sd.workers.process import InstanceSpec
 from l40sd.workers.slot import Wanted
-from l40sd.workers.tools import Tools
 
 TEMPORARY_PATH_LIMIT = 60
 """Engines make sockets in it and call them by UUIDs, 36 characters; a socket's path has at most 107."""
 
 
-def launch_of(placement: Placement, config: Config, tools: Tools, *, port: int = 0, api_key: str = "") -> Launch:
+def launch_of(
+    placement: Placement, config: Config, context: WorkerContext, *, port: int = 0, api_key: str = ""
+) -> Launch:
     """Return exactly what is run.
 
     Raises:
         L40sError: An engine, a placeholder or a shape that the engine cannot run.
     """
-    inventory, python = tools.host.inventory, tools.python
+    inventory, python = context.host.inventory, context.python
     return launching.build(placement, config, inventory, port=port, api_key=api_key, python=python)
 
 
-def refuse_misconfigured(wanted: Wanted, config: Config, tools: Tools) -> None:
+def refuse_misconfigured(wanted: Wanted, config: Config, context: WorkerContext) -> None:
     """Refuse what no try can mend.
 
     Raises:
@@ -40,15 +42,15 @@ def refuse_misconfigured(wanted: Wanted, config: Config, tools: Tools) -> None:
     """
     model = config.models[wanted.placement.model]
     where = f"models.{model.name}"
-    if tools.facts.get(model.name, ModelFacts()).missing:
+    if context.models.facts.get(model.name, ModelFacts()).missing:
         raise L40sError(
             f"there is no checkpoint at {model.source}",
             where=where,
             hint="correct source, then `l40sctl reload`",
             code="misconfigured",
         )
-    launch = launch_of(wanted.placement, config, tools)
-    path = environment_of(launch, tools).get("PATH")
+    launch = launch_of(wanted.placement, config, context)
+    path = environment_of(launch, context).get("PATH")
     for program in (launch.argv[0], launching.program_of(launch)):
         if shutil.which(program, path=path) is None:
             raise L40sError(
@@ -59,11 +61,11 @@ def refuse_misconfigured(wanted: Wanted, config: Config, tools: Tools) -> None:
             )
 
 
-async def with_cache(launch: Launch, config: Config, tools: Tools) -> Launch:
+async def with_cache(launch: Launch, config: Config, context: WorkerContext) -> Launch:
     """Return the launch with the folder in place for what its engine compiles; without one where there can be none."""
     if not launch.cache:
         return launch
-    in_use = {str(meta["cache"]) for meta in tools.processes.metas() if meta.get("cache")}
+    in_use = {str(meta["cache"]) for meta in context.processes.metas() if meta.get("cache")}
     why = await asyncio.to_thread(
         cache_folders.prepare,
         Path(launch.cache),
@@ -73,14 +75,14 @@ async def with_cache(launch: Launch, config: Config, tools: Tools) -> Launch:
     )
     if not why:
         return launch
-    tools.log.warning("worker.no_cache", worker=launch.worker, reason=why)
+    context.log.warning("worker.no_cache", worker=launch.worker, reason=why)
     return launching.without_cache(launch)
 
 
-def spec_of(launch: Launch, wanted: Wanted, config: Config, tools: Tools) -> InstanceSpec:
+def spec_of(launch: Launch, wanted: Wanted, config: Config, context: WorkerContext) -> InstanceSpec:
     """Return the write-ahead record; ``meta`` is what the next daemon needs to adopt the process."""
     worker, workers = wanted.placement.worker, config.workers
-    run, env = secrets.token_hex(5), environment_of(launch, tools)
+    run, env = secrets.token_hex(5), environment_of(launch, context)
     return InstanceSpec(
         instance=InstanceId(f"{worker}-{run}"),
         worker=worker,
@@ -109,7 +111,7 @@ def temporary_folder(place: str, run: str) -> str:
     return path if len(path) <= TEMPORARY_PATH_LIMIT else ""
 
 
-def environment_of(launch: Launch, tools: Tools) -> dict[str, str]:
+def environment_of(launch: Launch, context: WorkerContext) -> dict[str, str]:
     """Return the whole environment: ours in small part, the launch's laid over it; an empty value removes one."""
-    merged = {**tools.base_env, **launch.env}
+    merged = {**context.base_env, **launch.env}
     return {name: value for name, value in merged.items() if value}

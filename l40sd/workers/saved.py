@@ -12,9 +12,11 @@ from typing import Any
 import msgspec
 
 from l40sd.clock import boot_id, now_s
-from l40sd.messages import LastEnd, plain, restore
+from l40sd.codec import plain, restore
 from l40sd.model import WorkerId
-from l40sd.workers.lifecycle import Goal, Phase, Record
+from l40sd.workers.last_end import LastEnd
+from l40sd.workers.lifecycle import Goal, Phase
+from l40sd.workers.restart_policy import Record
 
 TOLD = (Phase.READY, Phase.DRAINED, Phase.STOPPING, Phase.STUCK, Phase.BACKOFF, Phase.QUARANTINED)
 """Phases that the next daemon is told of. The first two it has to find confirmed; with the others it goes on. From any
@@ -23,11 +25,11 @@ nothing to find out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Past:
+class SavedWorker:
     """One worker, as the next daemon has to know it.
 
     Attributes:
-        fingerprint: Of the launch that all of it is about; another launch has no past.
+        fingerprint: Of the launch that all of it is about; nothing is saved of another launch.
         phase: One of ``TOLD``; WAITING stands for all others.
         since_s: Since when it is in that phase.
         kind: What the failure is filed under that it is being stopped for; empty: for none.
@@ -51,7 +53,7 @@ class Past:
     next_start_at_s: float | None = None
     last_end: LastEnd | None = None
 
-    def of(self, instance: str) -> "Past":
+    def of(self, instance: str) -> "SavedWorker":
         """Return it as it is for this run: of another run's life it says nothing, only of the failures before."""
         if self.instance == instance:
             return self
@@ -66,12 +68,12 @@ class Past:
         return max(0.0, ran_s - (self.ready_at_s - self.spawned_at_s))
 
 
-def written(pasts: Mapping[WorkerId, Past]) -> dict[str, Any]:
+def written(saved: Mapping[WorkerId, SavedWorker]) -> dict[str, Any]:
     """Return the part of the state file that this is."""
-    return {"boot_id": boot_id(), "now_s": now_s(), "workers": plain(dict(pasts))}
+    return {"boot_id": boot_id(), "now_s": now_s(), "workers": plain(dict(saved))}
 
 
-def read(stored: Any) -> tuple[dict[WorkerId, Past], str]:
+def read(stored: Any) -> tuple[dict[WorkerId, SavedWorker], str]:
     """Return what ``written`` gave, and a note; nothing and no note for what another boot or an older l40sd wrote.
 
     A clock that is behind the one it was written with is another clock (a container that was moved): also nothing.
@@ -81,6 +83,6 @@ def read(stored: Any) -> tuple[dict[WorkerId, Past], str]:
     try:
         if restore(float, stored.get("now_s")) > now_s():
             return {}, ""
-        return restore(dict[WorkerId, Past], stored.get("workers")), ""
+        return restore(dict[WorkerId, SavedWorker], stored.get("workers")), ""
     except msgspec.ValidationError as error:
         return {}, f"workers' failures before this start are not known: {error}"

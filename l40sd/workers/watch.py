@@ -1,4 +1,4 @@
-"""Asks one process how it is; workers/health.py and workers/fitness.py say what the answers come to.
+"""Asks one process how it is; startup.py, health.py and fitness.py say what the answers come to.
 
 Two jobs, one after the other: ``startup`` until it has made a token, then ``follow`` for as long as it lives.
 """
@@ -17,10 +17,11 @@ from l40sd.model import ListedModel
 from l40sd.routing.outliers import Counts, Peer
 from l40sd.workers.activity import activity_of
 from l40sd.workers.fitness import Fitness, Look
-from l40sd.workers.health import TIMEOUT, ProbeResult, Stage, Startup, StartVerdict
+from l40sd.workers.health import TIMEOUT, ProbeResult
 from l40sd.workers.lifecycle import Event
 from l40sd.workers.probe import Prober
 from l40sd.workers.process import Instance
+from l40sd.workers.startup import Stage, Startup, StartVerdict
 
 LOOKS_PER_INTERVAL = 4
 """Looks at a worker on which requests go on failing, in one ``probe_interval_s``."""

@@ -8,44 +8,40 @@ now reached are cancelled: ``JOBS_IN`` says which remain.
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from l40sd.clock import now_s
-from l40sd.config.options import Config, ModelConfig, WorkersConfig
+from l40sd.config.options import Config, ModelConfig
 from l40sd.engines.launch import Launch
 from l40sd.engines.table import ends_streams
 from l40sd.errors import L40sError
 from l40sd.hardware.gpu_memory import wait_until_free
-from l40sd.messages import LastEnd
 from l40sd.model import WorkerId
 from l40sd.routing.outliers import Peer, Standing
 from l40sd.routing.routes import Backend
+from l40sd.workers.context import WorkerContext
 from l40sd.workers.ends import End, end_of, last_end_of
-from l40sd.workers.health import startup_timeout_s
+from l40sd.workers.last_end import LastEnd
 from l40sd.workers.lifecycle import (
     OCCUPIES_GPUS,
     Action,
     Event,
     Goal,
     Phase,
-    Record,
-    RestartLimits,
-    decide_restart,
-    forgiven,
-    refused_delay_s,
     step,
 )
 from l40sd.workers.outlook import Slot
 from l40sd.workers.ports import HeldPort
 from l40sd.workers.process import ExitRecord, Instance
+from l40sd.workers.restart_policy import Record, decide_restart, forgiven, limits_of, refused_delay_s
 from l40sd.workers.run_spec import launch_of, refuse_misconfigured, spec_of, with_cache
-from l40sd.workers.saved import TOLD, Past
+from l40sd.workers.saved import TOLD, SavedWorker
 from l40sd.workers.slot import Observed, Wanted
-from l40sd.workers.tools import Tools
+from l40sd.workers.startup import startup_timeout_s
 from l40sd.workers.watch import HUNG, Watch
 
 JOBS_IN: Mapping[Phase, frozenset[str]] = {
@@ -68,7 +64,6 @@ UNKILLABLE = "SIGKILL has not ended it: its GPUs stay out of use until it is gon
 EXIT_SEEN_WITHIN_S = 10.0
 """From a request's broken connection to the word that the worker's whole process tree is gone."""
 MAILBOX = 256
-PAST_LOADS = 20
 JOB_AGAIN_S = 1.0
 """Until a job is tried again that the system refused something."""
 
@@ -97,9 +92,24 @@ class Process:
 
 
 class Worker:
-    """One replica's slot, from WAITING to STOPPED; ``past``: as an earlier daemon knew it."""
+    """One replica's slot, from WAITING to STOPPED.
 
-    def __init__(self, wanted: Wanted, config: Config, tools: Tools, past: Past | None = None) -> None:
+    Args:
+        saved: As an earlier daemon knew it.
+        changed: Called whenever what ``observed`` returns may be new.
+        peers: Returns the other live workers of a worker's model.
+    """
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        config: Config,
+        context: WorkerContext,
+        saved: SavedWorker | None = None,
+        *,
+        changed: Callable[[], None],
+        peers: Callable[[WorkerId], Sequence[Peer]],
+    ) -> None:
         self.wanted = wanted
         self.config = config
         self.phase = Phase.WAITING
@@ -111,22 +121,24 @@ class Worker:
         self.failed_starts = 0
         self.since_s = now_s()
         self.next_start_at_s: float | None = None
-        self.last_end: LastEnd | None = past.last_end if past is not None else None
+        self.last_end: LastEnd | None = saved.last_end if saved is not None else None
         self.process: Process | None = None
         self.watch: Watch | None = None
-        self._tools = tools
+        self._context = context
+        self._changed = changed
+        self._peers = peers
         self._mailbox: asyncio.Queue[Happening] = asyncio.Queue(MAILBOX)
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
         self._failure: Happening | None = None
         self._stopped_for = ""  # by wish: what the operator or the planner said
         placement = wanted.placement
-        self._log = tools.log.bind(worker=placement.worker, gpus=self.gpu_numbers)
-        self._past = past
-        if past is not None and past.goal is not Goal.RESTART:  # by wish: its failures were to be forgotten
-            self.record, self.restarts, self.failed_starts = past.record, past.restarts, past.failed_starts
-            if past.phase in (Phase.BACKOFF, Phase.QUARANTINED):
-                self._resume(past)
+        self._log = context.log.bind(worker=placement.worker, gpus=self.gpu_numbers)
+        self._saved = saved
+        if saved is not None and saved.goal is not Goal.RESTART:  # by wish: its failures were to be forgotten
+            self.record, self.restarts, self.failed_starts = saved.record, saved.restarts, saved.failed_starts
+            if saved.phase in (Phase.BACKOFF, Phase.QUARANTINED):
+                self._resume(saved)
 
     @property
     def id(self) -> WorkerId:
@@ -146,7 +158,7 @@ class Worker:
     @property
     def gpu_numbers(self) -> tuple[int, ...]:
         """nvidia-smi's numbers in rank order, for people; a GPU this host no longer has is left out."""
-        by_id = {gpu.id: gpu.index for gpu in self._tools.host.inventory.gpus}
+        by_id = {gpu.id: gpu.index for gpu in self._context.host.inventory.gpus}
         return tuple(by_id[gpu] for gpu in self.wanted.placement.gpus if gpu in by_id)
 
     def observed(self) -> Observed:
@@ -182,17 +194,17 @@ class Worker:
                 f"the record of {instance.spec.instance} lacks its port or key", where=str(self.id), code="bad_record"
             ) from error
         self.process = Process(
-            launch=launch_of(self.wanted.placement, self.config, self._tools, port=port, api_key=api_key),
+            launch=launch_of(self.wanted.placement, self.config, self._context, port=port, api_key=api_key),
             instance=instance,
-            port=self._tools.ports.adopt(port),
+            port=self._context.ports.adopt(port),
             is_adopted=True,
         )
         self.phase, self.next_start_at_s = Phase.WAITING, None
-        past = self._past.of(instance.spec.instance) if self._past is not None else None
-        if past is not None and past.ready_at_s is not None:
-            self.process.spawned_at_s, self.process.ready_at_s = past.spawned_at_s, past.ready_at_s
-        if past is not None and past.phase in (Phase.STOPPING, Phase.STUCK):
-            self._resume(past)
+        saved = self._saved.of(instance.spec.instance) if self._saved is not None else None
+        if saved is not None and saved.ready_at_s is not None:
+            self.process.spawned_at_s, self.process.ready_at_s = saved.spawned_at_s, saved.ready_at_s
+        if saved is not None and saved.phase in (Phase.STOPPING, Phase.STUCK):
+            self._resume(saved)
         if not instance.is_running:
             self.phase, self.reason = Phase.STUCK, UNKILLABLE
         elif self.phase is Phase.WAITING:
@@ -207,19 +219,19 @@ class Worker:
         """Count a run that ended while no daemon watched as the failure it was. Call before ``run``."""
         self.phase = Phase.STARTING
         self._ready_for_s = record.ran_s
-        if self._past is not None:
-            past = self._past.of(record.instance)
-            self._ready_for_s = past.ready_for_s(record.ran_s)
-            if past.phase in (Phase.STOPPING, Phase.STUCK):
-                self._resume(past)
+        if self._saved is not None:
+            saved = self._saved.of(record.instance)
+            self._ready_for_s = saved.ready_for_s(record.ran_s)
+            if saved.phase in (Phase.STOPPING, Phase.STUCK):
+                self._resume(saved)
         self._ended(record, end, ", while no daemon watched")
 
-    def past(self) -> Past:
+    def saved(self) -> SavedWorker:
         """Return what the next daemon has to know of this worker."""
         process, is_told = self.process, self.phase in TOLD
         ready_at_s = process.ready_at_s if process is not None else None
         of_instance = process is not None and process.instance is not None and (is_told or ready_at_s is not None)
-        return Past(
+        return SavedWorker(
             fingerprint=self.wanted.fingerprint,
             phase=self.phase if is_told else Phase.WAITING,
             goal=self.goal if is_told else Goal.SERVE,
@@ -237,12 +249,12 @@ class Worker:
             last_end=self.last_end,
         )
 
-    def _resume(self, past: Past) -> None:
+    def _resume(self, saved: SavedWorker) -> None:
         """Be in the phase that an earlier daemon left this worker in."""
-        self.phase, self.goal, self.since_s = past.phase, past.goal, past.since_s
-        self.reason, self.last_lines, self.next_start_at_s = past.reason, past.last_lines, past.next_start_at_s
-        if past.kind:
-            self._failure = Happening(Event.EXITED, past.reason, past.kind)
+        self.phase, self.goal, self.since_s = saved.phase, saved.goal, saved.since_s
+        self.reason, self.last_lines, self.next_start_at_s = saved.reason, saved.last_lines, saved.next_start_at_s
+        if saved.kind:
+            self._failure = Happening(Event.EXITED, saved.reason, saved.kind)
 
     def _resume_jobs(self) -> None:
         """Go on with what ``_resume`` found under way."""
@@ -337,7 +349,7 @@ class Worker:
             self.reason = fitness.objection
         if self.phase is Phase.READY:
             is_kept = bool(self.concern)
-            self._tools.routes.weigh(self.id, share=fitness.outlier.weight_share(now_s()), is_failing=is_kept)
+            self._context.routes.weigh(self.id, share=fitness.outlier.weight_share(now_s()), is_failing=is_kept)
             if is_kept != self._was_kept:
                 self._was_kept = is_kept
                 self._report_kept()
@@ -383,7 +395,7 @@ class Worker:
         for action in after.actions:
             self._act(action, happening)
         self._report(before, happening, is_wish=was_told_to_restart and before is Phase.STOPPING)
-        self._tools.changed()
+        self._changed()
 
     def _enter(self, phase: Phase, reason: str) -> None:
         if phase is not self.phase:
@@ -435,7 +447,7 @@ class Worker:
         if outlier is None or outlier.standing is not Standing.OUT:
             self._log.warning("worker.unready", **keys)
             return
-        self._tools.routes.tally(self.id).ejected += 1
+        self._context.routes.tally(self.id).ejected += 1
         self._log.warning("worker.ejected", for_s=round(max(0.0, outlier.out_until_s - now_s()), 1), **keys)
 
     # -- actions ---------------------------------------------------------------------------------------------------
@@ -452,7 +464,7 @@ class Worker:
                 self._add_route()
                 self._heed()  # of a drain taken back: what was found meanwhile counts
             case Action.REMOVE_ROUTE:
-                self._tools.routes.remove(self.id)
+                self._context.routes.remove(self.id)
             case Action.WATCH:
                 assert self.watch is not None
                 self._note_up()
@@ -484,7 +496,7 @@ class Worker:
     def _take_requests_from_it(self, *, is_hung: bool) -> None:
         """Before the signal: what an engine aborts then it may answer as if it were whole."""
         why = f"{self.id} is being stopped" + (f": {self.reason}" if self.reason else "")
-        self._tools.routes.give_up(self.id, why, is_hung=is_hung)
+        self._context.routes.give_up(self.id, why, is_hung=is_hung)
 
     def _start_job(self, name: str, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
         assert self._group is not None
@@ -513,21 +525,21 @@ class Worker:
         workers = self.config.workers
         try:
             if self.is_external:
-                self.process = Process(launch=launch_of(self.wanted.placement, self.config, self._tools))
+                self.process = Process(launch=launch_of(self.wanted.placement, self.config, self._context))
                 self.post(Event.SPAWNED)
                 return
-            refuse_misconfigured(self.wanted, self.config, self._tools)
-            holder = await wait_until_free(self._tools.host, self.wanted.placement.gpus, workers.gpu_free_timeout_s)
+            refuse_misconfigured(self.wanted, self.config, self._context)
+            holder = await wait_until_free(self._context.host, self.wanted.placement.gpus, workers.gpu_free_timeout_s)
             if self.goal is Goal.GONE or holder:
                 self.post(Event.BLOCKED, holder)
                 return
-            port = self._tools.ports.take()
-            key = self._tools.keys.of(self.model.name)
-            launch = launch_of(self.wanted.placement, self.config, self._tools, port=port.port, api_key=key)
+            port = self._context.ports.take()
+            key = self._context.keys.of(self.model.name)
+            launch = launch_of(self.wanted.placement, self.config, self._context, port=port.port, api_key=key)
             self.process = Process(launch=launch, port=port)
-            launch = await with_cache(launch, self.config, self._tools)
-            spec = spec_of(launch, self.wanted, self.config, self._tools)
-            self.process.instance = await self._tools.processes.spawn(spec, workers.spawn_timeout_s)
+            launch = await with_cache(launch, self.config, self._context)
+            spec = spec_of(launch, self.wanted, self.config, self._context)
+            self.process.instance = await self._context.processes.spawn(spec, workers.spawn_timeout_s)
         except L40sError as error:
             if error.code in ("exec_failed", "misconfigured"):
                 self.post(Event.MISCONFIGURED, str(error), kind=error.code)
@@ -538,20 +550,20 @@ class Worker:
 
     def _begin_watch(self) -> None:
         assert self.process is not None
-        loads_s = self._tools.past_loads_s.setdefault(self.model.name, [])
-        facts = self._tools.facts.get(self.model.name)
+        loads_s = self._context.models.loads_of(self.model.name)
+        facts = self._context.models.facts.get(self.model.name)
         self.watch = Watch(
             launch=self.process.launch,
-            prober=self._tools.prober,
+            prober=self._context.prober,
             config=self.config.health,
             deadline_s=startup_timeout_s(self.config, self.model.name, facts, loads_s),
             past_loads_s=tuple(loads_s),
             instance=self.process.instance,
-            log_path=self._tools.processes.log_path(self.id),
-            leases=lambda: self._tools.routes.in_flight(self.id),
-            replies=lambda: self._tools.routes.served(self.id),
-            counts=lambda: self._tools.routes.counts(self.id),
-            peers=lambda: self._tools.peers(self.id),
+            log_path=self._context.processes.log_path(self.id),
+            leases=lambda: self._context.routes.in_flight(self.id),
+            replies=lambda: self._context.routes.served(self.id),
+            counts=lambda: self._context.routes.counts(self.id),
+            peers=lambda: self._peers(self.id),
         )
         self._start_job("startup", partial(self.watch.startup, self.post))
 
@@ -562,7 +574,7 @@ class Worker:
     async def _await_exit(self, instance: Instance) -> None:
         record = await instance.exited()
         is_wish = self.phase is Phase.STOPPING and self._failure is None
-        self._ended(record, await end_of(self._tools.processes, instance.spec, record, is_wish=is_wish))
+        self._ended(record, await end_of(self._context.processes, instance.spec, record, is_wish=is_wish))
 
     def _ended(self, record: ExitRecord, end: End, when: str = "") -> None:
         self.last_lines = end.last_lines
@@ -576,10 +588,10 @@ class Worker:
         if process.ready_at_s is None:
             process.ready_at_s = now_s()
             if not process.is_adopted:
-                self._note_load(now_s() - process.spawned_at_s)
-        elif self._past is not None and process.instance is not None:
-            past = self._past.of(process.instance.spec.instance)
-            self.since_s = past.since_s if past.phase is self.phase else self.since_s
+                self._context.models.note_load(self.model.name, now_s() - process.spawned_at_s)
+        elif self._saved is not None and process.instance is not None:
+            saved = self._saved.of(process.instance.spec.instance)
+            self.since_s = saved.since_s if saved.phase is self.phase else self.since_s
         if self.phase is Phase.READY:
             self.reason = ""
 
@@ -587,7 +599,7 @@ class Worker:
         assert self.process is not None
         launch = self.process.launch
         listed = self.watch.listed if self.watch is not None else None
-        self._tools.routes.add(
+        self._context.routes.add(
             Backend(
                 worker=self.id,
                 model=self.model.name,
@@ -601,18 +613,13 @@ class Worker:
             )
         )
 
-    def _note_load(self, took_s: float) -> None:
-        loads_s = self._tools.past_loads_s.setdefault(self.model.name, [])
-        loads_s.append(took_s)
-        del loads_s[:-PAST_LOADS]
-
     async def _drain(self) -> None:
         """Wait until nothing is in flight, or the deadline; then the log says how many were cut (invariant 3)."""
         try:
             async with asyncio.timeout(self.config.workers.drain_timeout_s):
-                await self._tools.routes.drained(self.id)
+                await self._context.routes.drained(self.id)
         except TimeoutError:
-            cut = self._tools.routes.in_flight(self.id)
+            cut = self._context.routes.in_flight(self.id)
             self._log.warning("worker.drain_deadline", in_flight=cut, after_s=self.config.workers.drain_timeout_s)
             self.post(Event.EMPTY, f"{cut} requests were still in flight at the drain's deadline")
             return
@@ -638,12 +645,12 @@ class Worker:
             return
         if process.ready_at_s is not None:
             self.record = forgiven(
-                self.record, ready_for_s=now_s() - process.ready_at_s, limits=restart_limits(self.config.workers)
+                self.record, ready_for_s=now_s() - process.ready_at_s, limits=limits_of(self.config.workers)
             )
         if process.port is not None:
             process.port.release()
         if process.instance is not None and exit_record is not None:
-            self._tools.processes.forget(process.instance.spec.instance)
+            self._context.processes.forget(process.instance.spec.instance)
         self._ready_for_s = None if process.ready_at_s is None else now_s() - process.ready_at_s
 
     _ready_for_s: float | None = None
@@ -663,7 +670,7 @@ class Worker:
             is_oom=happening.exit is not None and happening.exit.oom,
             now_s=now_s(),
             jitter=random.uniform(-1, 1),
-            limits=restart_limits(self.config.workers),
+            limits=limits_of(self.config.workers),
             is_excused=bool(earlier),
         )
         self.record = verdict.record
@@ -685,7 +692,7 @@ class Worker:
         """Return the worker that was ended before by the request that ended this one; empty: none is known."""
         workers = self.config.workers
         within_s = EXIT_SEEN_WITHIN_S + workers.term_timeout_s + workers.kill_timeout_s
-        return self._tools.routes.take_excuse(self.id, now_s() - within_s)
+        return self._context.routes.take_excuse(self.id, now_s() - within_s)
 
     def _retry_refused(self) -> None:
         workers = self.config.workers
@@ -717,16 +724,3 @@ class Worker:
         if process is None or process.ready_at_s is None or process.is_adopted:
             return None
         return round(process.ready_at_s - process.spawned_at_s, 2)
-
-
-def restart_limits(workers: WorkersConfig) -> RestartLimits:
-    """Return the restart policy's figures from the configuration."""
-    return RestartLimits(
-        backoff_first_s=workers.backoff_first_s,
-        backoff_limit_s=workers.backoff_limit_s,
-        never_ready_first_s=workers.backoff_never_ready_first_s,
-        never_ready_limit_s=workers.backoff_never_ready_limit_s,
-        quarantine_alike=workers.quarantine_alike,
-        quarantine_per_hour=workers.quarantine_per_hour,
-        healthy_after_s=workers.healthy_after_s,
-    )

@@ -1,17 +1,14 @@
 """Changes that cannot wholly succeed, and who is told what: a real daemon, real processes, the control socket."""
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from daemonkit import Site
+from daemonkit import Site, SiteOf
 from flaky import engine
 
+from l40sd.control.messages import Accepted, ChangePreview, OperationStatus, PatternRequest, RestartRequest
 from l40sd.errors import L40sError
-from l40sd.messages import Accepted, ChangePreview, OperationStatus, PatternRequest, RestartRequest
-
-SiteOf = Callable[[str], Site]
 
 
 def flaky(folder: Path, workers: str = "") -> str:
@@ -69,7 +66,7 @@ async def test_one_dead_gpu_neither_undoes_a_change_nor_holds_it_up(site_of: Sit
     (tmp_path / "dead").unlink()
     for worker in status.workers:
         if worker.phase == "quarantined":
-            await asyncio.to_thread(site.client.post, f"/v1/workers/{worker.id}/reset")
+            await site.post(f"/v1/workers/{worker.id}/reset")
     await site.until_ready("B", 60)
 
 

@@ -8,19 +8,16 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import pytest
-from daemonkit import Site
+from daemonkit import Site, SiteOf
 from stranger import BECOME, passable
 
+from l40sd.control.messages import Check, PatternView, Topology
 from l40sd.control.server import CONNECTION_LIMIT
 from l40sd.errors import L40sError
-from l40sd.messages import Check, PatternView, Topology
-
-SiteOf = Callable[[str], Site]
 
 TOY = """
 [host]
@@ -229,7 +226,7 @@ async def test_what_happened_and_what_a_worker_said_outlive_the_daemon(site: Sit
     before = await asyncio.to_thread(lambda: list(site.client.events()))
     [part] = await asyncio.to_thread(lambda: [next(site.client.log(worker, tail=50))])
     assert "listening on" in part.text
-    await asyncio.to_thread(site.client.post, f"/v1/workers/{worker}/restart")
+    await site.post(f"/v1/workers/{worker}/restart")
     await site.until(lambda s: s.workers[0].last_end is not None and s.workers[0].phase == "ready", "restarted", 30)
     await site.kill()
     await site.start()
@@ -279,9 +276,9 @@ async def test_the_doctor_sees_what_is_wrong_with_the_files(site: Site) -> None:
     assert (found["config"].state, "unknown key" in found["config"].found) == ("failed", True)
     site.config_file.write_text(good.replace('pattern = "C"', 'pattern = "C"\n[patterns.x]\n[[patterns.x.replicas]]\n'))
     with pytest.raises(L40sError):
-        await asyncio.to_thread(site.client.post, "/v1/reload")
+        await site.post("/v1/reload")
     site.config_file.write_text(good)
     found = await checks()
     assert (found["config"].state, "latest reload was refused" in found["config"].found) == ("failed", True)
-    await asyncio.to_thread(site.client.post, "/v1/reload")
+    await site.post("/v1/reload")
     assert (await checks())["config"].state == "ok"

@@ -2,15 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import Callable
-from typing import Any
 
 import aiohttp
-from daemonkit import Site
+from daemonkit import Site, SiteOf
 
-from l40sd.messages import WorkerStatus
-
-SiteOf = Callable[[str], Site]
+from l40sd.control.messages import WorkerStatus
 
 PATIENCE_S = 30.0
 TWO = """
@@ -64,10 +60,6 @@ async def set_fault(worker: WorkerStatus, **faults: float) -> None:
         assert reply.status == 200
 
 
-async def post(site: Site, path: str) -> dict[str, Any]:
-    return await asyncio.to_thread(site.client.post, path)
-
-
 async def test_at_the_drains_deadline_what_has_no_byte_yet_goes_elsewhere_and_a_stream_is_cut(site_of: SiteOf) -> None:
     """SIGTERM reached the engine with requests on it: it ended them as if they were whole, with the reason "abort"."""
     site = site_of(TWO)
@@ -78,7 +70,7 @@ async def test_at_the_drains_deadline_what_has_no_byte_yet_goes_elsewhere_and_a_
         victim = await busy(site, 1)
         others = [group.create_task(ask(site, tokens=60, stream=True)) for _ in range(3)]
         await site.until(lambda s: all(w.in_flight == 2 for w in s.workers), "two on each", PATIENCE_S)
-        await post(site, f"/v1/workers/{victim.id}/restart")
+        await site.post(f"/v1/workers/{victim.id}/restart")
         event = await site.until_event("worker.drain_deadline", PATIENCE_S)
         assert event.data["in_flight"] == 2
     status, text, _ = whole.result()

@@ -1,7 +1,7 @@
 """How a worker's end is told: a real daemon, real processes, the control socket."""
 
 import pytest
-from test_operations import QUICK, SiteOf, post, worker
+from daemonkit import QUICK, SiteOf, worker_of
 
 from l40sd.workers.ends import describe_exit
 from l40sd.workers.process import ExitRecord
@@ -59,9 +59,9 @@ async def test_a_restart_by_the_operator_is_no_warning(site_of: SiteOf) -> None:
     """Who watches for warnings was called for each `l40sctl restart`."""
     site = site_of(QUICK + '[daemon]\npattern = "C"\n[models.toy]\nengine = "simulated"\nattention_heads = 8\n')
     await site.start()
-    before = worker(await site.until_ready("C", 30), "toy-gpu0-1-2-3")
-    await post(site, f"/v1/workers/{before.id}/restart")
-    await site.until(lambda s: worker(s, before.id).pid not in (None, before.pid), "again", 30)
+    before = worker_of(await site.until_ready("C", 30), "toy-gpu0-1-2-3")
+    await site.post(f"/v1/workers/{before.id}/restart")
+    await site.until(lambda s: worker_of(s, before.id).pid not in (None, before.pid), "again", 30)
     event = await site.until_event("worker.exited", 10)
     assert event.level == "info"
     assert event.data["reason"] == "stopped as told"

@@ -2,15 +2,12 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
 
 import aiohttp
 from aiohttp import web
-from daemonkit import Site
+from daemonkit import Site, SiteOf
 
-from l40sd.messages import Status, WorkerStatus
-
-SiteOf = Callable[[str], Site]
+from l40sd.control.messages import Status, WorkerStatus
 
 TOY = """
 [host]

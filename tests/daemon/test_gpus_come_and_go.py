@@ -4,17 +4,15 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from daemonkit import Site
+from daemonkit import Site, SiteOf
 
-from l40sd.messages import Check, Status
+from l40sd.control.messages import Check, Status
 
-SiteOf = Callable[[str], Site]
 FAKE = Path(__file__).parents[1] / "kit/fake_nvml.py"
 PATIENCE_S = 40.0
 
@@ -77,7 +75,7 @@ async def doctor(site: Site) -> Check:
 
 
 async def reloaded(site: Site, query: str = "") -> list[str]:
-    changed: list[str] = (await asyncio.to_thread(site.client.post, f"/v1/reload{query}"))["changed"]
+    changed: list[str] = (await site.post(f"/v1/reload{query}"))["changed"]
     return changed
 
 

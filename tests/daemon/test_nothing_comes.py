@@ -1,13 +1,9 @@
 """A real daemon's answer to requests that find no worker."""
 
-import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import aiohttp
-from daemonkit import Site
-
-SiteOf = Callable[[str], Site]
+from daemonkit import Site, SiteOf
 
 HOST = """
 [host]
@@ -75,11 +71,11 @@ async def test_a_request_that_nothing_can_serve_is_answered_at_once_and_says_why
     assert (code, "1 failed" in message) == (503, True), message
     assert (await ready(site), await ready(site, "?model=toy"), await ready(site, "?model=dies")) == (503, 200, 503)
     toy = next(w.id for w in status.workers if w.model == "toy")
-    await asyncio.to_thread(site.client.post, f"/v1/workers/{toy}/drain")
+    await site.post(f"/v1/workers/{toy}/drain")
     await site.until(lambda s: any(w.phase == "drained" for w in s.workers), "it rests", 30)
     code, _, message = await ask(site, "toy")
     assert (code, "1 drained" in message) == (503, True), message
-    await asyncio.to_thread(site.client.post, f"/v1/workers/{toy}/undrain")
+    await site.post(f"/v1/workers/{toy}/undrain")
     await site.until(lambda s: any(w.phase == "ready" for w in s.workers), "it serves", 30)
     await site.change("night", 30)
     code, _, message = await ask(site, "dies")

@@ -3,31 +3,14 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
-from daemonkit import Site
+from daemonkit import QUICK, Site, SiteOf, worker_of
 
+from l40sd.control.messages import OperationStatus
 from l40sd.errors import L40sError
-from l40sd.messages import OperationStatus, Status, WorkerStatus
-
-SiteOf = Callable[[str], Site]
-
-QUICK = """
-[host]
-inventory = "l40s-8"
-[workers]
-backoff_first_s = 0.2
-backoff_never_ready_first_s = 0.2
-backoff_never_ready_limit_s = 0.4
-start_parallel = 4
-[health]
-probe_interval_s = 0.2
-startup_timeout_s = 10
-"""
 
 TOY = (
     QUICK
@@ -47,16 +30,8 @@ tp = 2
 )
 
 
-async def post(site: Site, path: str) -> dict[str, Any]:
-    return await asyncio.to_thread(site.client.post, path)
-
-
 async def operation(site: Site, operation_id: str) -> OperationStatus:
     return await site.get(f"/v1/operations/{operation_id}", OperationStatus)
-
-
-def worker(status: Status, worker_id: str) -> WorkerStatus:
-    return next(w for w in status.workers if w.id == worker_id)
 
 
 def with_model(config: str, name: str, lines: str) -> str:
@@ -66,17 +41,17 @@ def with_model(config: str, name: str, lines: str) -> str:
 async def test_a_worker_that_dies_comes_back_at_once_and_says_why(site_of: SiteOf) -> None:
     site = site_of(TOY)
     await site.start()
-    before = worker(await site.until_ready("wide", 30), "toy-gpu0-1-2-3")
+    before = worker_of(await site.until_ready("wide", 30), "toy-gpu0-1-2-3")
     assert before.pid is not None
     os.kill(before.pid, signal.SIGKILL)
     event = await site.until_event("worker.exited", 10)
     assert event.data["worker"] == before.id
     assert event.data["exit_signal"] == signal.SIGKILL
     status = await site.until(
-        lambda s: worker(s, before.id).phase == "ready" and worker(s, before.id).pid != before.pid, "back", 30
+        lambda s: worker_of(s, before.id).phase == "ready" and worker_of(s, before.id).pid != before.pid, "back", 30
     )
-    assert worker(status, before.id).restarts == 1
-    assert worker(status, before.id).gpu_ids == before.gpu_ids
+    assert worker_of(status, before.id).restarts == 1
+    assert worker_of(status, before.id).gpu_ids == before.gpu_ids
 
 
 async def test_the_endpoint_lists_a_model_as_its_engine_does(site_of: SiteOf) -> None:
@@ -102,8 +77,8 @@ async def test_a_worker_that_never_comes_up_is_given_up_with_its_last_words(site
     assert len(status.workers) == 2
     assert all("3 starts in a row failed alike (exit 3)" in w.reason for w in status.workers)
     assert any("quarantined" in sentence for sentence in status.degraded)
-    await post(site, f"/v1/workers/{status.workers[0].id}/reset")
-    await site.until(lambda s: worker(s, status.workers[0].id).phase != "quarantined", "tried again", 10)
+    await site.post(f"/v1/workers/{status.workers[0].id}/reset")
+    await site.until(lambda s: worker_of(s, status.workers[0].id).phase != "quarantined", "tried again", 10)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +159,7 @@ async def test_a_reload_rolls_only_what_it_changes(site_of: SiteOf) -> None:
     )
     assert changed != both
     site.config_file.write_text(changed)
-    answer = await post(site, "/v1/reload")
+    answer = await site.post("/v1/reload")
     assert any("other" in sentence for sentence in answer["changed"])
     await site.until_event("pattern.apply.complete", 60)
     after = {w.model: w for w in (await site.until_ready("wide", 30)).workers}
@@ -196,17 +171,17 @@ async def test_drain_undrain_and_restart(site_of: SiteOf) -> None:
     site = site_of(TOY)
     await site.start()
     one = (await site.until_ready("wide", 30)).workers[0]
-    await post(site, f"/v1/workers/{one.id}/drain")
-    await site.until(lambda s: worker(s, one.id).phase == "drained", "drained", 10)
-    await post(site, f"/v1/workers/{one.id}/undrain")
-    await site.until(lambda s: worker(s, one.id).phase == "ready", "back", 10)
-    await post(site, f"/v1/workers/{one.id}/restart")
+    await site.post(f"/v1/workers/{one.id}/drain")
+    await site.until(lambda s: worker_of(s, one.id).phase == "drained", "drained", 10)
+    await site.post(f"/v1/workers/{one.id}/undrain")
+    await site.until(lambda s: worker_of(s, one.id).phase == "ready", "back", 10)
+    await site.post(f"/v1/workers/{one.id}/restart")
     after = await site.until(
-        lambda s: worker(s, one.id).phase == "ready" and worker(s, one.id).pid != one.pid, "restarted", 30
+        lambda s: worker_of(s, one.id).phase == "ready" and worker_of(s, one.id).pid != one.pid, "restarted", 30
     )
-    assert worker(after, one.id).restarts == 0  # a wish is no failure
+    assert worker_of(after, one.id).restarts == 0  # a wish is no failure
     with pytest.raises(L40sError) as unknown:
-        await post(site, "/v1/workers/nobody/restart")
+        await site.post("/v1/workers/nobody/restart")
     assert unknown.value.code == "unknown_worker"
     assert one.id in unknown.value.hint
 
@@ -218,7 +193,7 @@ async def test_a_worker_that_does_not_serve_yet_cannot_be_drained(site_of: SiteO
     status = await site.until(lambda s: any(w.phase == "starting" for w in s.workers), "starting", 20)
     starting = next(w.id for w in status.workers if w.phase == "starting")
     with pytest.raises(L40sError, match="nothing to drain") as refusal:
-        await post(site, f"/v1/workers/{starting}/drain")
+        await site.post(f"/v1/workers/{starting}/drain")
     assert refusal.value.code == "not_serving"
 
 

@@ -11,12 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from daemonkit import Site
+from daemonkit import Site, SiteOf
 from loadkit import Mix, load
 
 from l40sd.errors import L40sError
-
-SiteOf = Callable[[str], Site]
 
 SLOW = """
 [host]
@@ -147,7 +145,7 @@ async def test_an_upgrade_to_a_release_that_would_not_start_changes_nothing(site
         writer.write(request(tokens=40, stream=True))
         await reader.readuntil(b"\r\n\r\n")
         with pytest.raises(L40sError) as refused:
-            await asyncio.to_thread(site.client.post, "/v1/upgrade")
+            await site.post("/v1/upgrade")
         assert b"data: [DONE]" in await reader.readuntil(b"\r\n0\r\n\r\n")
         writer.close()
     assert refused.value.code == "upgrade_refused"

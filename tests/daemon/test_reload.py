@@ -1,18 +1,15 @@
 """A reload does what it says: applied, or said when it will be."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
-from daemonkit import Site
+from daemonkit import Site, SiteOf
 
 from l40sd.errors import L40sError
-
-SiteOf = Callable[[str], Site]
 
 TOY = """
 [host]
@@ -28,7 +25,7 @@ attention_heads = 8
 
 
 async def reloaded(site: Site) -> list[str]:
-    changed: list[str] = (await asyncio.to_thread(site.client.post, "/v1/reload"))["changed"]
+    changed: list[str] = (await site.post("/v1/reload"))["changed"]
     return changed
 
 

@@ -3,12 +3,9 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable
 
 import psutil
-from daemonkit import Site
-
-SiteOf = Callable[[str], Site]
+from daemonkit import SiteOf
 
 MUTE = """
 [host]

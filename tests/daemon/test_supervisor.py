@@ -15,11 +15,12 @@ from l40sd.hardware.host import Host
 from l40sd.routing.routes import Routes
 from l40sd.supervisor.state_file import Store
 from l40sd.supervisor.supervisor import Supervisor
+from l40sd.workers.context import WorkerContext
 from l40sd.workers.keys import WorkerKeys
+from l40sd.workers.known_models import KnownModels
 from l40sd.workers.ports import PortPool
 from l40sd.workers.probe import Prober
 from l40sd.workers.process import Adoption, Processes
-from l40sd.workers.tools import Tools
 
 TWO = """
 [host]
@@ -62,20 +63,19 @@ class FullTable(Store):
 async def supervisor_with(disk: Store) -> Supervisor:
     config = load([("l40sd.toml", TWO)]).config
     host = await Host.open(config.host)
-    tools = Tools(
+    context = WorkerContext(
         host=host,
         processes=cast(Processes, None),
         ports=PortPool("127.0.0.1", 20000, 20001),
         keys=cast(WorkerKeys, None),
         prober=cast(Prober, None),
         routes=Routes(queue_limit=1, in_flight_limit=0),
-        facts=await host.facts(config),
-        past_loads_s={},
+        models=KnownModels(await host.facts(config)),
         python="python",
         base_env={},
         log=structlog.get_logger(),
     )
-    supervisor = Supervisor(tools, config, disk)
+    supervisor = Supervisor(context, config, disk)
     await supervisor.begin(Adoption())
     return supervisor
 
@@ -95,7 +95,7 @@ async def test_nobody_is_made_once_a_stop_has_begun(tmp_path: Path) -> None:
             await asyncio.sleep(0)
         assert supervisor.workers == {}
         running.cancel()
-    await supervisor.tools.host.close()
+    await supervisor.context.host.close()
 
 
 async def test_a_turn_that_the_system_refuses_something_is_taken_again(
@@ -117,4 +117,4 @@ async def test_a_turn_that_the_system_refuses_something_is_taken_again(
     events = [(entry["event"], entry["count"]) for entry in logs if entry["event"].startswith("plan.")]
     assert events == [("plan.failed", 1), ("plan.recovered", 3)]
     assert supervisor.workers, "the turn after it did everything"
-    await supervisor.tools.host.close()
+    await supervisor.context.host.close()

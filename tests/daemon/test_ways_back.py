@@ -1,13 +1,10 @@
 """Workers that were given up start by themselves once what they failed for is gone."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from daemonkit import Site
-
-SiteOf = Callable[[str], Site]
+from daemonkit import SiteOf
 
 CONFIG = """
 [host]

@@ -4,7 +4,7 @@ import os
 import signal
 
 import psutil
-from test_operations import QUICK, SiteOf, post, worker
+from daemonkit import QUICK, SiteOf, worker_of
 
 TOY = QUICK + '[daemon]\npattern = "C"\n[models.toy]\nengine = "simulated"\nattention_heads = 8\n'
 
@@ -27,9 +27,9 @@ async def test_all_workers_of_a_model_have_one_key_over_their_restarts_and_the_d
     os.kill(first.pid, signal.SIGKILL)
     await site.start()
     status = await site.until(
-        lambda s: all(w.phase == "ready" for w in s.workers) and worker(s, first.id).pid != first.pid, "again", 30
+        lambda s: all(w.phase == "ready" for w in s.workers) and worker_of(s, first.id).pid != first.pid, "again", 30
     )
-    await post(site, f"/v1/workers/{status.workers[1].id}/restart")
+    await site.post(f"/v1/workers/{status.workers[1].id}/restart")
     await site.until(lambda s: s.workers[1].pid not in (None, status.workers[1].pid), "restarted", 30)
     status = await site.until_ready("C", 30)
     assert {key_of(w.pid) for w in status.workers} == keys

@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from daemonkit import Site
-from harness import ENGINE, MODEL, SMOLLM2, STOP_S, SiteOf
+from daemonkit import SiteOf, sites
+from harness import ENGINE, MODEL, SMOLLM2, STOP_S
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -16,25 +16,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 async def site_of(tmp_path: Path) -> AsyncIterator[SiteOf]:
-    """Make sites by their configuration. At the end each daemon is told to stop, and must leave nothing."""
-    sites: list[Site] = []
-
-    def make(config: str) -> Site:
-        site = Site(folder=tmp_path / f"site{len(sites)}", config=config, programs=(ENGINE / "programs",))
-        sites.append(site)
-        return site
-
-    yield make
-    try:
-        for site in sites:
-            if site.daemon is not None and site.daemon.poll() is None:
-                assert await site.stop(STOP_S) == 0, site.tail()
-            assert site.leftovers() == [], site.tail()
-            assert site.cgroups() == [], site.tail()
-            assert not site.socket.exists()
-    finally:
-        for site in sites:
-            site.clear()
+    """Make sites by their configuration; each must end well and leave nothing behind."""
+    async with sites(tmp_path, programs=(ENGINE / "programs",), stop_s=STOP_S) as make:
+        yield make
 
 
 @pytest.fixture

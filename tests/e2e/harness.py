@@ -1,12 +1,10 @@
 """What the end-to-end tests share: where the engine is, configurations, and the claims made again and again."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from daemonkit import Site
 from loadkit import Mix, Tally
 
-from l40sd.messages import Status
+from l40sd.control.messages import Status
 
 ENGINE = Path(__file__).resolve().parents[2] / ".cache" / "engine"
 MODEL = ENGINE / "models" / "smollm2-135m.gguf"
@@ -15,8 +13,6 @@ STOP_S = 60.0
 START_S = 120.0
 CHANGE_S = 240.0
 
-
-SiteOf = Callable[[str], Site]
 
 SMOLLM2 = f"""
 [host]
@@ -80,10 +76,6 @@ def mix(url: str, *models: str, streams: int = 5, shorts: int = 3) -> Mix:
 def assert_nothing_lost(tally: Tally) -> None:
     assert tally.lost == 0, tally.examples
     assert tally.answered > 0
-
-
-def pids(status: Status) -> Mapping[str, int | None]:
-    return {worker.id: worker.pid for worker in status.workers}
 
 
 def assert_no_gpu_has_two_owners(status: Status) -> None:

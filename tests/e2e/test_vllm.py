@@ -13,10 +13,9 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
-from daemonkit import Site
-from harness import SiteOf
+from daemonkit import Site, SiteOf
 
-from l40sd.messages import WorkerStatus
+from l40sd.control.messages import WorkerStatus
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 
@@ -112,7 +111,7 @@ async def test_vllm_is_stopped_with_its_streams_whole_and_its_end_is_told(site_o
         async with asyncio.timeout(START_S):
             while not all(stream.tokens for stream in streams):  # noqa: ASYNC110 - another process makes them
                 await asyncio.sleep(0.01)
-        await asyncio.to_thread(site.client.post, f"/v1/workers/{first.id}/restart")
+        await site.post(f"/v1/workers/{first.id}/restart")
         assert not any(stream.is_whole for stream in streams), "they are under way when it is told to stop"
     assert streams == [Stream(TOKENS, "length", is_whole=True)] * STREAMS
     exited = await site.until_event("worker.exited", START_S)

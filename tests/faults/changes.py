@@ -3,9 +3,9 @@
 import flaky
 from daemonkit import Site
 
-from faults.rig import Rig, check, post
+from faults.rig import Rig, check
 from faults.suite import Outcome, fault
-from l40sd.messages import Status
+from l40sd.control.messages import Status
 
 CHANGE_S = 60.0
 PAIRS = """
@@ -44,7 +44,7 @@ async def gpu_dead_forward(rig: Rig) -> Outcome:
         check(ended.state == "incomplete", ended)
         check("toy-gpu6-7" in ended.why and (ended.done, ended.total) == (3, 4), ended)
     (rig.folder / "dead").unlink()
-    await post(site, "/v1/workers/toy-gpu6-7/reset")
+    await site.post("/v1/workers/toy-gpu6-7/reset")
     await site.until_ready("pairs", CHANGE_S)
     return Outcome(took_s=ended.duration_s, lost=tally.lost, note="in place but for the one")
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import aiohttp
 import psutil
-from daemonkit import Site
+from daemonkit import Site, pids
 from ssekit import decode
 
-from faults.rig import PACED, Broken, Rig, ask, check, engine_state, kill, pids, until, worker_of
+from faults.rig import PACED, Broken, Rig, ask, check, engine_state, kill, until, worker_of
 from faults.suite import NotHereError, Outcome, fault
 from l40sd.proxy.descriptors import share
 from l40sd.sim.api import BREAKS
@@ -369,7 +369,7 @@ async def bad_admins(rig: Rig) -> Outcome:
         follower.sendall(b"GET /v1/events?follow=1&since=0 HTTP/1.1\r\nhost: x\r\n\r\n")
     await site.until_ready("pairs", 30)
     for turn in range(10):
-        await asyncio.to_thread(site.client.post, f"/v1/workers/{(await site.status()).workers[0].id}/restart")
+        await site.post(f"/v1/workers/{(await site.status()).workers[0].id}/restart")
         await asyncio.sleep(0.01 * turn)
     await site.until_ready("pairs", 30)
     took_s = time.monotonic() - began

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from daemonkit import Site
+from daemonkit import Site, pids
 from soak.living import doubly_owned
 from soak.living import living as holders
 
@@ -24,14 +24,12 @@ from faults.rig import (
     kill,
     living,
     now,
-    pids,
-    post,
     tree_of,
     until,
 )
 from faults.suite import Outcome, fault
+from l40sd.control.messages import Status
 from l40sd.errors import L40sError
-from l40sd.messages import Status
 
 PAIRS = """
 [[patterns.pairs.replicas]]
@@ -137,7 +135,7 @@ async def killed_while_stopping(rig: Rig) -> Outcome:
         victim = (await site.status()).workers[0]
         tree = tree_of(victim.pid)
         mark = await rig.mark(site)
-        await post(site, f"/v1/workers/{victim.id}/restart")
+        await site.post(f"/v1/workers/{victim.id}/restart")
         await rig.told(site, mark, "worker.stopping", victim.id)
         began = time.monotonic()
         await site.kill()
@@ -193,7 +191,7 @@ async def until_settled(site: Site, pattern: str) -> Status:
 
     def is_there(status: Status) -> bool:
         check_one_owner_each(site)
-        busy = status.operation is not None and status.operation.state in ("running", "rolling_back")
+        busy = status.operation is not None and status.operation.is_under_way
         return status.pattern == pattern and not busy and all(w.phase == "ready" for w in status.workers)
 
     return await site.until(is_there, f"pattern {pattern} is there", PATIENCE_S)

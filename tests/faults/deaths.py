@@ -5,9 +5,9 @@ from collections import Counter
 from typing import Any
 
 import aiohttp
-from daemonkit import Site
+from daemonkit import Site, pids
 
-from faults.rig import PACED, Rig, ask, busiest, check, pids, set_faults
+from faults.rig import PACED, Rig, ask, busiest, check, set_faults
 from faults.suite import Outcome, fault
 
 LIBRARY_RETRIES = 2

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from daemonkit import Site
 
-from faults.rig import Rig, check, kill, now, post, until
+from faults.rig import Rig, check, kill, now, until
 from faults.suite import Outcome, fault
-from l40sd.messages import WorkerStatus
+from l40sd.control.messages import WorkerStatus
 
 IN_ORDER = "all is in order"
 
@@ -41,7 +41,7 @@ async def wrapper(rig: Rig) -> Outcome:
     status = await rig.serve(site)
     first, second = status.workers
     mark = await rig.mark(site)
-    await post(site, f"/v1/workers/{first.id}/restart")
+    await site.post(f"/v1/workers/{first.id}/restart")
     event, exited_s = await rig.told(site, mark, "worker.exited", first.id)
     check(event.data["reason"] == "stopped as told", event)
     check(log_of(site, first).count(IN_ORDER) == 1, "killed before it was done")

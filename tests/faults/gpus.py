@@ -4,7 +4,9 @@ import asyncio
 import json
 import time
 
-from faults.rig import PATIENCE_S, Rig, ask, check, pids
+from daemonkit import pids
+
+from faults.rig import PATIENCE_S, Rig, ask, check
 from faults.starts import fake_host, live_site
 from faults.suite import Outcome, fault
 
@@ -34,7 +36,7 @@ async def gpu_missing_at_boot(rig: Rig) -> Outcome:
     began = time.monotonic()
     await site.until(lambda s: any("l40sctl reload" in line for line in s.degraded), "it is offered", PATIENCE_S)
     took_s = time.monotonic() - began
-    await asyncio.to_thread(site.client.post, "/v1/reload")
+    await site.post("/v1/reload")
     full = await site.until_ready("few", PATIENCE_S)
     check(len(full.workers) == 4, f"{len(full.workers)} workers")
     check(pids(few).items() <= pids(full).items(), "the three were not touched")

@@ -5,10 +5,10 @@ import contextlib
 import time
 
 import psutil
-from daemonkit import Site
+from daemonkit import Site, pids
 
 from faults.clients import chat, connect, connected, request, until_closed
-from faults.rig import PACED, Rig, ask, check, pids, until
+from faults.rig import PACED, Rig, ask, check, until
 from faults.suite import Outcome, fault
 from l40sd.proxy.descriptors import RESERVED
 

@@ -16,7 +16,7 @@ import psutil
 from daemonkit import Site
 from loadkit import Mix, Tally, load
 
-from l40sd.messages import Event, Status, WorkerStatus
+from l40sd.control.messages import Event, Status, WorkerStatus
 
 PATIENCE_S = 60.0
 STOP_S = 60.0
@@ -265,11 +265,6 @@ def worker_of(status: Status, worker_id: str) -> WorkerStatus:
     return next(worker for worker in status.workers if worker.id == worker_id)
 
 
-def pids(status: Status) -> dict[str, int | None]:
-    """Return each worker's engine pid."""
-    return {worker.id: worker.pid for worker in status.workers}
-
-
 async def busiest(site: Site, least: int = 1) -> WorkerStatus:
     """Return the worker with the most requests, once one has some."""
     status = await site.until(lambda s: any(w.in_flight >= least for w in s.workers), "a worker is busy", PATIENCE_S)
@@ -332,11 +327,6 @@ async def ask(
         session.post(f"{await site.url()}/v1/chat/completions", json=body) as reply,
     ):
         return reply.status, await reply.text()
-
-
-async def post(site: Site, path: str) -> dict[str, Any]:
-    """Tell the daemon something through its control socket."""
-    return await asyncio.to_thread(site.client.post, path)
 
 
 def forge(site: Site, name: str, **changes: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from daemonkit import Site
+from daemonkit import Site, pids
 
 from faults.rig import (
     PACED,
@@ -22,7 +22,6 @@ from faults.rig import (
     engine_state,
     kill,
     now,
-    pids,
     set_faults,
     until,
     worker_of,
@@ -216,7 +215,7 @@ count = 1
         check(0.4 <= delays[0] <= 0.6, delays)
         check(0.8 <= delays[1] <= 1.2, delays)
         check(sum(event.event == "worker.starting" for event in events) == 3, "three starts")
-    await asyncio.to_thread(site.client.post, f"/v1/workers/{status.workers[0].id}/reset")
+    await site.post(f"/v1/workers/{status.workers[0].id}/reset")
     await site.until(lambda s: any(w.phase != "quarantined" for w in s.workers), "a reset tries again", 10)
     return Outcome(took_s=took_s, note="delays 0.5 s, 1 s (a tenth of jitter), then quarantined")
 

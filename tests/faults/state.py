@@ -7,10 +7,11 @@ import sys
 import time
 
 import msgspec
+from daemonkit import pids
 
 from faults import machine
 from faults.output import SmallDisk
-from faults.rig import PACED, PATIENCE_S, Rig, ask, busiest, check, pids, post, until
+from faults.rig import PACED, PATIENCE_S, Rig, ask, busiest, check, until
 from faults.suite import NotHereError, Outcome, fault
 from l40sd.errors import L40sError
 
@@ -226,7 +227,7 @@ async def clock_jumps(rig: Rig) -> Outcome:
             check(all(w.phase == "ready" for w in status.workers), status.workers)
             check(0 <= status.uptime_s < 60, f"up for {status.uptime_s} s")
             times = [event.time for event in await site.events()]
-            await post(site, "/v1/reload")
+            await site.post("/v1/reload")
             check(times, "there are events")
     check(tally.lost == 0, tally.examples)
     years = {event.time[:4] for event in await site.events()}
@@ -251,7 +252,7 @@ async def broken_reload(rig: Rig) -> Outcome:
         site.config_file.write_text(f"{site.config}\n{broken}\n")
         began = time.monotonic()
         try:
-            await post(site, "/v1/reload")
+            await site.post("/v1/reload")
         except L40sError as error:
             check(str(site.config_file) in str(error), f"{error} names no file")
         else:
@@ -283,7 +284,7 @@ async def worker_removed(rig: Rig) -> Outcome:
         await site.until(lambda s: all(w.in_flight for w in s.workers), "all are busy", 20)
         site.config_file.write_text(site.config.replace("count = 3", "count = 2"))
         began = time.monotonic()
-        await post(site, "/v1/reload")
+        await site.post("/v1/reload")
         after = await site.until(lambda s: len(s.workers) == 2, "one has gone", 30)
         took_s = time.monotonic() - began
     check(pids(after).items() <= pids(before).items(), "the others were not touched")
@@ -311,7 +312,7 @@ async def many_at_once(rig: Rig) -> Outcome:
                 "drain_timeout_s = 10.0", f"drain_timeout_s = {timeout_s}"
             )
             site.config_file.write_text(text)
-            await post(site, "/v1/reload")
+            await site.post("/v1/reload")
             await asyncio.sleep(0.05)
 
     async def change() -> None:
@@ -323,7 +324,7 @@ async def many_at_once(rig: Rig) -> Outcome:
         for _ in range(6):
             for worker in (await site.status()).workers:
                 try:
-                    await post(site, f"/v1/workers/{worker.id}/restart")
+                    await site.post(f"/v1/workers/{worker.id}/restart")
                 except L40sError as error:
                     check(error.code in ("unknown_worker", "worker_retiring"), error)
             await asyncio.sleep(0.1)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from daemonkit import pids
 
 from faults import machine, workers
 from faults.output import run
-from faults.rig import PATIENCE_S, Rig, ask, check, descriptors, kill, pids, post, until
+from faults.rig import PATIENCE_S, Rig, ask, check, descriptors, kill, until
 from faults.starts import fake_host, live_site
 from faults.suite import NotHereError, Outcome, fault
 
@@ -212,7 +213,7 @@ async def many_cycles(rig: Rig) -> Outcome:
     async def restart_all() -> None:
         before = pids(await site.status())
         for worker in before:
-            await post(site, f"/v1/workers/{worker}/restart")
+            await site.post(f"/v1/workers/{worker}/restart")
 
         def are_back(status: Any) -> bool:
             return all(w.phase == "ready" and w.pid != before[w.id] for w in status.workers)

@@ -11,10 +11,10 @@ import tarfile
 import time
 from pathlib import Path
 
-from daemonkit import Site
+from daemonkit import Site, pids
 from loadkit import Mix, load
 
-from faults.rig import PACED, PATIENCE_S, Rig, check, forge, pids, post, until
+from faults.rig import PACED, PATIENCE_S, Rig, check, forge, until
 from faults.suite import NotHereError, Outcome, fault
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ async def old_shims(rig: Rig) -> Outcome:
     took_s = time.monotonic() - began
     check(pids(after) == pids(before), "adopted")
     mark = await rig.mark(site)
-    await post(site, f"/v1/workers/{before.workers[0].id}/restart")
+    await site.post(f"/v1/workers/{before.workers[0].id}/restart")
     await rig.told(site, mark, "worker.ready", before.workers[0].id)
     return Outcome(took_s=took_s)
 
@@ -72,7 +72,7 @@ async def upgrade(rig: Rig) -> Outcome:
             await until(lambda: tally.answered > answered + 20, "streams come to their end")
             usual_s, tally.longest_silence_s = tally.longest_silence_s, 0.0
             began = time.monotonic()
-            await post(site, "/v1/upgrade")
+            await site.post("/v1/upgrade")
             await until(lambda: site.log_file.read_text().count("event=daemon.ready") == 2, "the next one is ready")
             took_s = time.monotonic() - began
             answered = tally.answered
@@ -148,7 +148,7 @@ async def earlier_release(rig: Rig) -> Outcome:
     await rig.serve(site)
     check(found_by(site) == earlier, "the release before runs")
     drained = (await site.status()).workers[0].id
-    await post(site, f"/v1/workers/{drained}/drain")
+    await site.post(f"/v1/workers/{drained}/drain")
     before = await site.until(lambda s: s.workers[0].phase == "drained", "one is drained", PATIENCE_S)
     mix = Mix(url=await site.url(), models=("toy",), streams=40, shorts=2, stream_tokens=40, timeout_s=60.0)
     async with load(mix) as tally:
@@ -156,7 +156,7 @@ async def earlier_release(rig: Rig) -> Outcome:
         earlier.rename(rig.folder / "gone")
         check(found_by(site) == ROOT, "the next daemon finds today's release")
         began = time.monotonic()
-        await post(site, "/v1/upgrade")
+        await site.post("/v1/upgrade")
         await until(lambda: site.log_file.read_text().count("event=daemon.ready") == 2, "the next one is ready")
         took_s = time.monotonic() - began
         answered = tally.answered

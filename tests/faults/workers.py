@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import psutil
+from daemonkit import pids
 
 from faults import machine
 from faults.rig import (
@@ -19,8 +20,6 @@ from faults.rig import (
     kill,
     living,
     now,
-    pids,
-    post,
     set_faults,
     tree_of,
     until,
@@ -122,7 +121,7 @@ async def hidden_children(rig: Rig) -> Outcome:
     tree = tree_of(victim.pid)
     check(len(tree) >= 4, f"the engine and three hidden children, not {tree}")
     mark = await rig.mark(site)
-    await post(site, f"/v1/workers/{victim.id}/restart")
+    await site.post(f"/v1/workers/{victim.id}/restart")
     await rig.told(site, mark, "worker.stopping", victim.id)
     _, exited_s = await rig.told(site, mark, "worker.exited", victim.id)
     check(not living(tree), living(tree))
@@ -147,7 +146,7 @@ async def fork_bomb(rig: Rig) -> Outcome:
     await set_faults(victim, fork_bomb=600)
     tree = tree_of(victim.pid)
     mark = await rig.mark(site)
-    await post(site, f"/v1/workers/{victim.id}/restart")
+    await site.post(f"/v1/workers/{victim.id}/restart")
     _, exited_s = await rig.told(site, mark, "worker.exited", victim.id)
     check(not living(tree), f"{len(living(tree))} are left")
     await rig.told(site, mark, "worker.ready", victim.id)
@@ -178,7 +177,7 @@ async def stopped_worker(rig: Rig) -> Outcome:
     for _ in range(6):
         check((await ask(site, timeout_s=5.0))[0] == 200, "only the other one is asked")
     asked = await rig.mark(site)
-    await post(site, f"/v1/workers/{victim.id}/restart")
+    await site.post(f"/v1/workers/{victim.id}/restart")
     _, stopped_s = await rig.told(site, asked, "worker.exited", victim.id)
     await rig.told(site, asked, "worker.ready", victim.id)
     after = await site.status()
@@ -199,7 +198,7 @@ async def term_ignored(rig: Rig) -> Outcome:
     status = await rig.serve(site)
     victim = status.workers[0]
     mark = await rig.mark(site)
-    await post(site, f"/v1/workers/{victim.id}/restart")
+    await site.post(f"/v1/workers/{victim.id}/restart")
     _, exited_s = await rig.told(site, mark, "worker.exited", victim.id)
     check(exited_s >= 1.0, f"it had its term_timeout_s, not {exited_s} s")
     await rig.told(site, mark, "worker.ready", victim.id)
@@ -238,7 +237,7 @@ async def unkillable(rig: Rig) -> Outcome:
     (ice / "cgroup.procs").write_text(str(victim.pid))
     (ice / "freezer.state").write_text("FROZEN")
     mark = await rig.mark(site)
-    await post(site, f"/v1/workers/{victim.id}/restart")
+    await site.post(f"/v1/workers/{victim.id}/restart")
     _, stuck_s = await rig.told(site, mark, "worker.stuck", victim.id)
     status = await site.status()
     states = {gpu.index: gpu.state for gpu in status.gpus}

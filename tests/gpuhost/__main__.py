@@ -22,8 +22,8 @@ from pathlib import Path
 from daemonkit import MARKER, Site
 from loadkit import Mix, load
 
+from l40sd.control.messages import Status, Topology, WorkerStatus
 from l40sd.errors import L40sError
-from l40sd.messages import Status, Topology, WorkerStatus
 
 GIB = 1 << 30
 HELD_GIB = 4.0
@@ -198,7 +198,7 @@ class Run:
             assert stranger.stdout is not None
             async with asyncio.timeout(60):
                 await stranger.stdout.readline()
-            await asyncio.to_thread(self.site.client.post, f"/v1/workers/{worker.id}/restart")
+            await self.site.post(f"/v1/workers/{worker.id}/restart")
             status = await self.site.until(
                 lambda s: f"pid {stranger.pid}" in s.workers[0].reason, "status names the stranger", 90
             )

@@ -14,23 +14,36 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import psutil
 
+from l40sd.codec import encode
 from l40sd.control.client import UNREACHABLE, Client
+from l40sd.control.messages import Event, OperationStatus, PatternRequest, Status, WorkerStatus
 from l40sd.errors import L40sError
-from l40sd.messages import Event, OperationStatus, PatternRequest, Status, encode
 
 T = TypeVar("T")
 
 MARKER = "L40SD_SITE"
 POLL_S = 0.1
-UNDER_WAY = ("running", "rolling_back")
+QUICK = """
+[host]
+inventory = "l40s-8"
+[workers]
+backoff_first_s = 0.2
+backoff_never_ready_first_s = 0.2
+backoff_never_ready_limit_s = 0.4
+start_parallel = 4
+[health]
+probe_interval_s = 0.2
+startup_timeout_s = 10
+"""
+"""The top of a configuration: eight recorded GPUs, and nothing takes long."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -259,7 +272,7 @@ class Site:
                 status.pattern == pattern
                 and bool(status.workers)
                 and all(worker.phase == "ready" for worker in status.workers)
-                and (status.operation is None or status.operation.state not in UNDER_WAY)
+                and (status.operation is None or not status.operation.is_under_way)
             ),
             f"every worker of pattern {pattern} is ready",
             timeout_s,
@@ -297,7 +310,7 @@ class Site:
         deadline_s = time.monotonic() + timeout_s
         while True:
             now = await self.get(f"/v1/operations/{operation}", OperationStatus)
-            if now.state not in UNDER_WAY:
+            if not now.is_under_way:
                 return now
             if time.monotonic() > deadline_s:
                 raise L40sError(f"still {now.state} after {timeout_s:g} s: {now}; the log ends with\n{self.tail()}")
@@ -307,6 +320,14 @@ class Site:
         """Change to a pattern and return how that ended."""
         return await self.operation(await self.request(pattern), timeout_s)
 
+    async def post(self, path: str, body: object = None) -> dict[str, Any]:
+        """Ask the control socket for something; return what it says.
+
+        Raises:
+            L40sError: It refused; the words are the daemon's own.
+        """
+        return await asyncio.to_thread(self.client.post, path, body)
+
     async def get(self, path: str, kind: type[T]) -> T:
         """Return what the control socket says at this path.
 
@@ -314,6 +335,49 @@ class Site:
             L40sError: It refused; the words are the daemon's own.
         """
         return await asyncio.to_thread(self.client.get, path, kind)
+
+
+SiteOf = Callable[[str], Site]
+"""Makes a site of its configuration."""
+
+
+@contextlib.asynccontextmanager
+async def sites(folder: Path, *, programs: tuple[Path, ...] = (), stop_s: float = 60.0) -> AsyncIterator[SiteOf]:
+    """Make sites in this folder. At the end each daemon is told to stop, and must leave nothing behind.
+
+    Args:
+        folder: Each site gets a folder in it.
+        programs: Folders to look for engines in, before PATH.
+        stop_s: For each daemon to stop.
+    """
+    made: list[Site] = []
+
+    def make(config: str) -> Site:
+        site = Site(folder=folder / f"site{len(made)}", config=config, programs=programs)
+        made.append(site)
+        return site
+
+    yield make
+    try:
+        for site in made:
+            if site.daemon is not None and site.daemon.poll() is None:
+                assert await site.stop(stop_s) == 0, site.tail()
+                assert not site.socket.exists()
+            assert site.leftovers() == [], site.tail()
+            assert site.cgroups() == [], site.tail()
+    finally:
+        for site in made:
+            site.clear()
+
+
+def worker_of(status: Status, worker: str) -> WorkerStatus:
+    """Return what a status says of this worker."""
+    return next(w for w in status.workers if w.id == worker)
+
+
+def pids(status: Status) -> dict[str, int | None]:
+    """Return the workers' process ids."""
+    return {worker.id: worker.pid for worker in status.workers}
 
 
 def _toml(value: str | float) -> str:

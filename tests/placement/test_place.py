@@ -240,7 +240,7 @@ Cost = tuple[Link, int, Link, int]
 
 
 def cost(layout: list[tuple[Kind, Stages]], host: Inventory) -> Cost:
-    """The objective, written down once more from the documents: nothing of grouping.py."""
+    """The objective, written down once more from the documents: nothing of optimum.py."""
     ids = [gpu.id for gpu in host.gpus]
 
     def worst(gpus: tuple[int, ...]) -> Link:

@@ -47,9 +47,7 @@ async def test_a_body_is_not_read_without_a_key(stand: StartStand, size: int) ->
     client = await here.dial()
     await client.send(begun(size) + b"x" * 1000)
     assert (await client.reply()).status == 401
-    context = here.proxy._context
-    assert context is not None
-    assert all(not served._parts and not served._held for served in context.clients)
+    assert all(not served._parts and not served._held for served in here.proxy.clients.open)
 
 
 async def test_bodies_together_are_bounded_and_who_is_refused_may_come_again(stand: StartStand) -> None:
@@ -159,9 +157,7 @@ async def test_nothing_is_kept_of_a_refused_request(stand: StartStand) -> None:
 
 
 def clients_of(here: Stand) -> list[client_connection.ClientConnection]:
-    context = here.proxy._context
-    assert context is not None
-    return list(context.clients)
+    return list(here.proxy.clients.open)
 
 
 def is_large(holder: list[object] | dict[object, object]) -> bool:

@@ -433,7 +433,7 @@ async def test_a_client_that_does_not_read_is_lost_and_delays_nobody_else_for_lo
     deaf = await here.dial()
     deaf.writer.transport.pause_reading()
     await deaf.send(post())
-    await here.until(lambda: any(client.is_paused for client in here.proxy._running.clients))
+    await here.until(lambda: any(client.is_paused for client in here.proxy.clients.open))
     here.worker.behave = answer_ok
     idle = await here.dial()
     assert (await idle.ask(post())).status == 200
@@ -465,7 +465,7 @@ async def test_a_refused_client_can_still_read_why(stand: StandOf) -> None:
     here = await stand()
     dialog = await here.dial()
     await dialog.send(b"NONSENSE\r\n\r\n")
-    await here.until(lambda: any(client.is_closing for client in here.proxy._running.clients))
+    await here.until(lambda: any(client.is_closing for client in here.proxy.clients.open))
     assert await hand_over(here) == 0
     assert (await dialog.reply()).status == 400
     assert await dialog.rest() == b""
@@ -498,7 +498,7 @@ async def test_a_connection_of_which_no_description_can_be_made_is_lost_alone(
             return copy(descriptor)
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("l40sd.proxy.exchange.os.dup", dup)
+    monkeypatch.setattr("l40sd.proxy.exchange_handover.os.dup", dup)
     assert await hand_over(here) == 1
     monkeypatch.undo()
     assert here.proxy.stats.connections == 1

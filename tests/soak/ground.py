@@ -22,9 +22,9 @@ from pathlib import Path
 import psutil
 from daemonkit import Site
 
+from l40sd.control.messages import ChangePreview, PatternRequest, Status
 from l40sd.errors import L40sError
 from l40sd.hardware.host_file import format_host_file, parse_host_file
-from l40sd.messages import ChangePreview, PatternRequest, Status
 from l40sd.shim import proc
 from soak.living import Living, doubly_owned, living
 
@@ -255,7 +255,7 @@ class Ground:
             L40sError: It is refused for any other reason.
         """
         try:
-            await asyncio.to_thread(self.site.client.post, f"/v1/workers/{worker}/{verb}")
+            await self.site.post(f"/v1/workers/{worker}/{verb}")
         except L40sError as error:
             if error.code not in ("unknown_worker", "worker_retiring", "not_serving"):
                 raise

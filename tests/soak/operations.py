@@ -162,7 +162,7 @@ class Operations(RuleBasedStateMachine):
             )
             self.ground.site.config_file.write_text(text)
             self.ground.site.config = text
-            await asyncio.to_thread(self.ground.site.client.post, "/v1/reload")
+            await self.ground.site.post("/v1/reload")
 
         self.run.step("reload", work(), f"other at {speed}, probes every {probe_s} s")
 
@@ -173,7 +173,7 @@ class Operations(RuleBasedStateMachine):
             good = self.ground.site.config
             self.ground.site.config_file.write_text(good + BROKEN[what])
             try:
-                await asyncio.to_thread(self.ground.site.client.post, "/v1/reload")
+                await self.ground.site.post("/v1/reload")
             except L40sError as error:
                 if error.code == "unreachable":
                     raise

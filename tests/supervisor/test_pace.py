@@ -11,7 +11,7 @@ from l40sd.model import Inventory, ModelFacts, ModelName, NumaNode
 from l40sd.supervisor.pace import FEW, SLACK_S, bound_back_s, bound_s, slowest, start_parallel, usual
 from l40sd.supervisor.rehearsal import rehearse
 from l40sd.supervisor.rollout import begin
-from l40sd.workers.health import PROLONGED_AT_MOST
+from l40sd.workers.startup import PROLONGED_AT_MOST
 
 M = ModelName("m")
 GIB = 1 << 30

@@ -127,7 +127,7 @@ async def test_fault_40_killed_while_writing_a_thousand_times_nothing_is_corrupt
     driver = f"""
 import os, signal, random, select, sys, json
 code = compile({WRITER!r}, "writer", "exec")
-import l40sd.shim.tree
+import l40sd.shim.files
 draw = random.Random(int(sys.argv[2]))
 corrupt = 0
 for _ in range({KILLS}):

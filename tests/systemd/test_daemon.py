@@ -144,9 +144,9 @@ def test_upgrade_turns_the_daemon_into_the_new_release_and_touches_no_worker(ser
 def test_a_daemon_that_does_not_know_the_starter_starts_workers_until_it_is_upgraded(host: Container) -> None:
     """What an earlier release looks like: `start` in polkit's rule, no socket, and a daemon that asks systemctl."""
     earlier = "/etc/polkit-1/rules.d/49-l40sd-start.rules"
-    adapters = "/opt/l40sd/current/lib/python3*/site-packages/l40sd/adapters"
+    process = "/opt/l40sd/current/lib/python3*/site-packages/l40sd/workers/process"
     host.run("systemctl stop l40sd; rm /usr/local/lib/systemd/system/l40s-start*; systemctl daemon-reload")
-    host.run(f"sed -i s,/run/l40s-start.sock,/run/none, {adapters}/process/providers.py")
+    host.run(f"sed -i s,/run/l40s-start.sock,/run/none, {process}/containment.py")
     host.run('sed -i \'s/\\["kill"/["start", "kill"/\' /etc/polkit-1/rules.d/50-l40sd.rules')
     host.write("/etc/l40sd/l40sd.toml", CONFIG)
     host.run("systemctl start l40sd")

@@ -1,4 +1,4 @@
-"""Has it come up, may it receive requests, is it making tokens: every answer, in every order that matters."""
+"""May it receive requests, is it making tokens: every answer, in every order that matters."""
 
 import itertools
 from dataclasses import replace
@@ -7,184 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.config.options import Config, HealthConfig, ModelConfig
-from l40sd.engines.table import ENGINES, Probes
-from l40sd.model import ModelFacts, ModelName
-from l40sd.workers.health import (
-    PROLONGED_AT_MOST,
-    Activity,
-    Counters,
-    Pace,
-    ProbeResult,
-    Progress,
-    Readiness,
-    Stage,
-    Startup,
-    StartVerdict,
-    Turn,
-    startup_timeout_s,
-)
+from l40sd.config.options import HealthConfig
+from l40sd.workers.health import Counters, Pace, ProbeResult, Progress, Readiness, ReadinessChange
 
 OK = ProbeResult(ok=True, status=200)
 REFUSED = ProbeResult(ok=False, error="refused")
 TIMEOUT = ProbeResult(ok=False, error="timeout")
 LOADING = ProbeResult(ok=False, status=503, error="status 503")
 BROKEN = ProbeResult(ok=False, status=500, error="status 500")
-
-
-def starting(*, probes: Probes = ENGINES["vllm"].probes, deadline_s: float = 100, stall_s: float = 30) -> Startup:
-    return Startup(probes, deadline_s=deadline_s, stall_s=stall_s, now_s=1000)
-
-
-# --- startup
-
-
-def test_a_start_goes_through_port_health_model_and_token() -> None:
-    start = starting()
-    assert start.feed_health(REFUSED, 1001) is StartVerdict.WAITING
-    assert (start.stage, start.reason) == (Stage.PORT, "health: refused")
-    assert start.feed_health(LOADING, 1002) is StartVerdict.WAITING
-    assert (start.stage, start.reason) == (Stage.HEALTH, "health: status 503")
-    assert start.feed_health(OK, 1003) is StartVerdict.WAITING
-    assert start.stage is Stage.MODEL
-    assert start.feed_models(["other"], "llama", 1004) is StartVerdict.WAITING
-    assert start.reason == "lists other, not llama"
-    assert start.feed_models(["other", "llama"], "llama", 1005) is StartVerdict.WAITING
-    assert start.feed_token(BROKEN, 1006) is StartVerdict.WAITING
-    assert (start.stage, start.reason) == (Stage.TOKEN, "first token: status 500")
-    assert start.feed_token(OK, 1007) is StartVerdict.READY
-    assert (start.reason, start.check(99_999)) == ("", StartVerdict.READY)
-
-
-def test_a_start_that_cannot_succeed_names_the_setting_that_mends_it() -> None:
-    """ "lists no model" was said of an engine with another key, and a bare status of one whose health is elsewhere."""
-    start = starting()
-    start.feed_health(ProbeResult(ok=False, status=404, error="status 404"), 1001)
-    assert start.reason.startswith("health: status 404 (it has no /health: set health_path of its [engines] entry")
-    start.feed_health(OK, 1002)
-    start.feed_models([], "llama", 1003, ProbeResult(ok=False, status=401, error="status 401"))
-    assert "list of models: status 401 (it wants another API key" in start.reason
-    assert "{api_key} in env" in start.reason
-    start.feed_models([], "llama", 1004, ProbeResult(ok=False, error="timeout"))
-    assert start.reason == "list of models: timeout"
-    start.feed_models([], "llama", 1005)
-    assert start.reason == "lists no model, not llama"
-
-
-def test_an_engine_without_a_list_or_a_token_is_not_asked_for_one() -> None:
-    assert starting(probes=ENGINES["torchrun"].probes).feed_health(OK, 1001) is StartVerdict.READY
-    only_token = replace(ENGINES["vllm"].probes, models_path="")
-    start = starting(probes=only_token)
-    assert start.feed_health(OK, 1001) is StartVerdict.WAITING
-    assert start.stage is Stage.TOKEN
-
-
-@pytest.mark.parametrize("status", [400, 404, 405, 501])
-def test_an_engine_that_completes_no_text_is_ready_without_a_token(status: int) -> None:
-    """An embedding model answers so; it would never come up otherwise."""
-    start = starting()
-    start.feed_health(OK, 1001)
-    start.feed_models(["llama"], "llama", 1001)
-    assert start.feed_token(ProbeResult(ok=False, status=status, error="x"), 1002) is StartVerdict.READY
-
-
-def test_a_wrong_key_is_no_readiness() -> None:
-    start = starting()
-    start.feed_health(OK, 1001)
-    start.feed_models(["llama"], "llama", 1001)
-    assert start.feed_token(ProbeResult(ok=False, status=401, error="status 401"), 1002) is StartVerdict.WAITING
-
-
-@pytest.mark.parametrize("answer", [REFUSED, LOADING, TIMEOUT])
-def test_an_engine_that_never_comes_up_is_late_at_the_deadline(answer: ProbeResult) -> None:
-    """Faults 23 and 24: also where it opened its port at once and said 503 ever after."""
-    start = starting(deadline_s=4, stall_s=300)
-    verdicts = [start.feed_health(answer, 1000 + second) for second in (0.1, 1, 2, 3, 3.9, 4)]
-    assert verdicts == [StartVerdict.WAITING] * 5 + [StartVerdict.LATE]
-
-
-@pytest.mark.parametrize(
-    "step",
-    [Activity(cpu_s=1), Activity(read_bytes=2 << 20), Activity(log_bytes=1)],
-    ids=["computing", "reading", "writing"],
-)
-def test_a_start_that_shows_progress_outlives_its_deadline_but_not_for_ever(step: Activity) -> None:
-    start = starting()
-    verdicts = {}
-    for second in range(PROLONGED_AT_MOST * 100 + 1):
-        done = Activity(
-            cpu_s=step.cpu_s * second, read_bytes=step.read_bytes * second, log_bytes=step.log_bytes * second
-        )
-        verdicts[second] = start.feed_activity(done, 1000 + second)
-    assert [second for second, verdict in verdicts.items() if verdict is StartVerdict.LATE] == [PROLONGED_AT_MOST * 100]
-
-
-def test_progress_that_ended_ends_the_patience() -> None:
-    start = starting()
-    start.feed_activity(Activity(), 1000)
-    start.feed_activity(Activity(read_bytes=1 << 30), 1095)
-    assert start.check(1124) is StartVerdict.WAITING
-    assert start.check(1125) is StartVerdict.LATE
-
-
-def test_lines_about_our_own_probes_are_no_progress() -> None:
-    start = starting()
-    for second in range(100):
-        start.feed_health(LOADING, 1000 + second)
-        start.feed_activity(Activity(log_bytes=80 * second, cpu_s=0.002 * second), 1000 + second)
-    assert start.check(1100) is StartVerdict.LATE
-
-
-PROBES_SEEN = [REFUSED, TIMEOUT, LOADING, OK]
-EVENTS = [
-    *(("health", answer) for answer in PROBES_SEEN),
-    ("models", True),
-    ("models", False),
-    ("token", OK),
-    ("token", BROKEN),
-]
-
-
-def test_a_stage_is_never_lost_and_ready_needs_every_one_before() -> None:
-    ready = []
-    for events in itertools.product(EVENTS, repeat=4):
-        start = starting()
-        for second, (kind, answer) in enumerate(events):
-            before = start.stage
-            if kind == "models":
-                names = ["llama"] if answer and before >= Stage.MODEL else []
-                start.feed_models(names, "llama", 1000 + second)
-            elif isinstance(answer, ProbeResult) and (kind == "health" or before >= Stage.TOKEN):
-                (start.feed_health if kind == "health" else start.feed_token)(answer, 1000 + second)
-            assert start.stage >= before
-        if start.stage is Stage.READY:
-            ready.append(events)
-    needed = [("health", OK), ("models", True), ("token", OK)]
-    assert ready == [events for events in itertools.product(EVENTS, repeat=4) if _has_in_order(events, needed)]
-
-
-def _has_in_order(events: tuple[tuple[str, object], ...], needed: list[tuple[str, object]]) -> bool:
-    remaining = iter(events)
-    return all(any(event == one for event in remaining) for one in needed)
-
-
-def test_the_share_done_is_judged_by_past_loads() -> None:
-    start = Startup(Probes(), deadline_s=600, stall_s=300, now_s=0, past_loads_s=(10, 20, 90))
-    assert [start.fraction(now_s) for now_s in (0, 10, 500)] == [0, 0.5, 0.99]
-    assert Startup(Probes(), deadline_s=600, stall_s=300, now_s=0).fraction(5) is None
-
-
-def test_the_deadline_of_a_start_grows_with_the_checkpoint_and_with_past_loads() -> None:
-    llama, own = ModelName("llama"), ModelName("own")
-    config = Config(
-        health=HealthConfig(startup_timeout_s=600, load_bytes_per_s=100_000_000),
-        models={llama: ModelConfig(name=llama), own: ModelConfig(name=own, startup_timeout_s=7)},
-    )
-    facts = ModelFacts(size_bytes=70_000_000_000)
-    assert startup_timeout_s(config, llama) == 600
-    assert startup_timeout_s(config, llama, facts) == 1300
-    assert startup_timeout_s(config, llama, facts, (30, 900)) == 1800
-    assert startup_timeout_s(config, own, facts, (30, 900)) == 7
 
 
 # --- readiness
@@ -198,15 +28,17 @@ def test_only_enough_answers_in_a_row_turn_readiness() -> None:
             in_a_row, last = (in_a_row + 1 if ok == last else 1), ok
             was_ready = readiness.is_ready
             turns = in_a_row >= (3 if was_ready else 2) and ok != was_ready
-            expected = {(True, True): Turn.FELL, (True, False): Turn.ROSE}.get((turns, was_ready), Turn.NONE)
+            expected = {(True, True): ReadinessChange.FELL, (True, False): ReadinessChange.ROSE}.get(
+                (turns, was_ready), ReadinessChange.NONE
+            )
             assert readiness.feed(OK if ok else LOADING) is expected
             assert readiness.is_ready == (was_ready ^ turns)
 
 
 def test_a_closed_port_takes_a_worker_out_at_once_and_only_once() -> None:
     readiness = Readiness(fall=3, rise=2)
-    assert [readiness.trip(), readiness.trip()] == [Turn.FELL, Turn.NONE]
-    assert [readiness.feed(OK), readiness.feed(OK)] == [Turn.NONE, Turn.ROSE]
+    assert [readiness.trip(), readiness.trip()] == [ReadinessChange.FELL, ReadinessChange.NONE]
+    assert [readiness.feed(OK), readiness.feed(OK)] == [ReadinessChange.NONE, ReadinessChange.ROSE]
 
 
 # --- progress

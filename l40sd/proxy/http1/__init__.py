@@ -1,1 +1,1 @@
-"""HTTP/1.1 as bytes. PURE."""
+"""HTTP/1.1 as bytes."""

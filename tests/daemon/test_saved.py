@@ -11,18 +11,17 @@ from typing import Any
 
 import psutil
 import pytest
-from daemonkit import Site
+from daemonkit import Site, SiteOf
 from hypothesis import given
 from hypothesis import strategies as st
 
 from l40sd import clock
-from l40sd.messages import Status, WorkerStatus
+from l40sd.control.messages import Status, WorkerStatus
 from l40sd.model import WorkerId
 from l40sd.workers import saved
-from l40sd.workers.lifecycle import Goal, Phase, Record
-from l40sd.workers.saved import TOLD, Past
-
-SiteOf = Callable[[str], Site]
+from l40sd.workers.lifecycle import Goal, Phase
+from l40sd.workers.restart_policy import Record
+from l40sd.workers.saved import TOLD, SavedWorker
 
 TWO = """
 [host]
@@ -51,7 +50,7 @@ tp = 2
 
 
 async def tell(site: Site, worker: str, verb: str) -> None:
-    await asyncio.to_thread(site.client.post, f"/v1/workers/{worker}/{verb}")
+    await site.post(f"/v1/workers/{worker}/{verb}")
 
 
 def of(status: Status, worker: str) -> WorkerStatus:
@@ -140,7 +139,7 @@ async def test_a_drain_ends_with_its_worker_and_outlives_a_new_launch_of_it(site
     site.config_file.write_text(
         TWO.replace("attention_heads = 8", 'attention_heads = 8\nargs = ["--tokens-per-s", "900"]')
     )
-    await asyncio.to_thread(site.client.post, "/v1/reload")
+    await site.post("/v1/reload")
     await site.until_event("pattern.apply.complete", 60)
     status = await site.until(is_up(one.id, other.id), "rolled, and still drained", 30)
     assert of(status, one.id).pid != one.pid
@@ -241,7 +240,7 @@ async def test_another_boot_forgets_the_failures_but_not_who_is_drained(site_of:
     assert {w.restarts for w in status.workers} == {0}
 
 
-async def test_an_unreadable_past_is_said_and_costs_nothing_else(site_of: SiteOf, tmp_path: Path) -> None:
+async def test_what_is_saved_and_unreadable_is_said_and_costs_nothing_else(site_of: SiteOf, tmp_path: Path) -> None:
     site = site_of(TWO)
     await site.start()
     before = await site.until_ready("two", 30)
@@ -264,7 +263,7 @@ def ice(tmp_path: Path) -> Iterator[Path]:
     """A cgroup in which SIGKILL waits."""
     if not (FREEZER / "cgroup.procs").exists() or os.geteuid() != 0:
         pytest.skip("needs root and a cgroup v1 freezer to make a process that SIGKILL does not end")
-    group = FREEZER / f"l40sd-past-{os.getpid()}"
+    group = FREEZER / f"l40sd-saved-{os.getpid()}"
     group.mkdir()
     yield group
     thaw(group)
@@ -300,8 +299,8 @@ async def test_stuck_is_stuck_until_it_is_gone_also_for_the_next_daemon(site_of:
 
 
 times = st.floats(0, 1e6)
-pasts = st.builds(
-    Past,
+saved_workers = st.builds(
+    SavedWorker,
     fingerprint=st.text(max_size=5),
     phase=st.sampled_from([Phase.WAITING, *TOLD]),
     goal=st.sampled_from(Goal),
@@ -318,16 +317,16 @@ pasts = st.builds(
 )
 
 
-@given(st.dictionaries(st.text(max_size=3).map(WorkerId), pasts, max_size=3))
-def test_what_is_written_is_read(found: dict[WorkerId, Past]) -> None:
+@given(st.dictionaries(st.text(max_size=3).map(WorkerId), saved_workers, max_size=3))
+def test_what_is_written_is_read(found: dict[WorkerId, SavedWorker]) -> None:
     stored = json.loads(json.dumps(saved.written(found)))
     assert saved.read(stored) == (found, "")
     assert saved.read({**stored, "boot_id": "another"}) == ({}, "")
     assert saved.read({**stored, "now_s": clock.now_s() + 1000}) == ({}, "")
 
 
-@given(pasts, st.text(max_size=3), st.floats(0, 1e6))
-def test_a_run_has_been_ready_for_no_longer_than_it_ran(one: Past, instance: str, ran_s: float) -> None:
+@given(saved_workers, st.text(max_size=3), st.floats(0, 1e6))
+def test_a_run_has_been_ready_for_no_longer_than_it_ran(one: SavedWorker, instance: str, ran_s: float) -> None:
     about = one.of(instance)
     assert about.of(instance).record == one.record
     ready_s = replace(about, spawned_at_s=0.0).ready_for_s(ran_s)

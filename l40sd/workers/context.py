@@ -1,27 +1,26 @@
-"""What all workers share."""
+"""What all workers share: made once by the daemon, never changed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
 
 from l40sd.hardware.host import Host
-from l40sd.model import ModelFacts, ModelName, WorkerId
-from l40sd.routing.outliers import Peer
 from l40sd.routing.routes import Routes
 from l40sd.workers.keys import WorkerKeys
+from l40sd.workers.known_models import KnownModels
 from l40sd.workers.ports import PortPool
 from l40sd.workers.probe import Prober
 from l40sd.workers.process import Processes
 
 
-@dataclass(slots=True, kw_only=True)
-class Tools:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerContext:
     """The parts that a worker works with.
 
     Attributes:
-        changed: Tells the supervisor that an observation is new.
-        peers: Returns the other live workers of a worker's model.
+        python: The interpreter that simulated workers are run with.
+        base_env: What workers see of the daemon's own environment.
     """
 
     host: Host
@@ -30,10 +29,7 @@ class Tools:
     keys: WorkerKeys
     prober: Prober
     routes: Routes
-    facts: Mapping[ModelName, ModelFacts]
-    past_loads_s: dict[ModelName, list[float]]
+    models: KnownModels
     python: str
     base_env: Mapping[str, str]
     log: structlog.stdlib.BoundLogger
-    changed: Callable[[], None] = lambda: None
-    peers: Callable[[WorkerId], Sequence[Peer]] = lambda _: ()
