@@ -27,20 +27,11 @@ import structlog
 from aiohttp import web
 
 from l40sd import __version__
+from l40sd.codec import decode, encode
 from l40sd.control import report
 from l40sd.control.events import Events, Wanted
+from l40sd.control.messages import Accepted, Check, ErrorBody, LogPart, PatternRequest, RestartRequest, Status
 from l40sd.errors import L40sError
-from l40sd.messages import (
-    Accepted,
-    Check,
-    ErrorBody,
-    LogPart,
-    PatternRequest,
-    RestartRequest,
-    Status,
-    decode,
-    encode,
-)
 from l40sd.supervisor.supervisor import Supervisor
 from l40sd.workers.process import Position
 
@@ -221,7 +212,7 @@ class Control:
         operation = self._supervisor.operations.get(request.match_info["id"])
         if operation is None:
             raise L40sError("there is no such operation", where=request.match_info["id"], code="unknown_operation")
-        return _json(operation)
+        return _json(report.operation_status(operation))
 
     async def _follow_events(self, request: web.Request) -> web.StreamResponse:
         wanted = Wanted(

@@ -20,12 +20,12 @@ from l40sd.engines.launch import Launch
 from l40sd.engines.table import ends_streams
 from l40sd.errors import L40sError
 from l40sd.hardware.gpu_memory import wait_until_free
-from l40sd.messages import LastEnd
 from l40sd.model import WorkerId
 from l40sd.routing.outliers import Peer, Standing
 from l40sd.routing.routes import Backend
 from l40sd.workers.context import WorkerContext
 from l40sd.workers.ends import End, end_of, last_end_of
+from l40sd.workers.last_end import LastEnd
 from l40sd.workers.lifecycle import (
     OCCUPIES_GPUS,
     Action,

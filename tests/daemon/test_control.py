@@ -15,9 +15,9 @@ import pytest
 from daemonkit import Site, SiteOf
 from stranger import BECOME, passable
 
+from l40sd.control.messages import Check, PatternView, Topology
 from l40sd.control.server import CONNECTION_LIMIT
 from l40sd.errors import L40sError
-from l40sd.messages import Check, PatternView, Topology
 
 TOY = """
 [host]

@@ -9,8 +9,8 @@ import aiohttp
 import pytest
 from daemonkit import QUICK, Site, SiteOf, worker_of
 
+from l40sd.control.messages import OperationStatus
 from l40sd.errors import L40sError
-from l40sd.messages import OperationStatus
 
 TOY = (
     QUICK

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l40sd import clock
-from l40sd.messages import Status, WorkerStatus
+from l40sd.control.messages import Status, WorkerStatus
 from l40sd.model import WorkerId
 from l40sd.workers import saved
 from l40sd.workers.lifecycle import Goal, Phase
