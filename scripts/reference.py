@@ -13,7 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from l40sd import messages
+from l40sd.control import messages
 from l40sd.config.load import SECTIONS
 from l40sd.config.options import EngineConfig, ModelConfig, Option, options_of
 from l40sd.config.show import toml_value
