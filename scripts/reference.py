@@ -13,10 +13,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from l40sd.control import messages
+from l40sd import model
 from l40sd.config.load import SECTIONS
 from l40sd.config.options import EngineConfig, ModelConfig, Option, options_of
 from l40sd.config.show import toml_value
+from l40sd.control import messages
+from l40sd.workers import lifecycle
 
 ROOT = Path(__file__).resolve().parent.parent
 PART = re.compile(r"(<!-- from the code: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -125,14 +127,21 @@ def _type_text(kind: Any) -> str:
 
 
 def _unquoted(text: str) -> str:
-    """Return a piece of a docstring on one line, in the page's language."""
+    """Return a piece of a docstring on one line, in the page's language; closed sets are spelled out."""
+    text = re.sub(r"A ``\w+\.\w+`` value: ", "", text)
+    text = re.sub(r"A ``(\w+)\.(\w+)`` value\.", lambda found: _members(found[1], found[2]), text)
     return re.sub(r"\bNone\b", "null", " ".join(text.split()).replace("``", "`"))
+
+
+def _members(module: str, name: str) -> str:
+    return " ".join(f"`{member}`" for member in getattr(ENUMS_IN[module], name))
 
 
 def _escaped(text: str) -> str:
     return text.replace("|", r"\|").replace("<", "&lt;")
 
 
+ENUMS_IN = {"model": model, "lifecycle": lifecycle}
 PARTS = {"options": options_text, "records": records_text}
 
 if __name__ == "__main__":
