@@ -164,7 +164,7 @@ def test_what_is_impossible_raises() -> None:
 def test_a_worker_holds_its_gpus_from_before_its_process_is_made_until_that_is_gone() -> None:
     without = {Phase.WAITING, Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED, Phase.STOPPED}
     assert set(Phase) - without == OCCUPIES_GPUS
-    assert OCCUPIES_GPUS - LIVE == {Phase.SPAWNING}
+    assert {Phase.SPAWNING} == OCCUPIES_GPUS - LIVE
 
 
 @pytest.mark.parametrize(
