@@ -6,7 +6,7 @@ card is pulled, an identity does not (invariant 9).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import NewType
 
 GpuId = NewType("GpuId", str)
@@ -253,3 +253,30 @@ class Outlook:
     is_coming: bool = True
     note: str = ""
     retry_after_s: int = SOON_S
+
+
+class OperationKind(StrEnum):
+    """What takes a while and can be followed."""
+
+    CHANGE = "change"  # of the pattern, or of what its workers are started with
+    RESTART = "restart"  # of several workers, one after the other
+
+
+class OperationState(StrEnum):
+    """Where an operation stands."""
+
+    RUNNING = "running"
+    ROLLING_BACK = "rolling_back"  # what was wanted before is wanted again
+    DONE = "done"
+    INCOMPLETE = "incomplete"  # in place but for some workers, which are tried again as ever
+    ROLLED_BACK = "rolled_back"
+    REPLACED = "replaced"  # by another operation
+    FAILED = "failed"
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether it has not ended yet."""
+        return self in UNDER_WAY
+
+
+UNDER_WAY = (OperationState.RUNNING, OperationState.ROLLING_BACK)

@@ -22,8 +22,8 @@ from loadkit import Mix, Tally, load
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from l40sd.control.messages import Status
 from l40sd.errors import L40sError
-from l40sd.messages import Status
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".demo"

@@ -8,9 +8,10 @@ import click
 from l40sd.cli.layout import preview_view, warnings_of
 from l40sd.cli.session import EXIT_FAILED, Session, common, complete_pattern, complete_worker, leave, unknown_worker
 from l40sd.cli.wait import begin
+from l40sd.codec import encode
 from l40sd.control.client import worker_path
+from l40sd.control.messages import Accepted, ChangePreview, PatternRequest, RestartRequest, WorkerStatus
 from l40sd.errors import L40sError
-from l40sd.messages import Accepted, ChangePreview, PatternRequest, RestartRequest, WorkerStatus, encode
 
 
 @click.command("switch-pattern")

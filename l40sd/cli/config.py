@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import click
 
 from l40sd.cli.session import Session, common
+from l40sd.codec import encode
 from l40sd.config import files as config_files
 from l40sd.config.load import load
 from l40sd.config.options import Config
 from l40sd.control import preflight
 from l40sd.hardware.host import Host
-from l40sd.messages import encode
 from l40sd.model import Inventory, ModelFacts, ModelName
 
 

@@ -11,10 +11,10 @@ from l40sd.config import files as config_files
 from l40sd.config.load import Loaded
 from l40sd.control import preflight
 from l40sd.control.client import UNREACHABLE
+from l40sd.control.messages import Check
 from l40sd.control.preflight import FAILED, OK, WARNING
 from l40sd.errors import L40sError
 from l40sd.hardware.host import Host
-from l40sd.messages import Check
 from l40sd.placement.patterns import patterns_of
 from l40sd.placement.place import place
 from l40sd.systemd import last_error, unit_facts

@@ -13,8 +13,8 @@ from l40sd.cli.moments import EXAMPLES, parse_moment
 from l40sd.cli.session import Session, common, complete_worker
 from l40sd.cli.status import event_line
 from l40sd.control.client import UNREACHABLE, worker_path
+from l40sd.control.messages import Event, LogPart
 from l40sd.errors import L40sError
-from l40sd.messages import Event, LogPart
 
 T = TypeVar("T")
 

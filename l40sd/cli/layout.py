@@ -7,7 +7,7 @@ from rich.text import Text
 
 from l40sd.cli.grid import Column, Flow, Grid, Row
 from l40sd.cli.status import GIB, numbers, percent, span
-from l40sd.messages import ChangePreview, GroupView, PatternView, Topology
+from l40sd.control.messages import ChangePreview, GroupView, PatternView, Topology
 
 LINK_STYLES = {"NV": "bold green", "PIX": "green", "PXB": "cyan", "PHB": "blue", "NODE": "yellow", "SYS": "red"}
 LINK_WORDS = {

@@ -40,9 +40,10 @@ from l40sd.cli.session import (
 from l40sd.cli.status import status_view, worker_view
 from l40sd.cli.topology import topology
 from l40sd.cli.wait import wait
+from l40sd.codec import encode
 from l40sd.control.client import UNREACHABLE, worker_path
+from l40sd.control.messages import PatternView, Status
 from l40sd.errors import L40sError
-from l40sd.messages import PatternView, Status, encode
 from l40sd.streams import NO_READER, abandon, settle
 
 PROGRAM = "l40sctl"

@@ -12,9 +12,10 @@ import click
 from click.shell_completion import CompletionItem
 from rich.console import Console, RenderableType
 
+from l40sd.codec import encode
 from l40sd.control.client import UNREACHABLE, Client, socket_path
+from l40sd.control.messages import ErrorBody, PatternView, WorkerStatus
 from l40sd.errors import L40sError
-from l40sd.messages import ErrorBody, PatternView, WorkerStatus, encode
 
 F = TypeVar("F", bound=Callable[..., Any])
 

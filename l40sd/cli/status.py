@@ -7,8 +7,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from l40sd.cli.grid import Column, Flow, Grid, Row
+from l40sd.control.messages import Check, Event, GpuStatus, OperationStatus, Status, WorkerStatus
 from l40sd.event_line import told
-from l40sd.messages import Check, Event, GpuStatus, LastEnd, OperationStatus, Status, WorkerStatus
+from l40sd.model import OperationKind, OperationState
+from l40sd.workers.last_end import LastEnd
 from l40sd.workers.lifecycle import Phase
 
 PHASE_STYLES = {
@@ -34,7 +36,7 @@ GIB = 1 << 30
 def status_view(status: Status) -> RenderableType:
     """Return all of `l40sctl status`."""
     parts: list[RenderableType] = [*_header(status)]
-    if status.operation is not None and status.operation.state in ("running", "rolling_back"):
+    if status.operation is not None and status.operation.is_under_way:
         parts.append(operation_line(status.operation))
     in_their_row = {f"{worker.id} is {worker.phase}: {worker.reason}" for worker in status.workers}
     parts += [Text(f"! {line}", style="bold yellow") for line in status.degraded if line not in in_their_row]
@@ -99,16 +101,16 @@ def worker_view(worker: WorkerStatus) -> RenderableType:
 
 def heading(operation: OperationStatus) -> str:
     """Return what it is about, in the direction that it takes."""
-    if operation.kind == "restart":
+    if operation.kind == OperationKind.RESTART:
         return "restart"
-    is_back = operation.state in ("rolling_back", "rolled_back")
+    is_back = operation.state in (OperationState.ROLLING_BACK, OperationState.ROLLED_BACK)
     return f"back to {operation.previous}" if is_back else f"pattern {operation.pattern}"
 
 
 def operation_line(operation: OperationStatus) -> Text:
     """Return a pattern change or a rolling restart in one line."""
-    verbs = {"running": "changing to ", "rolling_back": "going "}
-    line = Text("" if operation.kind == "restart" else verbs.get(operation.state, ""), style="bold cyan")
+    verbs: dict[str, str] = {OperationState.RUNNING: "changing to ", OperationState.ROLLING_BACK: "going "}
+    line = Text("" if operation.kind == OperationKind.RESTART else verbs.get(operation.state, ""), style="bold cyan")
     line.append(heading(operation))
     line.append(f": {operation.done} of {operation.total} ready", style="not bold")
     if operation.step:

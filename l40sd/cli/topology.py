@@ -12,10 +12,10 @@ from l40sd.config import files as config_files
 from l40sd.config.load import load
 from l40sd.config.options import Config, HostConfig, ModelConfig
 from l40sd.control import views
+from l40sd.control.messages import Topology
 from l40sd.errors import L40sError
 from l40sd.hardware.host_file import parse_host_file
 from l40sd.hardware.host_files import SIZE_LIMIT_BYTES, read_host
-from l40sd.messages import Topology
 from l40sd.model import Inventory, ModelFacts, ModelName
 from l40sd.placement.patterns import patterns_of
 from l40sd.placement.place import place

@@ -9,14 +9,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from l40sd.cli.session import EXIT_FAILED, EXIT_INTERRUPTED, Session, common, leave
 from l40sd.cli.status import heading, percent, span
+from l40sd.codec import encode
 from l40sd.control.client import UNREACHABLE
+from l40sd.control.messages import Accepted, OperationStatus, Status
 from l40sd.errors import L40sError
-from l40sd.messages import Accepted, OperationStatus, Status, encode
+from l40sd.model import OperationKind, OperationState
 
 POLL_S = 0.2
 AWAY_LIMIT_S = 60.0
 """How long the daemon may be away in the middle of a change: a restarted one carries on with it."""
-UNDER_WAY = ("running", "rolling_back")
 
 Show = Callable[[OperationStatus], None]
 
@@ -84,7 +85,7 @@ def _follow(session: Session, operation: str, pattern: str, show: Show, timeout_
             status = _operation(session, operation, pattern)
             operation, answered_s = status.id, time.monotonic()
             show(status)
-            if status.state not in UNDER_WAY or (timeout_s is not None and answered_s - began_s > timeout_s):
+            if not status.is_under_way or (timeout_s is not None and answered_s - began_s > timeout_s):
                 return status
         except L40sError as error:
             if error.code != UNREACHABLE or time.monotonic() - answered_s > AWAY_LIMIT_S:  # 1
@@ -106,7 +107,7 @@ def _operation(session: Session, operation: str, pattern: str) -> OperationStatu
         id=operation,
         pattern=pattern,
         previous="",
-        state="done" if is_there else "failed",
+        state=OperationState.DONE if is_there else OperationState.FAILED,
         done=sum(worker.phase == "ready" for worker in status.workers),
         total=len(status.workers),
         why="" if is_there else f"the daemon was restarted and is at pattern {status.pattern}",
@@ -157,20 +158,20 @@ def _report(session: Session, ended: OperationStatus, timeout_s: float | None) -
     if session.is_json:
         session.data(encode(ended))
     took = f"after {span(ended.duration_s)}"
-    is_restart = ended.kind == "restart"
+    is_restart = ended.kind == OperationKind.RESTART
     match ended.state:
-        case "done":
+        case OperationState.DONE:
             if not session.is_json:
                 session.out.print(_done(ended, took))
             return
-        case "running" | "rolling_back":
+        case OperationState.RUNNING | OperationState.ROLLING_BACK:
             what = f"not done after {timeout_s or 0:g} s ({ended.done} of {ended.total} ready); it goes on"
             hint = f"l40sctl wait {ended.id}"
-        case "rolled_back":
+        case OperationState.ROLLED_BACK:
             what, hint = f"went back to {ended.previous} {took}: {ended.why}", "l40sctl events"
-        case "replaced":
+        case OperationState.REPLACED:
             what, hint = f"replaced {took}: {ended.why}", "l40sctl wait; l40sctl status"
-        case "incomplete":
+        case OperationState.INCOMPLETE:
             what = f"in place {took} but for {ended.why}"
             hint = "it is tried again as ever; l40sctl status; l40sctl reset WORKER where it was given up"
         case _:
@@ -183,7 +184,7 @@ def _report(session: Session, ended: OperationStatus, timeout_s: float | None) -
 
 def _done(ended: OperationStatus, took: str) -> str:
     """Return how it went well. What left service is told instead of a capacity that it no longer counts in."""
-    if ended.kind == "restart":
+    if ended.kind == OperationKind.RESTART:
         head = f"[green]restart[/]: {ended.done} of {ended.total} workers are back {took}"
     else:
         head = f"[green]pattern {ended.pattern}[/]: {ended.done} of {ended.total} workers ready {took}"

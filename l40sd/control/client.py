@@ -10,8 +10,9 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
+from l40sd.codec import decode, encode
+from l40sd.control.messages import ErrorBody, Event, LogPart
 from l40sd.errors import L40sError
-from l40sd.messages import ErrorBody, Event, LogPart, decode, encode
 
 T = TypeVar("T")
 

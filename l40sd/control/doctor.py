@@ -7,9 +7,9 @@ from pathlib import Path
 from l40sd.config import show as config_show
 from l40sd.config.options import Config
 from l40sd.control import preflight
+from l40sd.control.messages import Check
 from l40sd.control.preflight import FAILED, OK, WARNING
 from l40sd.hardware.host import Host
-from l40sd.messages import Check
 from l40sd.naming import natural
 from l40sd.proxy.descriptors import needed
 from l40sd.supervisor.supervisor import Supervisor

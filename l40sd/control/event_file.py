@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from l40sd.messages import Event, decode, encode
+from l40sd.codec import decode, encode
+from l40sd.control.messages import Event
 from l40sd.shim.files import write_file
 
 READ_LIMIT_BYTES = 16 << 20

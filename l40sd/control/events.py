@@ -11,7 +11,7 @@ from typing import Any
 
 from l40sd.clock import wall_time_iso
 from l40sd.control.event_file import EventFile
-from l40sd.messages import Event
+from l40sd.control.messages import Event
 
 REQUEST_EVENTS = ("proxy.request", "proxy.request_failed")
 

@@ -16,16 +16,17 @@ from typing import Any
 
 import msgspec
 
+from l40sd.codec import decode, restore
 from l40sd.config import files as config_files
 from l40sd.config.load import Loaded, key_text, load, origin_of
 from l40sd.config.options import Config
 from l40sd.control.exposure import connects_to, is_loopback
+from l40sd.control.messages import Check
 from l40sd.engines.launch import build, program_of
 from l40sd.errors import ConfigError, L40sError
 from l40sd.hardware.host import AUTO
 from l40sd.hardware.host_files import read_host
 from l40sd.hardware.topology import NvmlGpu
-from l40sd.messages import Check, decode, restore
 from l40sd.model import Inventory, Layout, ModelFacts, ModelName
 from l40sd.placement.patterns import patterns_of
 from l40sd.placement.place import place

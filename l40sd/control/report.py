@@ -1,28 +1,30 @@
-"""What the running parts look like from outside, as the records of messages.py. Reads, changes nothing."""
+"""What the running parts look like from outside, as the records of control/messages.py. Reads, changes nothing."""
 
 from collections.abc import Mapping, Sequence
 
 from l40sd import __version__
 from l40sd.clock import now_s
 from l40sd.control import views
-from l40sd.errors import L40sError
-from l40sd.hardware.cpus import format_cpu_list
-from l40sd.hardware.host import GpuMemory
-from l40sd.messages import (
+from l40sd.control.messages import (
     ChangePreview,
     ChangeStep,
     GpuStatus,
+    OperationStatus,
     PatternView,
     ProxyStatus,
     Status,
     Topology,
     WorkerStatus,
 )
-from l40sd.model import GpuId, Layout, Link, Placement
+from l40sd.errors import L40sError
+from l40sd.hardware.cpus import format_cpu_list
+from l40sd.hardware.host import GpuMemory
+from l40sd.model import GpuId, Layout, Link, OperationKind, OperationState, Placement
 from l40sd.naming import natural
 from l40sd.placement.patterns import patterns_of
 from l40sd.proxy.server import Proxy
 from l40sd.supervisor.change import Want
+from l40sd.supervisor.operation import Operation
 from l40sd.supervisor.pace import usual
 from l40sd.supervisor.reconcile import Do
 from l40sd.supervisor.rehearsal import rehearse
@@ -87,8 +89,8 @@ def status(
     degraded: tuple[str, ...],
 ) -> Status:
     """Return everything of `l40sctl status`."""
+    operation = supervisor.under_way
     context = supervisor.context
-    change, roll = supervisor.change, supervisor.roll
     return Status(
         version=__version__,
         host=context.host.inventory.host,
@@ -96,7 +98,7 @@ def status(
         is_live=context.host.inventory.is_live,
         uptime_s=now_s() - began_at_s,
         pattern=supervisor.want.pattern,
-        operation=supervisor.operations.get(change.id) if change else roll.status() if roll else None,
+        operation=operation_status(operation) if operation is not None else None,
         provider=context.processes.provider,
         provider_note=context.processes.note,
         workers=tuple(worker_status(w, supervisor) for w in _in_order(supervisor)),
@@ -104,6 +106,26 @@ def status(
         proxy=proxy_status(proxy),
         warnings=supervisor.want.layout.warnings,
         degraded=degraded,
+    )
+
+
+def operation_status(operation: Operation) -> OperationStatus:
+    """Return a pattern change or a rolling restart as it is shown."""
+    return OperationStatus(
+        id=operation.id,
+        kind=operation.kind,
+        pattern=operation.pattern,
+        previous=operation.previous,
+        state=operation.state,
+        done=operation.done,
+        total=operation.total,
+        step=operation.step,
+        lowest_ready=operation.lowest_ready,
+        why=operation.why,
+        duration_s=operation.duration_s,
+        ends_within_s=operation.ends_within_s,
+        leaving=operation.leaving,
+        by=operation.by,
     )
 
 
@@ -219,14 +241,13 @@ def notes_on(want: Want, supervisor: Supervisor) -> tuple[str, ...]:
 
 def under_way(supervisor: Supervisor) -> str:
     """Return what is under way, and by whom, in one clause; empty when nothing is."""
-    change, roll = supervisor.change, supervisor.roll
-    now = supervisor.operations.get(change.id) if change else roll.status() if roll else None
+    now = supervisor.under_way
     if now is None:
         return ""
     match now.kind, now.state:
-        case "restart", _:
+        case OperationKind.RESTART, _:
             what = "a rolling restart"
-        case _, "rolling_back":
+        case _, OperationState.ROLLING_BACK:
             what = f"the way back to {now.previous}"
         case _:
             what = f"the change to {now.pattern}"

@@ -27,20 +27,11 @@ import structlog
 from aiohttp import web
 
 from l40sd import __version__
+from l40sd.codec import decode, encode
 from l40sd.control import report
 from l40sd.control.events import Events, Wanted
+from l40sd.control.messages import Accepted, Check, ErrorBody, LogPart, PatternRequest, RestartRequest, Status
 from l40sd.errors import L40sError
-from l40sd.messages import (
-    Accepted,
-    Check,
-    ErrorBody,
-    LogPart,
-    PatternRequest,
-    RestartRequest,
-    Status,
-    decode,
-    encode,
-)
 from l40sd.supervisor.supervisor import Supervisor
 from l40sd.workers.process import Position
 
@@ -110,7 +101,7 @@ class Control:
         await self._listen()
 
     async def rebind_if_lost(self) -> bool:
-        """Open the socket anew when somebody deleted its file; return whether that was so (fault 19)."""
+        """Open the socket anew when somebody deleted its file; return whether that was so."""
         if self.path.is_socket() or self._runner is None:
             return False
         former = self._listener
@@ -221,7 +212,7 @@ class Control:
         operation = self._supervisor.operations.get(request.match_info["id"])
         if operation is None:
             raise L40sError("there is no such operation", where=request.match_info["id"], code="unknown_operation")
-        return _json(operation)
+        return _json(report.operation_status(operation))
 
     async def _follow_events(self, request: web.Request) -> web.StreamResponse:
         wanted = Wanted(
@@ -394,7 +385,7 @@ def _refusal(error: L40sError, status: int | None = None) -> web.Response:
 
 
 async def _stream(request: web.Request, parts: AsyncIterator[bytes], content_type: str) -> web.StreamResponse:
-    """Send parts as they come until the reader leaves; one that does not read for a while is dropped (fault 62)."""
+    """Send parts as they come until the reader leaves; one that does not read for a while is dropped."""
     answer = web.StreamResponse(headers={"Content-Type": content_type})
     await answer.prepare(request)
     with suppress(ConnectionError, TimeoutError):

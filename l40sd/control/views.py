@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from l40sd.config.options import Config
+from l40sd.control.messages import GroupView, Topology, TopologyGpu
 from l40sd.engines import launch as launching
 from l40sd.hardware.cpus import format_cpu_list
 from l40sd.hardware.host_file import format_host_file
 from l40sd.hardware.topology import switches_of
-from l40sd.messages import GroupView, Topology, TopologyGpu
 from l40sd.model import GpuId, Inventory, Layout, Link
 
 

@@ -25,6 +25,7 @@ from l40sd.control import report
 from l40sd.control.doctor import examine
 from l40sd.control.event_file import EventFile
 from l40sd.control.events import Events
+from l40sd.control.messages import Check, Status
 from l40sd.control.preflight import STATE_NAME
 from l40sd.control.server import Control, Doors
 from l40sd.daemon import reexec
@@ -34,7 +35,6 @@ from l40sd.errors import L40sError
 from l40sd.hardware.gpu_watch import GpuWatch
 from l40sd.hardware.host import Host
 from l40sd.hardware.presence import changes
-from l40sd.messages import Check, Status
 from l40sd.naming import natural
 from l40sd.proxy.api_keys import read_keys
 from l40sd.proxy.key_file import key_changes

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any, NamedTuple
 from urllib.parse import unquote, unquote_plus
 
-from l40sd.messages import encode
+from l40sd.codec import encode
 from l40sd.model import ListedModel, ModelName
 from l40sd.proxy.refused import Refused
 from l40sd.routing.routes import Line, Routes

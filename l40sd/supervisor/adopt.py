@@ -8,13 +8,14 @@ from typing import Any, Protocol
 import msgspec
 
 from l40sd.clock import boot_id, now_s
+from l40sd.codec import restore
 from l40sd.config.options import Config, ModelConfig
 from l40sd.errors import DoesNotFit, L40sError
 from l40sd.hardware.topology import NvmlGpu
-from l40sd.messages import OperationStatus, restore
 from l40sd.model import GpuId, Layout, ModelName, Placement, WorkerId
 from l40sd.placement.place import part_of
 from l40sd.supervisor.change import Change, Want
+from l40sd.supervisor.operation import Operation, ended_of
 from l40sd.supervisor.rolling_restart import Roll
 from l40sd.workers.context import WorkerContext
 from l40sd.workers.ends import End, end_of
@@ -43,7 +44,7 @@ class Recalled:
     drained: set[WorkerId] = field(default_factory=set)
     floor: Mapping[ModelName, int] = field(default_factory=dict)
     roll: Roll | None = None
-    ended: tuple[OperationStatus, ...] = ()
+    ended: tuple[Operation, ...] = ()
 
 
 class MakeWorker(Protocol):
@@ -116,7 +117,7 @@ async def recall(
     _remember(recalled, saved, config, make_worker)  # 5
     recalled.drained = _drained(state.get("drained"), recalled, context)  # 6
     recalled.floor = _floor(state.get("floor"))
-    recalled.roll, recalled.ended = _roll(state.get("roll")), _ended(state.get("ended"))
+    recalled.roll, recalled.ended = _roll(state.get("roll")), ended_of(state.get("ended"))
     for worker_id in recalled.drained & workers.keys():
         workers[worker_id].rest()
     if recalled.change is not None and isinstance(journal, dict) and "created" not in journal:  # of an older l40sd
@@ -282,13 +283,6 @@ def _roll(stored: Any) -> Roll | None:
         return Roll.resumed(stored) if isinstance(stored, dict) else None
     except (KeyError, TypeError, ValueError):  # of another l40sd: nobody waits for it any more
         return None
-
-
-def _ended(stored: Any) -> tuple[OperationStatus, ...]:
-    try:
-        return restore(tuple[OperationStatus, ...], stored or ())
-    except msgspec.ValidationError:
-        return ()
 
 
 def _drained(stored: Any, recalled: Recalled, context: WorkerContext) -> set[WorkerId]:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from l40sd.clock import boot_id, now_s
+from l40sd.codec import plain
 from l40sd.config.options import Config
-from l40sd.messages import OperationStatus, plain
-from l40sd.model import Layout, ModelName, WorkerId
+from l40sd.model import Layout, ModelName, OperationState, WorkerId
+from l40sd.supervisor.operation import Operation
 from l40sd.supervisor.rollout import Terms
 from l40sd.workers.slot import Wanted
 
-UNDER_WAY = ("running", "rolling_back")
 UNKNOWN_BOUND_S = 3600.0
 """For a change that an older l40sd began, which wrote down no time."""
 
@@ -53,7 +53,7 @@ class Change:
     back_s: float
     leaving: tuple[ModelName, ...] = ()
     by: str = ""
-    state: str = "running"
+    state: OperationState = OperationState.RUNNING
     why: str = ""
     step: str = ""
     lowest_ready: float = 1.0
@@ -81,12 +81,12 @@ class Change:
 
     def turn_back(self, why: str) -> None:
         """Go back from here: nothing has to prove itself on that way."""
-        self.state, self.why, self.turned_at_s = "rolling_back", why, now_s()
+        self.state, self.why, self.turned_at_s = OperationState.ROLLING_BACK, why, now_s()
         self.terms = replace(self.terms, is_trial=False)
 
-    def status(self, *, done: int, total: int) -> OperationStatus:
-        """Return the change as it is shown."""
-        return OperationStatus(
+    def operation(self, *, done: int, total: int) -> Operation:
+        """Return how it stands."""
+        return Operation(
             id=self.id,
             pattern=self.pattern,
             previous=self.previous_pattern,
@@ -97,7 +97,7 @@ class Change:
             lowest_ready=self.lowest_ready,
             why=self.why,
             duration_s=now_s() - self.began_at_s,
-            ends_within_s=max(0.0, self.ends_in_s) if self.state in UNDER_WAY else 0.0,
+            ends_within_s=max(0.0, self.ends_in_s) if self.state.is_under_way else 0.0,
             leaving=() if self.turned_at_s is not None else self.leaving,
             by=self.by,
         )
@@ -126,8 +126,8 @@ class Change:
     @classmethod
     def resumed(cls, journal: Mapping[str, Any], previous: Want | None) -> "Change":
         """Return a change that an earlier daemon was at. Its time goes on; after a boot it begins anew."""
-        state = str(journal.get("state", "running"))
-        began_at_s, turned_at_s = now_s(), now_s() if state == "rolling_back" else None
+        state = OperationState(str(journal.get("state", OperationState.RUNNING)))
+        began_at_s, turned_at_s = now_s(), now_s() if state is OperationState.ROLLING_BACK else None
         if journal.get("boot_id") == boot_id():
             began_at_s = float(journal.get("began_at_s") or began_at_s)
             turned_at_s = None if turned_at_s is None else float(journal.get("turned_at_s") or turned_at_s)
@@ -139,7 +139,7 @@ class Change:
                 baseline={ModelName(k): int(v) for k, v in dict(journal.get("baseline", {})).items()},
                 proven=frozenset((ModelName(m), int(tp), int(pp)) for m, tp, pp in journal.get("proven", [])),
                 created=frozenset(WorkerId(str(worker)) for worker in journal.get("created", [])),
-                is_trial=previous is not None and state == "running",
+                is_trial=previous is not None and state is OperationState.RUNNING,
             ),
             forward_s=float(journal.get("forward_s") or UNKNOWN_BOUND_S),
             back_s=float(journal.get("back_s") or UNKNOWN_BOUND_S),
@@ -166,5 +166,5 @@ def state_of(
         "placements": plain(want.layout.placements),
         "drained": sorted(drained),
         "floor": dict(floor),
-        "change": change.journal() if change is not None and change.state in UNDER_WAY else None,
+        "change": change.journal() if change is not None and change.state.is_under_way else None,
     }

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from l40sd.clock import boot_id, now_s
-from l40sd.messages import restore
+from l40sd.codec import restore
 from l40sd.model import ModelName
 from l40sd.workers.lifecycle import Phase
 from l40sd.workers.slot import Observed

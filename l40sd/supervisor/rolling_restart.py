@@ -9,8 +9,8 @@ from typing import Any
 import structlog
 
 from l40sd.clock import now_s
-from l40sd.messages import OperationStatus
-from l40sd.model import ModelName, WorkerId
+from l40sd.model import ModelName, OperationKind, OperationState, WorkerId
+from l40sd.supervisor.operation import Operation
 from l40sd.supervisor.pace import SLACK_S
 from l40sd.supervisor.rehearsal import Pace
 from l40sd.supervisor.rolling import next_restarts
@@ -42,7 +42,7 @@ class Roll:
     bound_s: float
     by: str = ""
     told_at_s: dict[WorkerId, float] = field(default_factory=dict)
-    state: str = "running"
+    state: OperationState = OperationState.RUNNING
     why: str = ""
     step: str = ""
     lowest_ready: float = 1.0
@@ -97,8 +97,8 @@ class Roll:
             self.step = f"restarting {worker_id}"
             workers[worker_id].post(Event.RESTART, "restart by the operator")
         if not self.pending and not self.told_at_s:
-            self.state, self.step = "done", ""
-        return self.state != "running"
+            self.state, self.step = OperationState.DONE, ""
+        return not self.state.is_under_way
 
     def _is_back(self, worker: Worker) -> bool:
         ready_at_s = worker.run.ready_at_s if worker.run is not None else None
@@ -107,18 +107,18 @@ class Roll:
 
     def _end(self, why: str) -> bool:
         left = f"; not restarted: {', '.join(self.pending)}" if self.pending else ""
-        self.state, self.why, self.step = "failed", why + left, ""
+        self.state, self.why, self.step = OperationState.FAILED, why + left, ""
         return True
 
     def replaced(self, why: str) -> None:
         """End it in favour of something else."""
         self._end(why)
-        self.state = "replaced"
+        self.state = OperationState.REPLACED
 
     def tell_end(self, log: structlog.stdlib.BoundLogger) -> None:
         """Log how it ended."""
         keys: dict[str, Any] = {"operation": self.id, "lowest_ready": round(self.lowest_ready, 2)}
-        if self.state == "done":
+        if self.state is OperationState.DONE:
             log.info("workers.restart.complete", workers=len(self.asked), **keys)
         else:
             log.warning("workers.restart.ended", state=self.state, why=self.why, **keys)
@@ -128,13 +128,12 @@ class Roll:
             ready = sum(o.weight for o in observed if o.model == model and o.is_serving)
             self.lowest_ready = min(self.lowest_ready, ready / base)
 
-    def status(self) -> OperationStatus:
-        """Return it as it is shown."""
-        return OperationStatus(
+    def operation(self) -> Operation:
+        """Return how it stands."""
+        return Operation(
             id=self.id,
-            kind="restart",
+            kind=OperationKind.RESTART,
             pattern=self.pattern,
-            previous="",
             state=self.state,
             done=len(self.asked) - len(self.pending) - len(self.told_at_s),
             total=len(self.asked),
@@ -142,7 +141,7 @@ class Roll:
             lowest_ready=self.lowest_ready,
             why=self.why,
             duration_s=now_s() - self.began_at_s,
-            ends_within_s=max(0.0, self.began_at_s + self.bound_s - now_s()) if self.state == "running" else 0.0,
+            ends_within_s=max(0.0, self.began_at_s + self.bound_s - now_s()) if self.state.is_under_way else 0.0,
             by=self.by,
         )
 

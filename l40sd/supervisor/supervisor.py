@@ -17,19 +17,20 @@ from statistics import median
 from typing import Any
 
 from l40sd.clock import boot_id, now_s
+from l40sd.codec import plain
 from l40sd.config.options import Config
 from l40sd.errors import DoesNotFit, L40sError
-from l40sd.messages import OperationStatus, plain
-from l40sd.model import GpuId, Layout, ModelFacts, ModelName, Placement, WorkerId
+from l40sd.model import GpuId, Layout, ModelFacts, ModelName, OperationState, Placement, WorkerId
 from l40sd.naming import natural
 from l40sd.placement.patterns import patterns_of
 from l40sd.placement.place import place
 from l40sd.routing.outliers import Peer
 from l40sd.routing.routes import CatalogEntry
 from l40sd.supervisor.adopt import MakeWorker, left_of, recall
-from l40sd.supervisor.change import UNDER_WAY, Change, Want, state_of
+from l40sd.supervisor.change import Change, Want, state_of
 from l40sd.supervisor.learned import Learned
 from l40sd.supervisor.learned import recalled as learned
+from l40sd.supervisor.operation import Operation, Operations
 from l40sd.supervisor.pace import bound_back_s, bound_s, slowest, start_parallel
 from l40sd.supervisor.reconcile import Do, Limits, Order, is_settled, plan, ready_share
 from l40sd.supervisor.rolling_restart import Roll
@@ -47,9 +48,6 @@ from l40sd.workers.worker import Worker
 TURN_AT_LEAST_EVERY_S = 2.0
 TURN_AGAIN_S = 0.5
 """Until a turn is taken again that the system refused something."""
-OPERATIONS_KEPT = 50
-ENDED_KEPT = 10
-"""Operations whose end the next daemon still knows."""
 MISSING_TOLD = 4
 """Workers that the end of a change names with their reasons; `status` has all."""
 SERVED = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
@@ -70,7 +68,7 @@ class Supervisor:
         self.want = Want(layout=Layout(pattern="", placements=()), config=config)
         self.change: Change | None = None
         self.roll: Roll | None = None
-        self.operations: dict[str, OperationStatus] = {}
+        self.operations = Operations()
         self.store = store
         self._wake = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
@@ -137,7 +135,7 @@ class Supervisor:
         stuck = (g for w in self.workers.values() if w.phase is Phase.STUCK for g in w.wanted.placement.gpus)
         return {gpu.id: "lost" for gpu in self.context.host.lost} | dict.fromkeys(stuck, "stuck")
 
-    def apply(self, want: Want, by: str = "") -> OperationStatus:
+    def apply(self, want: Want, by: str = "") -> Operation:
         """Make ``want`` wanted; the turns that follow bring it about. A change under way is replaced.
 
         What a replaced change would have gone back to stays what this one goes back to: the last layout that served.
@@ -145,7 +143,7 @@ class Supervisor:
         change = self.change_to(want, by)
         successor = f"{f'{by} asked for' if by else 'a reload asks for'} pattern {want.pattern}, operation {change.id}"
         if self.change is not None:
-            self._end("replaced", successor)
+            self._end(OperationState.REPLACED, successor)
         if self.roll is not None:
             self.roll.replaced(successor)
             self._end_roll(self.roll)
@@ -162,9 +160,8 @@ class Supervisor:
             leaving=list(change.leaving),
         )
         self._save()
-        self._note_operation()
         self._wake.set()
-        return self.operations[self.change.id]
+        return self._note_change(self.change)
 
     def change_to(self, want: Want, by: str = "") -> Change:
         """Return the change that ``apply`` would begin; nothing is changed."""
@@ -256,6 +253,13 @@ class Supervisor:
             f"the system refuses what is needed to go on, again and again: {self._refused}" if self._refused else ""
         )
         return (*filter(None, [self._trouble, refused]), *workers, *failing)
+
+    @property
+    def under_way(self) -> Operation | None:
+        """The pattern change or the rolling restart that has not ended yet; never both."""
+        if self.change is not None:
+            return self.operations.get(self.change.id)
+        return self.roll.operation() if self.roll is not None else None
 
     # -- turns -----------------------------------------------------------------------------------------------------
 
@@ -394,23 +398,23 @@ class Supervisor:
         missing += f"; and {more} more" if (more := len(end.missing) - MISSING_TOLD) > 0 else ""
         if end.is_late:
             missing += f" (not done within {change.back_s if change.turned_at_s else change.forward_s:.0f} s)"
-        if change.state == "rolling_back":
-            self._end("rolled_back", f"{change.why}; back but for {missing}" if missing else change.why)
+        if change.state is OperationState.ROLLING_BACK:
+            self._end(OperationState.ROLLED_BACK, f"{change.why}; back but for {missing}" if missing else change.why)
         elif missing:
-            self._end("incomplete", missing)
+            self._end(OperationState.INCOMPLETE, missing)
         else:
-            self._end("done", "")
+            self._end(OperationState.DONE, "")
         self.change = None
         self._floor = change.terms.baseline if missing else {}
         self._save()
 
-    def _end(self, state: str, why: str) -> None:
+    def _end(self, state: OperationState, why: str) -> None:
         assert self.change is not None
         change = self.change
         change.state, change.why, change.step = state, why, ""
         duration_s = round(now_s() - change.began_at_s, 2)
         keys: dict[str, Any] = {"pattern": change.pattern, "operation": change.id, "duration_s": duration_s}
-        if state == "done":
+        if state is OperationState.DONE:
             self._log.info("pattern.apply.complete", lowest_ready=round(change.lowest_ready, 2), **keys)
         else:
             self._log.warning(f"pattern.apply.{state}", why=why, **keys)
@@ -452,7 +456,7 @@ class Supervisor:
 
     # -- restarts one after the other ------------------------------------------------------------------------------
 
-    def restart(self, names: Sequence[str], by: str = "") -> OperationStatus:
+    def restart(self, names: Sequence[str], by: str = "") -> Operation:
         """Restart these workers one after the other, each model's floor of ready capacity kept.
 
         Raises:
@@ -471,14 +475,15 @@ class Supervisor:
         )
         self.roll = Roll.of(chosen, self._observed(), pace, pattern=self.want.pattern, by=by)
         self._log.info("workers.restart.started", operation=self.roll.id, workers=list(chosen), by=by)
-        self._note(self.roll.status())
+        operation = self.roll.operation()
+        self.operations.note(operation)
         self._save()
-        return self.roll.status()
+        return operation
 
     def _roll_on(self, roll: Roll) -> None:
         workers, before = self.want.config.workers, len(roll.pending)
         is_over = roll.advance(self.workers, start_parallel=self.at_once(self.want), min_ready=workers.min_ready)
-        self._note(roll.status())
+        self.operations.note(roll.operation())
         if is_over:
             self._end_roll(roll)
         elif len(roll.pending) != before:
@@ -486,7 +491,7 @@ class Supervisor:
 
     def _end_roll(self, roll: Roll) -> None:
         roll.tell_end(self._log)
-        self._note(roll.status())
+        self.operations.note(roll.operation())
         self.roll = None
         self._save()
 
@@ -592,7 +597,8 @@ class Supervisor:
         self._learned, loads_s = learned(state.get("learned"))
         self.context.models.loads_s.update(loads_s)
         self._drained, self._floor, self.roll = recalled.drained, recalled.floor, recalled.roll
-        self.operations |= {operation.id: operation for operation in recalled.ended}
+        for operation in recalled.ended:
+            self.operations.note(operation)
         self._set_want(recalled.want)
         self._note_operation()
         self._save()
@@ -637,7 +643,7 @@ class Supervisor:
                     **state_of(self.want, self.change, self._drained, self._floor),
                     "pasts": written(self._saved, boot_id(), now_s()),
                     "roll": self.roll.journal() if self.roll else None,
-                    "ended": plain([o for o in self.operations.values() if o.state not in UNDER_WAY][-ENDED_KEPT:]),
+                    "ended": self.operations.saved(),
                     "learned": self._learned.journal(self.context.models.loads_s),
                     "gpus": plain(self.context.host.known),
                 }
@@ -656,22 +662,19 @@ class Supervisor:
             self.change.step = text
 
     def _note_operation(self) -> None:
-        change = self.change
-        if change is None:
-            return
+        if self.change is not None:
+            self._note_change(self.change)
+
+    def _note_change(self, change: Change) -> Operation:
         observed = self._observed()
         for model in change.terms.baseline:
             share = ready_share(model, self.want.wanted, observed, change.terms.baseline)
             change.lowest_ready = min(change.lowest_ready, share)
         serving = {(o.worker, o.fingerprint) for o in observed if o.is_serving}
         done = sum((w.placement.worker, w.fingerprint) in serving for w in self.want.wanted)
-        self._note(change.status(done=done, total=len(self.want.wanted)))
-
-    def _note(self, operation: OperationStatus) -> None:
-        """Keep how an operation stands, for whoever asks by its id; the oldest are forgotten."""
-        self.operations[operation.id] = operation
-        while len(self.operations) > OPERATIONS_KEPT:
-            self.operations.pop(next(iter(self.operations)))
+        operation = change.operation(done=done, total=len(self.want.wanted))
+        self.operations.note(operation)
+        return operation
 
     def _publish_catalog(self) -> None:
         """Tell the routes which models there are and, for a request that finds no worker, what is on its way."""

@@ -5,7 +5,7 @@ import signal
 from dataclasses import dataclass
 
 from l40sd.engines import log_causes
-from l40sd.messages import LastEnd
+from l40sd.workers.last_end import LastEnd
 from l40sd.workers.process import ExitRecord, InstanceSpec, Processes
 
 LAST_LINES = 12

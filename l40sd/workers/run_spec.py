@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 from l40sd.clock import wall_time_s
+from l40sd.codec import plain
 from l40sd.config.options import Config
 from l40sd.engines import launch as launching
 from l40sd.engines.launch import Launch
 from l40sd.errors import L40sError
-from l40sd.messages import plain
 from l40sd.model import InstanceId, ModelFacts, Placement
 from l40sd.shim import leftovers
 from l40sd.workers import cache_folders

@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
-from l40sd.messages import LastEnd, plain, restore
+from l40sd.codec import plain, restore
 from l40sd.model import WorkerId
+from l40sd.workers.last_end import LastEnd
 from l40sd.workers.lifecycle import Goal, Phase
 from l40sd.workers.restart_policy import Record
 

@@ -17,7 +17,6 @@ from l40sd.clock import now_s
 from l40sd.config.options import Config, ModelConfig
 from l40sd.errors import L40sError
 from l40sd.hardware.gpu_memory import wait_until_free
-from l40sd.messages import LastEnd
 from l40sd.model import WorkerId
 from l40sd.routing.outliers import Peer, Standing
 from l40sd.workers.beginning import UNKILLABLE, Beginning, begin, begin_after_end, begin_with_run
@@ -25,6 +24,7 @@ from l40sd.workers.context import WorkerContext
 from l40sd.workers.ends import End, last_end_of
 from l40sd.workers.failures import Failure, Failures, answer, excused_within_s
 from l40sd.workers.jobs import Jobs
+from l40sd.workers.last_end import LastEnd
 from l40sd.workers.lifecycle import (
     JOBS_IN,
     ROUTED_ONCE,

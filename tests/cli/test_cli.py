@@ -19,8 +19,10 @@ from fakecontrol import FakeControl, refusal, serving
 from l40sd.cli import main as cli
 from l40sd.cli import status as cli_status
 from l40sd.cli import wait as cli_wait
+from l40sd.codec import encode
+from l40sd.control.messages import Check, LogPart, OperationStatus
 from l40sd.hardware import nvml
-from l40sd.messages import Check, LastEnd, LogPart, OperationStatus, encode
+from l40sd.workers.last_end import LastEnd
 
 HOST_FILES = Path(cli.__file__).parents[1] / "sim" / "hosts"
 

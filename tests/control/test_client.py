@@ -12,8 +12,8 @@ from stranger import as_stranger, passable
 
 from l40sd.control import client
 from l40sd.control.client import Client, socket_path, worker_path
+from l40sd.control.messages import Check, Event, PatternRequest
 from l40sd.errors import L40sError
-from l40sd.messages import Check, Event, PatternRequest
 
 
 def failure_of(path: Path, timeout_s: float = 5.0) -> L40sError:

@@ -9,9 +9,10 @@ from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from l40sd.codec import encode
 from l40sd.control.event_file import EventFile
 from l40sd.control.events import Events, Wanted
-from l40sd.messages import Event, encode
+from l40sd.control.messages import Event
 
 ALL = Wanted()
 

@@ -7,8 +7,8 @@ import pytest
 from daemonkit import Site, SiteOf
 from flaky import engine
 
+from l40sd.control.messages import Accepted, ChangePreview, OperationStatus, PatternRequest, RestartRequest
 from l40sd.errors import L40sError
-from l40sd.messages import Accepted, ChangePreview, OperationStatus, PatternRequest, RestartRequest
 
 
 def flaky(folder: Path, workers: str = "") -> str:

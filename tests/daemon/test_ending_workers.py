@@ -6,7 +6,7 @@ import json
 import aiohttp
 from daemonkit import Site, SiteOf
 
-from l40sd.messages import WorkerStatus
+from l40sd.control.messages import WorkerStatus
 
 PATIENCE_S = 30.0
 TWO = """

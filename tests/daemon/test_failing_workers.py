@@ -7,7 +7,7 @@ import aiohttp
 from aiohttp import web
 from daemonkit import Site, SiteOf
 
-from l40sd.messages import Status, WorkerStatus
+from l40sd.control.messages import Status, WorkerStatus
 
 TOY = """
 [host]

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from daemonkit import Site, SiteOf
 
-from l40sd.messages import Check, Status
+from l40sd.control.messages import Check, Status
 
 FAKE = Path(__file__).parents[1] / "kit/fake_nvml.py"
 PATIENCE_S = 40.0

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from daemonkit import Site, SiteOf
 
-from l40sd.messages import Status, WorkerStatus
+from l40sd.control.messages import Status, WorkerStatus
 
 TWO = """
 [host]
@@ -143,7 +143,7 @@ async def test_a_drain_ends_with_its_worker_and_outlives_a_new_launch_of_it(site
 
 
 async def test_restarts_are_counted_over_a_kill_of_the_daemon(site_of: SiteOf) -> None:
-    """Fault 9: counters kept."""
+    """Fault 9 of docs/what-happens-when.md: counters kept."""
     site = site_of(TWO)
     await site.start()
     one, other = (await site.until_ready("two", 30)).workers

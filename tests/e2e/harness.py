@@ -4,7 +4,7 @@ from pathlib import Path
 
 from loadkit import Mix, Tally
 
-from l40sd.messages import Status
+from l40sd.control.messages import Status
 
 ENGINE = Path(__file__).resolve().parents[2] / ".cache" / "engine"
 MODEL = ENGINE / "models" / "smollm2-135m.gguf"

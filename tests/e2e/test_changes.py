@@ -7,7 +7,7 @@ from daemonkit import SiteOf, pids
 from harness import CHANGE_S, SIMULATED, START_S, assert_no_gpu_has_two_owners, assert_nothing_lost, mix
 from loadkit import load
 
-from l40sd.messages import Status
+from l40sd.control.messages import Status
 
 START_SMALL = '\n[daemon]\npattern = "small"\n'
 START_MIXED = '\n[daemon]\npattern = "mixed"\n'

@@ -11,7 +11,7 @@ from daemonkit import SiteOf, pids
 from harness import CHANGE_S, START_S, assert_no_gpu_has_two_owners, assert_nothing_lost, mix
 from loadkit import load
 
-from l40sd.messages import WorkerStatus
+from l40sd.control.messages import WorkerStatus
 
 # 12 GPUs below switches of four and two on each socket: a third TP group of four would cross the sockets and is left
 # out; a third pipeline of four may cross them.

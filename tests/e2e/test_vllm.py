@@ -15,7 +15,7 @@ import psutil
 import pytest
 from daemonkit import Site, SiteOf
 
-from l40sd.messages import WorkerStatus
+from l40sd.control.messages import WorkerStatus
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 

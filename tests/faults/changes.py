@@ -5,7 +5,7 @@ from daemonkit import Site
 
 from faults.rig import Rig, check
 from faults.suite import Outcome, fault
-from l40sd.messages import Status
+from l40sd.control.messages import Status
 
 CHANGE_S = 60.0
 PAIRS = """

@@ -28,8 +28,8 @@ from faults.rig import (
     until,
 )
 from faults.suite import Outcome, fault
+from l40sd.control.messages import Status
 from l40sd.errors import L40sError
-from l40sd.messages import Status
 
 PAIRS = """
 [[patterns.pairs.replicas]]
@@ -191,7 +191,7 @@ async def until_settled(site: Site, pattern: str) -> Status:
 
     def is_there(status: Status) -> bool:
         check_one_owner_each(site)
-        busy = status.operation is not None and status.operation.state in ("running", "rolling_back")
+        busy = status.operation is not None and status.operation.is_under_way
         return status.pattern == pattern and not busy and all(w.phase == "ready" for w in status.workers)
 
     return await site.until(is_there, f"pattern {pattern} is there", PATIENCE_S)

@@ -9,7 +9,7 @@ from daemonkit import Site
 
 from faults.rig import Rig, check, kill, now, until
 from faults.suite import Outcome, fault
-from l40sd.messages import WorkerStatus
+from l40sd.control.messages import WorkerStatus
 
 IN_ORDER = "all is in order"
 

@@ -16,7 +16,7 @@ import psutil
 from daemonkit import Site
 from loadkit import Mix, Tally, load
 
-from l40sd.messages import Event, Status, WorkerStatus
+from l40sd.control.messages import Event, Status, WorkerStatus
 
 PATIENCE_S = 60.0
 STOP_S = 60.0

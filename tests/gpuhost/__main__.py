@@ -22,8 +22,8 @@ from pathlib import Path
 from daemonkit import MARKER, Site
 from loadkit import Mix, load
 
+from l40sd.control.messages import Status, Topology, WorkerStatus
 from l40sd.errors import L40sError
-from l40sd.messages import Status, Topology, WorkerStatus
 
 GIB = 1 << 30
 HELD_GIB = 4.0

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from l40sd.messages import (
+from l40sd.control.messages import (
     ChangePreview,
     ChangeStep,
     Check,

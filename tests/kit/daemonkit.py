@@ -22,15 +22,15 @@ from typing import Any, Self, TypeVar
 
 import psutil
 
+from l40sd.codec import encode
 from l40sd.control.client import UNREACHABLE, Client
+from l40sd.control.messages import Event, OperationStatus, PatternRequest, Status, WorkerStatus
 from l40sd.errors import L40sError
-from l40sd.messages import Event, OperationStatus, PatternRequest, Status, WorkerStatus, encode
 
 T = TypeVar("T")
 
 MARKER = "L40SD_SITE"
 POLL_S = 0.1
-UNDER_WAY = ("running", "rolling_back")
 QUICK = """
 [host]
 inventory = "l40s-8"
@@ -272,7 +272,7 @@ class Site:
                 status.pattern == pattern
                 and bool(status.workers)
                 and all(worker.phase == "ready" for worker in status.workers)
-                and (status.operation is None or status.operation.state not in UNDER_WAY)
+                and (status.operation is None or not status.operation.is_under_way)
             ),
             f"every worker of pattern {pattern} is ready",
             timeout_s,
@@ -310,7 +310,7 @@ class Site:
         deadline_s = time.monotonic() + timeout_s
         while True:
             now = await self.get(f"/v1/operations/{operation}", OperationStatus)
-            if now.state not in UNDER_WAY:
+            if not now.is_under_way:
                 return now
             if time.monotonic() > deadline_s:
                 raise L40sError(f"still {now.state} after {timeout_s:g} s: {now}; the log ends with\n{self.tail()}")

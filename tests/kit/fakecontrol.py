@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from l40sd.messages import ErrorBody, encode
+from l40sd.codec import encode
+from l40sd.control.messages import ErrorBody
 
 Reply = tuple[int, Any]
 """A status and what becomes the body: bytes as they are, an iterator of bytes as chunks, anything else as JSON."""

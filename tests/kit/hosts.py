@@ -17,7 +17,7 @@ def tree_host(
 ) -> Inventory:
     """sockets -> host bridges -> root ports, each with one switch; a switch of one GPU is a GPU by itself."""
     ids = node_ids or list(range(len(sockets)))
-    nodes = []
+    nodes: list[NumaNode] = []
     gpus: list[Gpu] = []
     bus = iter(range(1, 60_000))
 

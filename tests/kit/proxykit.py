@@ -163,7 +163,7 @@ class Reply:
 
     @property
     def error(self) -> dict[str, Any]:
-        error = json.loads(self.body)["error"]
+        error: dict[str, Any] = json.loads(self.body)["error"]
         assert set(error) == {"message", "type", "param", "code"}
         assert self.fields["x-l40s-source"] == "l40sd"
         return error
@@ -215,7 +215,7 @@ class Dialog:
                 return Reply(head + await self.reader.readexactly(int(probe.fields["content-length"])))
             if "transfer-encoding" not in probe.fields:
                 return Reply(head if probe.status == 204 else head + await self.reader.read())
-            size = -1
+            line, size = b"", -1
             while size:  # no byte further than its end: the next reply may be there already
                 line = await self.reader.readuntil(b"\r\n")
                 size = int(line.partition(b";")[0], 16)

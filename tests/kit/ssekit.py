@@ -28,7 +28,8 @@ def decode(stream: bytes) -> list[SseEvent]:
     to decode. The HTML standard and anthropic's library drop that.
     """
     events = []
-    name, data = "", []
+    name = ""
+    data: list[str] = []
     for line in re.split(rb"\r\n|\n|\r", stream)[:-1]:
         field, _, value = line.decode().partition(":")
         value = value.removeprefix(" ")

@@ -22,9 +22,9 @@ from pathlib import Path
 import psutil
 from daemonkit import Site
 
+from l40sd.control.messages import ChangePreview, PatternRequest, Status
 from l40sd.errors import L40sError
 from l40sd.hardware.host_file import format_host_file, parse_host_file
-from l40sd.messages import ChangePreview, PatternRequest, Status
 from l40sd.shim import proc
 from soak.living import Living, doubly_owned, living
 

@@ -1,30 +1,11 @@
-"""What the control API says, as records, and the one place where records become JSON and JSON records."""
+"""What the control API says, as records."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-import msgspec
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LastEnd:
-    """How a worker's latest run ended that has ended.
-
-    Attributes:
-        why: What it was stopped for, or ended for; empty when nothing says more than ``how``.
-        how: As the kernel saw it, e.g. ``exited with status 1``.
-        at: Wall clock, ISO 8601 with offset.
-        ran_s: 0 when nobody saw it.
-    """
-
-    how: str
-    why: str = ""
-    at: str = ""
-    ran_s: float = 0.0
-    instance: str = ""
+from l40sd.model import UNDER_WAY, OperationKind
+from l40sd.workers.last_end import LastEnd
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +92,9 @@ class OperationStatus:
     """A pattern change, or a rolling restart, under way or ended.
 
     Attributes:
-        kind: ``change`` or ``restart``.
-        state: ``running``, ``done``, ``incomplete`` (in place but for some workers, which are tried again as ever),
-            ``rolling_back``, ``rolled_back``, ``replaced`` or ``failed``.
+        kind: A ``model.OperationKind`` value.
+        state: A ``model.OperationState`` value: ``running``, ``rolling_back``, ``done``, ``incomplete`` (in place but
+            for some workers, which are tried again as ever), ``rolled_back``, ``replaced`` or ``failed``.
         done: Workers of the pattern that it is at that are ready; ``total``: of how many.
         lowest_ready: The smallest share of ready capacity so far, 0 to 1, of models that are there before and after.
         why: For anything but ``running`` and ``done``.
@@ -134,8 +115,13 @@ class OperationStatus:
     duration_s: float = 0.0
     ends_within_s: float = 0.0
     leaving: tuple[str, ...] = ()
-    kind: str = "change"
+    kind: str = OperationKind.CHANGE
     by: str = ""
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.state in UNDER_WAY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -348,31 +334,3 @@ class ErrorBody:
     what: str
     where: str = ""
     hint: str = ""
-
-
-def encode(value: Any) -> bytes:
-    """Return a record (or plain data) as one line of JSON."""
-    return msgspec.json.encode(value)
-
-
-def decode(kind: type[T], data: bytes) -> T:
-    """Return the record that ``data`` holds.
-
-    Raises:
-        msgspec.ValidationError: The JSON does not have the record's shape.
-    """
-    return msgspec.json.decode(data, type=kind)
-
-
-def plain(value: Any) -> Any:
-    """Return a record as lists, dicts, strings and numbers, for ``-o json`` and for state files."""
-    return msgspec.to_builtins(value, order="sorted")
-
-
-def restore(kind: type[T], value: Any) -> T:
-    """Return the record that ``plain`` made this of.
-
-    Raises:
-        msgspec.ValidationError: It does not have the record's shape.
-    """
-    return msgspec.convert(value, kind)
