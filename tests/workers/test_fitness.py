@@ -79,7 +79,7 @@ class Run:
                 self.counts = replace(self.counts, in_row=0)
 
     def heed(self) -> None:
-        event = self.fitness.turn(self.phase)
+        event = self.fitness.follows(self.phase)
         if event is not None:
             self.happens(event)
 
@@ -210,7 +210,10 @@ def test_one_whose_probes_fail_for_long_is_restarted_unless_it_still_has_request
 
 
 def test_from_everywhere_one_that_answers_every_canary_with_an_error_counts_as_hung() -> None:
-    """Fault 2: it says that it is well, its gauges claim work, and every request gets 500."""
+    """It says that it is well, its gauges claim work, and every request gets 500.
+
+    Fault 2 of docs/what-happens-when.md.
+    """
     for start in WALK:
         run = start.copy()
         for _ in range(4):

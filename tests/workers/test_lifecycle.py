@@ -6,25 +6,21 @@ import pytest
 
 from l40sd.workers.lifecycle import (
     IMPOSSIBLE,
+    JOBS_IN,
     LIVE,
+    OCCUPIES_GPUS,
     TABLE,
     Action,
     Event,
     Goal,
+    Job,
     Phase,
     Step,
+    event_of_refusal,
     step,
 )
 
 Place = tuple[Phase, Goal]
-
-
-def policy_answers(after: Step) -> list[Phase]:
-    """A failure's next phase is the restart policy's to choose."""
-    if Action.ASK_POLICY in after.actions:
-        return [Phase.BACKOFF, Phase.WAITING, Phase.QUARANTINED]
-    assert isinstance(after.phase, Phase)
-    return [after.phase]
 
 
 def walk() -> dict[Place, dict[Event, Step | None]]:
@@ -43,7 +39,8 @@ def walk() -> dict[Place, dict[Event, Step | None]]:
             seen[place][event] = after
             if after is not None:
                 assert after.goal is not None
-                todo.extend((phase, after.goal) for phase in policy_answers(after))
+                assert isinstance(after.phase, Phase)
+                todo.append((after.phase, after.goal))
     return seen
 
 
@@ -75,7 +72,8 @@ def test_from_everywhere_a_retired_worker_can_end() -> None:
                 after = WALK[here].get(event)
                 if after is not None:
                     assert after.goal is not None
-                    todo.extend((phase, after.goal) for phase in policy_answers(after))
+                    assert isinstance(after.phase, Phase)
+                    todo.append((after.phase, after.goal))
         assert (Phase.STOPPED, Goal.GONE) in reached or (place[0] is Phase.STOPPED), place
 
 
@@ -152,9 +150,123 @@ def test_nothing_starts_without_a_permit() -> None:
                 assert event is Event.PERMIT
 
 
+def test_what_an_action_begins_may_be_under_way_in_the_phase_then_reached() -> None:
+    begins = {
+        Action.SPAWN: Job.SPAWN,
+        Action.WATCH_EXIT: Job.EXIT,
+        Action.WATCH_START: Job.STARTUP,
+        Action.WATCH: Job.FOLLOW,
+        Action.DRAIN: Job.DRAIN,
+        Action.TERMINATE: Job.TERMINATE,
+        Action.ASK_POLICY: Job.TIMER,
+        Action.WAIT_BLOCKED: Job.TIMER,
+        Action.WAIT_REFUSED: Job.TIMER,
+        Action.WAIT_GIVEN_UP: Job.TIMER,
+    }
+    assert set(begins.values()) == set(Job)
+    for row in WALK.values():
+        for event, after in row.items():
+            for action in after.actions if after is not None else ():
+                assert after is not None
+                assert isinstance(after.phase, Phase)
+                assert action not in begins or begins[action] in JOBS_IN[after.phase], (event, action)
+
+
+def test_a_process_is_waited_for_as_long_as_there_is_one() -> None:
+    assert {phase for phase, jobs in JOBS_IN.items() if Job.EXIT in jobs} == LIVE
+
+
+def test_the_policy_answers_a_failure_by_giving_up_trying_again_or_waiting() -> None:
+    for goal in (Goal.SERVE, Goal.REST):
+        given_up, again = WALK[Phase.BACKOFF, goal][Event.GIVEN_UP], WALK[Phase.BACKOFF, goal][Event.RETRY_DUE]
+        assert given_up == Step(Phase.QUARANTINED, (Action.WAIT_GIVEN_UP,), goal)
+        assert again == Step(Phase.WAITING, (), goal)
+    for row in WALK.values():
+        for after in row.values():
+            assert after is None or Action.ASK_POLICY not in after.actions or after.phase is Phase.BACKOFF
+
+
+@pytest.mark.parametrize(
+    ("code", "event"),
+    [
+        ("misconfigured", Event.MISCONFIGURED),
+        ("exec_failed", Event.MISCONFIGURED),
+        ("spawn_failed", Event.SPAWN_FAILED),
+        ("no_port", Event.SPAWN_FAILED),
+    ],
+)
+def test_a_program_that_is_not_there_is_no_failed_try(code: str, event: Event) -> None:
+    assert event_of_refusal(code) is event
+
+
 def test_what_is_impossible_raises() -> None:
     for phase, events in IMPOSSIBLE.items():
         for event in events:
             assert event not in TABLE[phase]
             with pytest.raises(AssertionError, match="cannot happen"):
                 step(phase, Goal.SERVE, event)
+
+
+def test_a_worker_holds_its_gpus_from_before_its_process_is_made_until_that_is_gone() -> None:
+    without = {Phase.WAITING, Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED, Phase.STOPPED}
+    assert set(Phase) - without == OCCUPIES_GPUS
+    assert {Phase.SPAWNING} == OCCUPIES_GPUS - LIVE
+
+
+@pytest.mark.parametrize(
+    ("phase", "goal", "event", "after"),
+    [
+        # It has come to life: for whom?
+        (Phase.SPAWNING, Goal.SERVE, Event.SPAWNED, (Phase.STARTING, Goal.SERVE)),
+        (Phase.SPAWNING, Goal.GONE, Event.SPAWNED, (Phase.STOPPING, Goal.GONE)),
+        (Phase.STARTING, Goal.SERVE, Event.UP, (Phase.READY, Goal.SERVE)),
+        (Phase.STARTING, Goal.REST, Event.UP, (Phase.DRAINED, Goal.REST)),
+        # It has nothing in flight any more.
+        (Phase.DRAINING, Goal.REST, Event.EMPTY, (Phase.DRAINED, Goal.REST)),
+        (Phase.DRAINING, Goal.RESTART, Event.EMPTY, (Phase.STOPPING, Goal.RESTART)),
+        (Phase.DRAINING, Goal.GONE, Event.EMPTY, (Phase.STOPPING, Goal.GONE)),
+        # Its process has gone.
+        (Phase.STOPPING, Goal.GONE, Event.EXITED, (Phase.STOPPED, Goal.GONE)),
+        (Phase.STOPPING, Goal.RESTART, Event.EXITED, (Phase.WAITING, Goal.SERVE)),
+        (Phase.STOPPING, Goal.SERVE, Event.EXITED, (Phase.BACKOFF, Goal.SERVE)),
+        (Phase.DRAINED, Goal.REST, Event.EXITED, (Phase.BACKOFF, Goal.REST)),
+        # There will be none.
+        (Phase.SPAWNING, Goal.SERVE, Event.BLOCKED, (Phase.BACKOFF, Goal.SERVE)),
+        (Phase.SPAWNING, Goal.GONE, Event.BLOCKED, (Phase.STOPPED, Goal.GONE)),
+        (Phase.SPAWNING, Goal.SERVE, Event.MISCONFIGURED, (Phase.FAILED, Goal.SERVE)),
+        (Phase.SPAWNING, Goal.GONE, Event.MISCONFIGURED, (Phase.STOPPED, Goal.GONE)),
+        # Drained, and wanted again.
+        (Phase.DRAINED, Goal.REST, Event.UNDRAIN, (Phase.READY, Goal.SERVE)),
+        (Phase.DRAINING, Goal.REST, Event.UNDRAIN, (Phase.READY, Goal.SERVE)),
+    ],
+)
+def test_where_the_goal_decides_what_follows(phase: Phase, goal: Goal, event: Event, after: tuple[Phase, Goal]) -> None:
+    following = step(phase, goal, event)
+    assert following is not None
+    assert (following.phase, following.goal) == after
+
+
+def test_what_shall_be_gone_is_not_brought_back_by_an_undrain() -> None:
+    for phase in (Phase.WAITING, Phase.STARTING, Phase.DRAINING):
+        assert step(phase, Goal.GONE, Event.UNDRAIN) is None
+        assert step(phase, Goal.REST, Event.UNDRAIN) is not None
+
+
+def test_what_came_to_life_although_it_shall_be_gone_is_watched_and_told_to_exit() -> None:
+    following = step(Phase.SPAWNING, Goal.GONE, Event.SPAWNED)
+    assert following is not None
+    assert following.actions == (Action.WATCH_EXIT, Action.TERMINATE)
+
+
+def test_a_worker_that_shall_be_gone_leaves_nothing_and_is_waited_for_by_nobody() -> None:
+    for event in (Event.BLOCKED, Event.MISCONFIGURED):
+        following = step(Phase.SPAWNING, Goal.GONE, event)
+        assert following is not None
+        assert following.actions == (Action.CLEAN_UP,)
+
+
+def test_a_worker_that_comes_up_to_rest_is_watched_and_not_routed_to() -> None:
+    for goal, actions in ((Goal.REST, (Action.WATCH,)), (Goal.SERVE, (Action.WATCH, Action.ADD_ROUTE))):
+        following = step(Phase.STARTING, goal, Event.UP)
+        assert following is not None
+        assert following.actions == actions
