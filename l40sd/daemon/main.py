@@ -1,6 +1,6 @@
 """The composition root: ``main`` turns ``run`` into an exit code, ``run`` wires the parts in the order they start.
 
-lock ── routes ── proxy (listens, goes on with handed-over connections; requests wait) ── the rest: running.py
+lock ── routes ── proxy (listens, goes on with handed-over connections; requests wait) ── the rest: daemon.py
 
 What is imported here is what an upgrade's gap is made of: nothing that the endpoint does not need.
 """
@@ -168,7 +168,7 @@ async def hand_over(notifier: systemd.Notifier, lock: DaemonLock, proxy: Proxy) 
     own = [sock for sock in proxy.sockets if sock not in proxy.lent]
     reexec.give(lock.keep_over_exec(), own=own, lent=proxy.lent)
     began_s = now_s()
-    handed, lost = await proxy.hand_over()
+    handed, lost = await proxy.export_connections()
     reexec.give_connections(handed)
     structlog.get_logger().info(
         "daemon.handing_over",
