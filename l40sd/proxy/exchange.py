@@ -272,16 +272,28 @@ class Exchange:
         if self.deaths.workers:
             self.context.poison.forget(self.deaths.fingerprint)
 
-    def end_whole(self, lease: Lease, status: int) -> None:
-        """End with a reply that came whole, and let go of the worker; its connection is released already."""
+    def end_whole(self, lease: Lease, status: int, first_byte_at_s: float = 0.0) -> None:
+        """End with a whole reply, and let go of the worker, whose connection is released already.
+
+        Args:
+            lease: The hold on the worker.
+            status: Below 500.
+            first_byte_at_s: When the reply began; 0.0: only now.
+        """
         context = self.context
         now_s = context.loop.time()
-        context.metrics.answered_at_once(self.model, status, now_s - self.started_at_s)
-        if context.config.access_log:
-            log.info("proxy.request", **self._account(status, now_s), problem="")
-        self.stage = ENDED
-        lease.release()
-        self._lease = None
+        if first_byte_at_s:
+            context.metrics.answered(self.model, status)
+            context.metrics.timed(self.model, first_byte_at_s - self.started_at_s, now_s - self.started_at_s)
+        else:
+            context.metrics.answered_at_once(self.model, status, now_s - self.started_at_s)
+        try:
+            if context.config.access_log:
+                log.info("proxy.request", **self._account(status, first_byte_at_s or now_s), problem="")
+        finally:
+            self.stage = ENDED
+            lease.release()
+            self._lease = None
         self.client.finished()
 
     # The end
