@@ -1,6 +1,6 @@
 """The composition root: ``main`` turns ``run`` into an exit code, ``run`` wires the parts in the order they start.
 
-lock ── routes ── proxy (listens, goes on with handed-over connections; requests wait) ── the rest: running.py
+lock ── routes ── proxy (listens, goes on with handed-over connections; requests wait) ── the rest: daemon.py
 
 What is imported here is what an upgrade's gap is made of: nothing that the endpoint does not need.
 """

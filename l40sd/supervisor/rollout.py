@@ -71,7 +71,7 @@ def begin(
 
 
 def limits_for(wanted: Sequence[Wanted], terms: Terms, *, start_parallel: int, min_ready: float) -> Limits:
-    """Return what the planner must respect during a change."""
+    """Return what the reconciler must respect during a change."""
     unproven = frozenset(w.shape for w in wanted) - terms.proven if terms.is_trial else frozenset()
     return Limits(start_parallel=start_parallel, min_ready=min_ready, baseline=terms.baseline, unproven=unproven)
 

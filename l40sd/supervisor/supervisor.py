@@ -578,7 +578,7 @@ class Supervisor:
     # -- start and stop --------------------------------------------------------------------------------------------
 
     async def begin(self, adoption: Adoption) -> None:
-        """Take up what an earlier daemon left, see recall.py. Before ``run``.
+        """Take up what an earlier daemon left, see adopt.py. Before ``run``.
 
         Raises:
             L40sError: The pattern is not possible, and nothing of it is running.

@@ -1,4 +1,4 @@
-"""The planner: never two owners of a GPU, always gets there, keeps the floor, tries one before it touches the next."""
+"""The reconciler: never two owners of a GPU, always gets there, keeps the floor, tries one before the next."""
 
 from dataclasses import replace
 
