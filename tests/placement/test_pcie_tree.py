@@ -34,6 +34,11 @@ def test_a_part_holds_what_reaches_each_other_by_its_link() -> None:
     assert tree_of(1, lambda a, b: Link.SYS) == Part(Link.X, (0,))
 
 
+@pytest.mark.parametrize("link", list(Link)[1:])
+def test_any_link_but_that_to_itself_makes_a_part(link: Link) -> None:
+    assert tree_of(2, lambda a, b: link).link is link
+
+
 def test_a_gpu_joins_a_part_only_if_it_reaches_every_gpu_there() -> None:
     """A bridge between GPU1 and GPU2, of two pairs: no tree has it."""
 
