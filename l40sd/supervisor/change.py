@@ -7,7 +7,7 @@ from typing import Any
 from l40sd.clock import boot_id, now_s
 from l40sd.codec import plain
 from l40sd.config.options import Config
-from l40sd.model import Layout, ModelName, OperationState, WorkerId
+from l40sd.model import Layout, ModelName, OperationState, ReplicaKind, WorkerId
 from l40sd.supervisor.operation import Operation
 from l40sd.supervisor.rollout import Terms
 from l40sd.workers.slot import Wanted
@@ -110,7 +110,7 @@ class Change:
             "previous": self.previous_pattern,
             "placements": plain(self.previous.layout.placements) if self.previous else [],
             "baseline": dict(self.terms.baseline),
-            "proven": [list(shape) for shape in sorted(self.terms.proven)],
+            "proven": [list(kind) for kind in sorted(self.terms.proven)],
             "created": sorted(self.terms.created),
             "state": self.state,
             "why": self.why,
@@ -137,7 +137,9 @@ class Change:
             previous=previous,
             terms=Terms(
                 baseline={ModelName(k): int(v) for k, v in dict(journal.get("baseline", {})).items()},
-                proven=frozenset((ModelName(m), int(tp), int(pp)) for m, tp, pp in journal.get("proven", [])),
+                proven=frozenset(
+                    ReplicaKind(ModelName(m), int(tp), int(pp)) for m, tp, pp in journal.get("proven", [])
+                ),
                 created=frozenset(WorkerId(str(worker)) for worker in journal.get("created", [])),
                 is_trial=previous is not None and state is OperationState.RUNNING,
             ),

@@ -8,7 +8,7 @@ when nobody observed holds any of its GPUs (invariant 1), and it never touches a
 A change goes GPU group by GPU group. What has to go is retired only when
 
     a. the model keeps its floor of ready capacity without it, or nothing else is on its way (else nothing would move);
-    b. everything started so far of a new shape has proven itself with one real answer;
+    b. everything started so far of a new kind has proven itself with one real answer;
     c. no more groups are on their way than may start at once: capacity is not given up before it can be rebuilt.
 """
 
@@ -16,9 +16,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from l40sd.model import ModelName, WorkerId
+from l40sd.model import ModelName, ReplicaKind, WorkerId
 from l40sd.workers.lifecycle import COMING_UP, Goal, Phase
-from l40sd.workers.slot import Observed, Shape, Wanted, is_kept
+from l40sd.workers.slot import Observed, Wanted, is_kept
 
 ON_TRIAL = COMING_UP | {Phase.WAITING, Phase.STOPPING, Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED}
 """Phases of a worker that has yet to give its first answer. One that is idle by the operator's wish has given it."""
@@ -31,13 +31,13 @@ class Limits:
     Attributes:
         baseline: Each model's capacity in GPUs when the change began; the floor is a share of the smaller of this
             and what is wanted. Empty outside a change: then nothing needs a floor.
-        unproven: Shapes that have not yet given one real answer in this change.
+        unproven: Kinds that have not yet given one real answer in this change.
     """
 
     start_parallel: int
     min_ready: float
     baseline: Mapping[ModelName, int]
-    unproven: frozenset[Shape] = frozenset()
+    unproven: frozenset[ReplicaKind] = frozenset()
 
 
 class Do(StrEnum):
@@ -103,10 +103,10 @@ def _creations(wanted: Sequence[Wanted], observed: Sequence[Observed]) -> Iterab
 
 
 def _starts(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> Iterable[Order]:
-    """At most ``start_parallel`` at once, and of a shape that has yet to prove itself one."""
+    """At most ``start_parallel`` at once, and of a kind that has yet to prove itself one."""
     coming = [o for o in observed if o.phase in COMING_UP]
     room = limits.start_parallel - len(coming)
-    on_trial = {o.shape for o in coming} & limits.unproven
+    on_trial = {o.kind for o in coming} & limits.unproven
     by_id = {w.placement.worker: w for w in wanted}
     waiting = [o for o in observed if o.phase is Phase.WAITING and is_kept(o, by_id.get(o.worker))]
     order = {w.placement.worker: n for n, w in enumerate(wanted)}
@@ -114,10 +114,10 @@ def _starts(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limi
     for o in waiting:
         if room <= 0:
             return
-        if o.shape in on_trial:
+        if o.kind in on_trial:
             continue
-        if o.shape in limits.unproven:
-            on_trial.add(o.shape)
+        if o.kind in limits.unproven:
+            on_trial.add(o.kind)
         room -= 1
         yield Order(do=Do.START, worker=o.worker)
 
@@ -130,7 +130,7 @@ class _Scene:
         outgoing: Not wanted as they are, whether already told to go or not.
         sets: Each wanted worker that does not exist, and who is in its way.
         on_its_way: GPU groups being cleared or started. One behind a stuck worker is not on its way: the rest goes on.
-        trial: Unproven shapes that are being started, or their GPUs being cleared for them.
+        trial: Unproven kinds that are being started, or their GPUs being cleared for them.
     """
 
     alive: tuple[Observed, ...]
@@ -138,7 +138,7 @@ class _Scene:
     missing: tuple[Wanted, ...]
     sets: tuple[tuple[Wanted, tuple[Observed, ...]], ...]
     on_its_way: int
-    trial: frozenset[Shape]
+    trial: frozenset[ReplicaKind]
 
 
 def _scene(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> _Scene:
@@ -159,9 +159,7 @@ def _scene(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limit
         missing=missing,
         sets=sets,
         on_its_way=len(clearing) + len(coming),
-        trial=frozenset(
-            ({w.shape for w in clearing} | {o.shape for o in kept if o.phase in ON_TRIAL}) & limits.unproven
-        ),
+        trial=frozenset(({w.kind for w in clearing} | {o.kind for o in kept if o.phase in ON_TRIAL}) & limits.unproven),
     )
 
 
@@ -188,7 +186,7 @@ def _retirements(wanted: Sequence[Wanted], observed: Sequence[Observed], limits:
         yield from (Order(do=Do.RETIRE, worker=o.worker, why=why) for o in way if o.worker not in gone)
         gone.update(o.worker for o in way)
         on_its_way += 1
-        trial = trial | ({w.shape} & limits.unproven)
+        trial = trial | ({w.kind} & limits.unproven)
     if not trial:
         in_a_way = {o.worker for _, way in scene.sets for o in way}
         yield from _surplus(wanted, scene, in_a_way | gone, limits)

@@ -21,7 +21,7 @@ from l40sd.config.options import Config
 from l40sd.errors import DoesNotFit, L40sError
 from l40sd.model import GpuId, Layout, ModelFacts, ModelName, OperationState, Placement, WorkerId
 from l40sd.naming import natural
-from l40sd.placement.patterns import patterns_of
+from l40sd.placement.patterns import find_pattern, patterns_of
 from l40sd.placement.place import place
 from l40sd.routing.outliers import Peer
 from l40sd.routing.routes import CatalogEntry
@@ -95,15 +95,8 @@ class Supervisor:
         Raises:
             L40sError: No such pattern (hint: the nearest known one), or it does not fit.
         """
-        patterns = patterns_of(config, self.context.host.inventory)
-        if pattern_name not in patterns:
-            raise L40sError(
-                f"there is no pattern {pattern_name!r}",
-                hint=f"known: {', '.join(patterns)}",
-                code="unknown_pattern",
-            )
         layout = place(
-            patterns[pattern_name],
+            find_pattern(pattern_name, patterns_of(config, self.context.host.inventory)),
             config,
             self.context.host.inventory,
             facts=self.context.models.facts,

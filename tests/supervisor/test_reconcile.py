@@ -172,7 +172,7 @@ def test_from_any_state_in_any_order_of_events_the_wanted_layout_is_reached_and_
             o = random.choice(movable)  # type: ignore[attr-defined]
             world[o.worker] = replace(o, phase=next_phase(o))
             if world[o.worker].is_serving:
-                limits = replace(limits, unproven=limits.unproven - {o.shape})
+                limits = replace(limits, unproven=limits.unproven - {o.kind})
         assert len([o for o in world.values() if o.phase in (Phase.STARTING, Phase.SPAWNING)]) <= max(
             parallel, len([o for o in start if o.phase in (Phase.STARTING, Phase.SPAWNING)])
         )

@@ -215,7 +215,7 @@ def test_a_change_whose_workers_come_up_is_done() -> None:
 
 
 def test_one_dead_gpu_is_no_reason_to_give_up_the_others_and_the_change_ends() -> None:
-    """Seen: a worker of a proven shape was given up, everything went back, and the way back never ended."""
+    """Seen: a worker of a proven kind was given up, everything went back, and the way back never ended."""
     change = play(B, A, fates={"m-gpu10-11": Fate.DIES})
     assert change.run() == End(missing=(WorkerId("m-gpu10-11"),))
     assert not change.is_back
@@ -294,10 +294,10 @@ def test_which_models_leave_service_is_known_before() -> None:
 
 def test_a_worker_that_is_wanted_as_it_is_has_nothing_to_prove_unless_a_replaced_change_made_it() -> None:
     unready = [replace(slot(A[0], Phase.UNREADY)), *ready(A[1:])]
-    assert begin(A, unready[:1], former=None, is_trial=True).proven == {A[0].shape}
+    assert begin(A, unready[:1], former=None, is_trial=True).proven == {A[0].kind}
     former = Terms(baseline={}, created=frozenset({A[0].placement.worker}))
     assert begin(A, unready[:1], former=former, is_trial=True).proven == frozenset()
-    assert begin(A, unready, former=former, is_trial=True).proven == {A[0].shape}
+    assert begin(A, unready, former=former, is_trial=True).proven == {A[0].kind}
 
 
 def test_a_launch_that_served_a_short_while_ago_is_not_put_on_trial_again() -> None:
