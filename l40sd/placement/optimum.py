@@ -21,7 +21,7 @@ from l40sd.placement.parallelism import Cost, Parallelism, Replica
 from l40sd.placement.pcie_tree import Form, FreePart, Part, links_in, without
 
 Tally = int
-"""Completed groups of each parallelism, 16 bits for one: adding two is one addition, and that is where the time goes."""
+"""Completed groups of each parallelism, 16 bits each: adding two is one addition, and that is where the time goes."""
 _BITS = 16
 _FIELD = (1 << _BITS) - 1
 _STEP = 1 << 32
