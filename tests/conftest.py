@@ -5,8 +5,11 @@ cannot fail. ``scripts/test --long`` draws new ones, many more; what it finds be
 a deadline: on a busy machine that, too, fails by chance.
 """
 
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
 settings.register_profile("long", max_examples=2000, deadline=None, print_blob=True)
+settings.register_profile(  # the first example that fails is enough: nobody reads it
+    "mutants", derandomize=True, database=None, deadline=None, phases=(Phase.explicit, Phase.generate)
+)
 settings.load_profile("same")

@@ -126,3 +126,13 @@ def test_every_file_that_a_text_names_is_there() -> None:
         if not any((place / path).exists() for place in (ROOT, ROOT / "l40sd", ROOT / "tests", (ROOT / name).parent))
     }
     assert not lost, "\n" + "\n".join(sorted(lost))
+
+
+def test_a_number_of_a_fault_says_where_the_faults_are() -> None:
+    """``fault 19`` told nobody anything who did not know of the page."""
+    faults = re.compile(r"(?i)\bfaults? (\d+)(?: and (\d+))?( of docs/what-happens-when\.md)?")
+    known = set(re.findall(r"^\| (\d+) \|", (ROOT / "docs/what-happens-when.md").read_text(encoding="utf-8"), re.M))
+    for name, text in texts("l40sd/**/*.py", "tests/**/*.py", "benchmarks/*.py", "scripts/*.py"):
+        for one, other, pointer in [] if name.startswith("tests/faults/") else faults.findall(text):
+            assert pointer, f"{name}: say 'fault {one} of docs/what-happens-when.md', or what happens instead"
+            assert {one, other or one} <= known, f"{name}: there is no fault {one} {other} in docs/what-happens-when.md"

@@ -5,30 +5,9 @@ import subprocess
 from pathlib import Path
 
 from l40sd.cli.main import cli
-from l40sd.workers.lifecycle import Phase
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EVENT = re.compile(r"""\.(?:debug|info|warning|error|method)\(\s*f?"([a-z_]+\.[a-z_.{}]+)"|method\("([a-z_.]+)\"""")
-STATES = ("replaced", "rolled_back", "incomplete")
-
-
-def events_in_code() -> set[str]:
-    """Every event that the daemon can log; the two that are put together are spelled out."""
-    found: set[str] = set()
-    for path in (ROOT / "l40sd").rglob("*.py"):
-        for match in EVENT.finditer(path.read_text(encoding="utf-8")):
-            found.add(match[1] or match[2])
-    found.discard("worker.{self.phase}")
-    found.discard("pattern.apply.{state}")
-    return found | {f"worker.{phase}" for phase in Phase} | {f"pattern.apply.{state}" for state in STATES}
-
-
-def test_every_log_event_is_in_the_table_and_nothing_else() -> None:
-    table = README.split("## Log events")[1].split("\n## ")[0]
-    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    named = {name for cell in first_cells for name in re.findall(r"`([a-z_]+\.[a-z_.]+)`", cell)}
-    assert named == events_in_code()
 
 
 def test_every_command_is_in_the_readme() -> None:

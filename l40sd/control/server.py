@@ -116,7 +116,7 @@ class Control:
         await self._listen()
 
     async def rebind_if_lost(self) -> bool:
-        """Open the socket anew when somebody deleted its file; return whether that was so (fault 19)."""
+        """Open the socket anew when somebody deleted its file; return whether that was so."""
         if self.path.is_socket() or self._runner is None:
             return False
         former = self._listener
@@ -400,7 +400,7 @@ def _refusal(error: L40sError, status: int | None = None) -> web.Response:
 
 
 async def _stream(request: web.Request, parts: AsyncIterator[bytes], content_type: str) -> web.StreamResponse:
-    """Send parts as they come until the reader leaves; one that does not read for a while is dropped (fault 62)."""
+    """Send parts as they come until the reader leaves; one that does not read for a while is dropped."""
     answer = web.StreamResponse(headers={"Content-Type": content_type})
     await answer.prepare(request)
     with suppress(ConnectionError, TimeoutError):

@@ -72,7 +72,7 @@ class DaemonLock:
             return False
 
     def restore(self) -> bool:
-        """Take the lock anew if somebody deleted or replaced its file; return whether that was so (fault 19).
+        """Take the lock anew if somebody deleted or replaced its file; return whether that was so.
 
         Raises:
             L40sError: Another daemon has taken the place meanwhile (``already_running``), or the file cannot be made.

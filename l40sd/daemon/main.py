@@ -93,7 +93,7 @@ def say(text: str, stream: TextIO | None) -> None:
 
 
 def run_to_its_end(path: Path, loaded: Loaded, events: Events) -> ShutdownReason:
-    """Run the loop; an error for the operator comes out as itself, not as part of a TaskGroup's (fault 39)."""
+    """Run the loop; an error for the operator comes out as itself, not as part of a TaskGroup's."""
     try:
         return uvloop.run(run(path, loaded, events))
     except BaseExceptionGroup as group:

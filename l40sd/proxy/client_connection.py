@@ -19,7 +19,8 @@ from l40sd.proxy.bounds import FREE_BODY_BYTES, address_of
 from l40sd.proxy.context import ProxyContext
 from l40sd.proxy.cors import preflight_fields
 from l40sd.proxy.dialects import dialect_of, error_body
-from l40sd.proxy.exchange import Exchange, duplicate
+from l40sd.proxy.exchange import Exchange
+from l40sd.proxy.exchange_handover import duplicate, export_exchange
 from l40sd.proxy.handed import HandedConnection, HandedExchange
 from l40sd.proxy.http1.cached_heads import CachedRequestHead, cached_request_head
 from l40sd.proxy.http1.chunked import ChunkedBody
@@ -188,13 +189,13 @@ class ClientConnection(asyncio.Protocol):
         """Stop reading the worker: the client is slow."""
         self.is_paused = True
         if self.exchange is not None:
-            self.exchange.pause_reply(is_paused=True)
+            self.exchange.stage.pause(is_paused=True)
 
     def resume_writing(self) -> None:
         """Go on reading the worker, or answering what the client has sent ahead."""
         self.is_paused = False
         if self.exchange is not None:
-            self.exchange.pause_reply(is_paused=False)
+            self.exchange.stage.pause(is_paused=False)
         elif self._held:
             self._context.loop.call_soon(self._proceed)
 
@@ -208,7 +209,7 @@ class ClientConnection(asyncio.Protocol):
     def is_late(self, now_s: float) -> bool:
         """Return whether a deadline has passed; where a reply has moved, the present one starts anew."""
         exchange = self.exchange
-        if exchange is not None and exchange.has_moved():
+        if exchange is not None and exchange.stage.has_moved():
             self.deadline_s = now_s + self._timeout_s
             return False
         return self.deadline_s <= now_s
@@ -218,7 +219,7 @@ class ClientConnection(asyncio.Protocol):
         if self.is_closing:
             self.transport.abort()
         elif self.exchange is not None:
-            self.exchange.expired()
+            self.exchange.stage.expired()
         elif self.is_paused:  # it reads nothing, so it would not read why either
             self.transport.abort()
         elif self._head is not None:
@@ -332,12 +333,12 @@ class ClientConnection(asyncio.Protocol):
         """Whether it is at a point where another daemon could go on with it: nothing unsent, between two chunks."""
         if self.transport.get_write_buffer_size():
             return False
-        return self.exchange is None or self.exchange.is_settled()
+        return self.exchange is None or self.exchange.stage.is_settled()
 
     def come_to_rest(self) -> None:
         """Send no more of a reply than to the next such point."""
         if self.exchange is not None:
-            self.exchange.come_to_rest()
+            self.exchange.stage.come_to_rest()
 
     def hand_over(self) -> HandedConnection | None:
         """End here, for another daemon to go on; None, and nothing has ended, where that cannot be."""
@@ -365,7 +366,7 @@ class ClientConnection(asyncio.Protocol):
             return None, b""
         if self.exchange is None:
             return None, (b"" if self._head is None else self._begun_request(self._head)) + self._held
-        match self.exchange.hand_over(keep_alive=self._keep_alive):
+        match export_exchange(self.exchange, keep_alive=self._keep_alive):
             case None:
                 return None
             case bytes(again):

@@ -15,7 +15,7 @@ from typing import cast
 
 from l40sd.proxy.client_connection import ClientConnection, ClientConnections
 from l40sd.proxy.context import ProxyContext
-from l40sd.proxy.exchange import Exchange
+from l40sd.proxy.exchange_handover import import_exchange
 from l40sd.proxy.handed import Handed, HandedConnection
 
 POLL_S = 0.002
@@ -167,7 +167,7 @@ def _go_on(
     if upstream_landed.transport is None:
         client.reset()
         return
-    exchange, upstream = Exchange.take_up(context, client, handed.exchange, upstream_landed.transport)
+    exchange, upstream = import_exchange(context, client, handed.exchange, upstream_landed.transport)
     client.carry_on(exchange)
     landed.pass_on(client)
     if client.exchange is not None:
@@ -189,14 +189,16 @@ def _take(client: ClientConnection, taken: list[HandedConnection], lost: list[Lo
 
 
 def _lost(client: ClientConnection, why: str) -> Lost:
-    facts = client.exchange.facts if client.exchange is not None else {"request": "", "worker": ""}
-    return Lost(why=why, **facts)
+    exchange = client.exchange
+    if exchange is None:
+        return Lost(request="", worker="", why=why)
+    return Lost(request=exchange.request_id.decode(), worker=exchange.worker, why=why)
 
 
 def _place(client: ClientConnection) -> tuple[bool, float]:
     """Who has no worker comes first: else it would get the place of one that has just been taken. Then the oldest."""
     exchange = client.exchange
-    return (False, 0.0) if exchange is None else (exchange.has_worker, exchange.age)
+    return (False, 0.0) if exchange is None else (exchange.stage.has_worker, exchange.started_at_s)
 
 
 async def _turn() -> None:

@@ -247,9 +247,9 @@ class Proxy:
     def _take_from(self, worker: WorkerId, why: str, is_hung: bool) -> None:  # noqa: FBT001 - a callback's
         """Take from a worker, whose process is about to be told to end, what it has; the oldest request first."""
         exchanges = [client.exchange for client in self.clients.open if client.exchange is not None]
-        for exchange in sorted((e for e in exchanges if e.worker == worker), key=lambda e: e.age):
+        for exchange in sorted((e for e in exchanges if e.worker == worker), key=lambda e: e.started_at_s):
             try:
-                exchange.given_up(why, is_hung=is_hung)
+                exchange.stage.given_up(why, is_hung=is_hung)
             except Exception as error:  # noqa: BLE001 - the worker's task calls this, and the others wait for it
                 exchange.broke(error)
 

@@ -12,13 +12,12 @@ from typing import Protocol, cast
 import httptools
 
 from l40sd.proxy.http1.cached_heads import CachedReplyHead, cached_reply_head
-from l40sd.proxy.http1.chunked import FAR_BYTES, ends_between_chunks
+from l40sd.proxy.http1.chunked import FAR_BYTES
 from l40sd.proxy.http1.heads import ResponseHead, is_reserved_in_trailer, parse_response
 from l40sd.routing.routes import Route
 
 RESPONSE_HEAD_LIMIT_BYTES = 65536
 KINDS_LIMIT = 4
-TAIL_LIMIT_BYTES = 1 << 20
 BROKEN = (httptools.HttpParserError, httptools.HttpParserUpgrade)  # nobody asked for another protocol
 ABORTED = "the engine says that it aborted this request"
 ABORTED_WITHIN_BYTES = 512
@@ -35,20 +34,32 @@ def says_aborted(data: bytes) -> bool:
 
 
 class Asker(Protocol):
-    """Who asked, and is told what became of it: ``on_whole``, ``on_complete``, ``on_lost`` or ``broke`` ends it.
-
-    Attributes:
-        latest: Set to every part of a reply as it comes: whoever watches for silence sees whether it is another one,
-            and whoever hands the connection over where in the reply it stands. Costs what a flag would.
-    """
-
-    latest: bytes
+    """Who asked, until a reply begins: ``on_whole``, ``on_head``, ``on_lost`` or ``broke`` ends it."""
 
     def on_whole(self, cached: CachedReplyHead, data: bytes) -> None:
-        """Take a whole reply of a known kind that came in one read; in place of ``on_head`` and ``on_complete``."""
+        """Take a whole reply of a known kind that came in one read."""
 
-    def on_head(self, head: ResponseHead, rest: bytes) -> Callable[[bytes], object] | None:
-        """Take the head and the first bytes after it; return where the rest goes, None when no longer interested."""
+    def on_head(self, head: ResponseHead, rest: bytes) -> None:
+        """Take the head and the first bytes after it, and let a ``Taker`` have the others, or let go."""
+
+    def on_lost(self, why: str, *, is_clean: bool) -> None:
+        """The connection closed (then it ``is_clean``), or it or the reply's framing broke."""
+
+    def broke(self, error: Exception) -> None:
+        """End it: our own code failed on the reply."""
+
+
+class Taker(Protocol):
+    """Who takes a reply that has begun: ``on_complete``, ``on_lost`` or ``broke`` ends it.
+
+    Attributes:
+        write: Where its further bytes go.
+        latest: Set to every part of it as it comes: whoever watches for silence sees whether it is another one, and
+            whoever hands the connection over where in the reply it stands. Costs what a flag would.
+    """
+
+    write: Callable[[bytes], object]
+    latest: bytes
 
     def on_complete(self) -> None:
         """The reply is whole and written."""
@@ -140,6 +151,7 @@ class WorkerConnection(asyncio.Protocol):
     """One connection to a worker, carrying one request at a time."""
 
     __slots__ = (
+        "_asker",
         "_begun",
         "_buffer",
         "_feed",
@@ -149,8 +161,7 @@ class WorkerConnection(asyncio.Protocol):
         "_is_paused",
         "_keep",
         "_parser",
-        "_write",
-        "asker",
+        "_taker",
         "idle_since_s",
         "is_broken",
         "is_done",
@@ -161,7 +172,8 @@ class WorkerConnection(asyncio.Protocol):
 
     def __init__(self, pool: ConnectionPool) -> None:
         self.pool = pool
-        self.asker: Asker | None = None
+        self._asker: Asker | None = None
+        self._taker: Taker | None = None
         self.idle_since_s = 0.0
         self.reused = False
         self._is_paused = False
@@ -175,31 +187,30 @@ class WorkerConnection(asyncio.Protocol):
         self.pool.opened()
 
     def ask(self, asker: Asker, head: bytes, body: bytes | memoryview = b"") -> None:
-        """Send a request; its reply goes to ``asker``.
+        """Send a request; ``asker`` has its reply.
 
         Args:
             asker: Told what becomes of it.
             head: With a small body behind it.
             body: A larger one: not worth a copy.
         """
-        self.asker = asker
-        self._expect_reply()
+        self._expect_reply(asker)
         self._has_large_body = bool(body)
         if body:
             self.transport.writelines((head, body))
         else:
             self.transport.write(head)
 
-    def take_up(self, asker: Asker, *, begun: bytes = b"", is_reused: bool = False) -> None:
+    def import_request(self, asker: Asker, *, begun: bytes = b"", is_reused: bool = False) -> None:
         """Wait for the reply to a request that an earlier daemon sent; ``begun`` is what has come of its head."""
-        self.asker = asker
         self.reused = is_reused
-        self._expect_reply()
+        self._expect_reply(asker)
         self._buffer = begun
         self._has_large_body = False
 
-    def _expect_reply(self) -> None:
-        self._write: Callable[[bytes], object] | None = None
+    def _expect_reply(self, asker: Asker) -> None:
+        self._asker = asker
+        self._taker = None
         self._buffer = b""
         self._begun = 0
         self._is_in_body = False
@@ -207,20 +218,20 @@ class WorkerConnection(asyncio.Protocol):
         self._keep = False
         self.is_done = False
 
-    def take_up_reply(self, write: Callable[[bytes], object], framing: bytes) -> None:
-        """Go on, after ``take_up``, with a reply whose head was passed on; the connection's last.
+    def import_reply(self, taker: Taker, framing: bytes) -> None:
+        """Go on, after ``import_request``, with a reply whose head was passed on; the connection's last.
 
         Args:
-            write: Where its bytes go.
+            taker: Has its further bytes.
             framing: Field lines that say how what is left of the body is framed.
         """
-        self._write = write
+        self.pass_to(taker)
         self._feed(b"HTTP/1.1 200 OK\r\nconnection: close\r\n%b\r\n" % framing)
 
-    def go_on(self, write: Callable[[bytes], object], *, is_paused: bool) -> None:
-        """Pass on the rest of a reply that was held and paused, or stay paused."""
-        self._write = write
-        self.pause(is_paused=is_paused)
+    def pass_to(self, taker: Taker) -> None:
+        """Let this one have what is still to come of the reply, and be told of its end."""
+        self._taker = taker
+        self._asker = None
 
     @property
     def begun(self) -> bytes:
@@ -231,13 +242,6 @@ class WorkerConnection(asyncio.Protocol):
     def has_unsent(self) -> bool:
         """Whether some of the request is still with us."""
         return self.transport.get_write_buffer_size() > 0
-
-    def watch(self, seen: bytes) -> "Tail":
-        """Keep the latest bytes of a reply in chunks from now on; ``seen`` is its latest part."""
-        assert self._write is not None
-        tail = Tail(self, self._write, seen)
-        self._write = tail
-        return tail
 
     def pause(self, *, is_paused: bool) -> None:
         """Stop reading the reply, or go on."""
@@ -250,8 +254,7 @@ class WorkerConnection(asyncio.Protocol):
 
     def release(self, now_s: float) -> None:
         """Let go after a whole reply: keep the connection for the next request where that is safe."""
-        self.asker = None
-        self._write = None  # what it says unasked is nobody's
+        self._asker = self._taker = None  # what it says unasked is nobody's
         # It may have answered without reading the whole request. A small one is with the kernel as a rule; what is not
         # goes out before the next request does. A connection that closed meanwhile is found out by ``take_idle``.
         is_sent = not self._has_large_body or not self.transport.get_write_buffer_size()
@@ -266,8 +269,13 @@ class WorkerConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Let go at once; the worker sees the connection close."""
-        self.asker = None
+        self._asker = self._taker = None
         self.transport.abort()
+
+    def abort_for(self, taker: Taker) -> None:
+        """Let go at once unless this one's reply has ended: then it may be another's by now."""
+        if self._taker is taker:
+            self.abort()
 
     def is_between_chunks(self) -> bool:
         """Return whether a chunked reply, lost now, could be continued with a whole chunk. Ends the parsing."""
@@ -308,8 +316,8 @@ class WorkerConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Pass on a reply's next bytes."""
         try:
-            write = self._write
-            if write is None:
+            taker = self._taker
+            if taker is None:
                 if self._buffer or not self._take_whole(data):
                     self._head(data)
                 return
@@ -320,10 +328,10 @@ class WorkerConnection(asyncio.Protocol):
                 self._lost(f"broken framing: {error}")
                 return
             if self.is_done:
-                self._complete(data, write)
+                self._complete(data, taker)
                 return
-            write(data)
-            self.asker.latest = data  # type: ignore[union-attr]  # a head was taken, so somebody asked
+            taker.write(data)
+            taker.latest = data
         except Exception as error:  # noqa: BLE001 - the loop would only log it
             self._broke(error)
 
@@ -349,23 +357,23 @@ class WorkerConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell who asked; forget an idle connection."""
         self.pool.closed(self)
-        asker = self.asker
-        if asker is None:
+        told = self._taker or self._asker
+        if told is None:
             return
         try:
             self._lost(f"connection lost: {exc}" if exc else "connection closed", is_clean=exc is None)
         except Exception as error:  # noqa: BLE001 - the loop would only log it, and the request never end
-            asker.broke(error)
+            told.broke(error)
 
     def _broke(self, error: Exception) -> None:
-        asker, self.asker = self.asker, None
-        self.transport.abort()
-        if asker is not None:
-            asker.broke(error)
+        told = self._taker or self._asker
+        self.abort()
+        if told is not None:
+            told.broke(error)
 
     def _take_whole(self, data: bytes) -> bool:
         """Hand over a reply that is whole and of a known kind; return whether it was: most that are no streams are."""
-        asker = self.asker
+        asker = self._asker
         if asker is not None:
             for cached in self.pool.cached_heads:
                 if cached.is_whole(data):
@@ -375,7 +383,7 @@ class WorkerConnection(asyncio.Protocol):
         return False
 
     def _head(self, data: bytes) -> None:
-        asker = self.asker
+        asker = self._asker
         if asker is None:  # an idle worker has nothing to say
             self.transport.abort()
             return
@@ -398,21 +406,20 @@ class WorkerConnection(asyncio.Protocol):
             self._lost(problem)
             return
         self.pool.learn(data[:end], head)
-        self._write = asker.on_head(head, self._body_of(head, data[end:]))
+        asker.on_head(head, self._body_of(head, data[end:]))
         self._buffer = b""
-        if self.is_done and self.asker is asker:
-            asker.on_complete()
+        if self.is_done and self._taker is not None:
+            self._taker.on_complete()
 
-    def _complete(self, data: bytes, write: Callable[[bytes], object]) -> None:
-        assert self.asker is not None
+    def _complete(self, data: bytes, taker: Taker) -> None:
         if problem := self._problem():  # none of this read is passed on: where the reply stops in it is not known
             self._lost(problem)
             return
-        if says_aborted(data) or says_aborted(self.asker.latest):
+        if says_aborted(data) or says_aborted(taker.latest):
             self._lost(ABORTED)
             return
-        write(self._ended(data))
-        self.asker.on_complete()
+        taker.write(self._ended(data))
+        taker.on_complete()
 
     def _problem(self) -> str:
         if self._begun > 1:
@@ -432,62 +439,7 @@ class WorkerConnection(asyncio.Protocol):
         return data
 
     def _lost(self, why: str, *, is_clean: bool = False) -> None:
-        asker = self.asker
-        assert asker is not None
-        self.asker = None
-        self.transport.abort()
-        asker.on_lost(why, is_clean=is_clean)
-
-
-class Tail:
-    """Passes on a reply in chunks and keeps its latest bytes, to find a place between two chunks.
-
-    Attributes:
-        data: The latest bytes.
-        is_stopping: Read no further than such a place.
-    """
-
-    def __init__(self, upstream: WorkerConnection, write: Callable[[bytes], object], seen: bytes) -> None:
-        self._upstream = upstream
-        self._write = write
-        self.data = seen
-        self.is_stopping = False
-
-    def __call__(self, data: bytes) -> None:
-        """Take the next bytes of the body."""
-        self._write(data)
-        self.data = (self.data + data)[-TAIL_LIMIT_BYTES:]
-        if self.is_stopping and ends_between_chunks(self.data):
-            self._upstream.pause(is_paused=True)
-
-
-class Countdown:
-    """Passes on a body with a length that comes in several parts.
-
-    Attributes:
-        left_bytes: Still to come.
-    """
-
-    def __init__(self, write: Callable[[bytes], object], left_bytes: int) -> None:
-        self._write = write
-        self.left_bytes = left_bytes
-
-    def __call__(self, data: bytes) -> None:
-        """Take the next bytes of the body."""
-        part = data[: self.left_bytes]  # llhttp allows an empty line behind the reply
-        self.left_bytes -= len(part)
-        self._write(part)
-
-
-class Unchunk:
-    """Passes on what is inside the chunks, for a client that cannot read them (HTTP/1.0)."""
-
-    def __init__(self, write: Callable[[bytes], object]) -> None:
-        self.on_body = write
-        self.is_broken = False
-        self._parser = httptools.HttpResponseParser(self)
-        self._parser.feed_data(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
-
-    def __call__(self, data: bytes) -> None:
-        """Take the next bytes of a chunked body that was already found sound."""
-        self._parser.feed_data(data)
+        told = self._taker or self._asker
+        self.abort()
+        if told is not None:
+            told.on_lost(why, is_clean=is_clean)

@@ -92,7 +92,7 @@ class Prober:
         )
 
     async def loops_back(self, host: str, timeout_s: float) -> bool:
-        """Return whether this host reaches itself at a worker's address, as it must to reach the worker (fault 61)."""
+        """Return whether this host reaches itself at a worker's address, as it must to reach the worker."""
         try:
             async with asyncio.timeout(timeout_s):
                 server = await asyncio.start_server(_hang_up, host, 0, backlog=1)

@@ -119,7 +119,10 @@ async def test_the_socket_is_private_from_the_first_instant(site: Site) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 async def test_a_stranger_who_reaches_the_socket_all_the_same_is_told_to_go(site: Site) -> None:
-    """Fault 63: credentials are the kernel's word, whatever the file's mode lets through."""
+    """Credentials are the kernel's word, whatever the file's mode lets through.
+
+    Fault 63 of docs/what-happens-when.md.
+    """
     site.socket.chmod(0o666)
     program = (
         f"import socket, sys; {BECOME}"
@@ -135,7 +138,7 @@ async def test_a_stranger_who_reaches_the_socket_all_the_same_is_told_to_go(site
 
 
 async def test_a_deleted_socket_comes_back(site: Site) -> None:
-    """Fault 19."""
+    """Fault 19 of docs/what-happens-when.md."""
     site.socket.unlink()
     await site.until(lambda _: site.socket.exists(), "bound again", 30)
 
@@ -160,7 +163,7 @@ async def test_events_are_numbered_without_gaps_and_can_be_followed(site: Site) 
 
 
 async def test_a_follower_that_never_reads_does_not_hold_the_daemon_up(site: Site) -> None:
-    """Fault 62."""
+    """Fault 62 of docs/what-happens-when.md."""
     idle = [OverUnix(site.socket) for _ in range(20)]
     for connection in idle:
         connection.connect()

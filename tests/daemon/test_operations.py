@@ -65,7 +65,7 @@ async def test_the_endpoint_lists_a_model_as_its_engine_does(site_of: SiteOf) ->
 
 
 async def test_a_worker_that_never_comes_up_is_given_up_with_its_last_words(site_of: SiteOf) -> None:
-    """Fault 28."""
+    """Fault 28 of docs/what-happens-when.md."""
     site = site_of(
         QUICK + '[models.bad]\nengine = "simulated"\nattention_heads = 8\nargs = ["--fault", "exit-at-once=3"]\n'
         '[daemon]\npattern = "C"\n'
@@ -91,7 +91,7 @@ async def test_a_worker_that_never_comes_up_is_given_up_with_its_last_words(site
 async def test_what_cannot_be_started_is_one_clear_error_and_no_restart_loop(
     site_of: SiteOf, lines: str, word: str
 ) -> None:
-    """Fault 29."""
+    """Fault 29 of docs/what-happens-when.md."""
     mine = '[engines.mine]\ncommand = ["no-such-program", "--port", "{port}"]\n'
     site = site_of(f'{QUICK}{mine}[daemon]\npattern = "C"\n[models.m]\nattention_heads = 8\n{lines}\n')
     await site.start()
@@ -198,7 +198,7 @@ async def test_a_worker_that_does_not_serve_yet_cannot_be_drained(site_of: SiteO
 
 
 async def test_a_daemon_killed_in_the_middle_of_a_change_is_carried_on_by_the_next(site_of: SiteOf) -> None:
-    """Fault 12."""
+    """Fault 12 of docs/what-happens-when.md."""
     site = site_of(TOY)
     await site.start()
     await site.until_ready("wide", 30)
@@ -212,7 +212,7 @@ async def test_a_daemon_killed_in_the_middle_of_a_change_is_carried_on_by_the_ne
 
 
 async def test_a_hung_worker_is_found_by_its_counters_and_restarted(site_of: SiteOf) -> None:
-    """Faults 25 and 26: /health says 200 all the while."""
+    """Faults 25 and 26 of docs/what-happens-when.md: /health says 200 all the while."""
     hung = TOY.replace('engine = "simulated"', 'engine = "simulated"\nargs = ["--fault", "hang-after=1"]')
     site = site_of(
         hung.replace("[health]", "[health]\nstall_timeout_s = 1\ncanary_interval_s = 0.5\ncanary_timeout_s = 1")
@@ -224,7 +224,7 @@ async def test_a_hung_worker_is_found_by_its_counters_and_restarted(site_of: Sit
 
 
 async def test_a_second_daemon_is_refused_and_the_first_goes_on(site_of: SiteOf, tmp_path: Path) -> None:
-    """Fault 17."""
+    """Fault 17 of docs/what-happens-when.md."""
     site = site_of(TOY)
     await site.start()
     before = await site.until_ready("wide", 30)

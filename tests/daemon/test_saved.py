@@ -152,7 +152,7 @@ async def test_a_drain_ends_with_its_worker_and_outlives_a_new_launch_of_it(site
 
 
 async def test_restarts_are_counted_over_a_kill_of_the_daemon(site_of: SiteOf) -> None:
-    """Fault 9: counters kept."""
+    """Fault 9 of docs/what-happens-when.md: counters kept."""
     site = site_of(TWO)
     await site.start()
     one, other = (await site.until_ready("two", 30)).workers

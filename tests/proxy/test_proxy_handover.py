@@ -498,7 +498,7 @@ async def test_a_connection_of_which_no_description_can_be_made_is_lost_alone(
             return copy(descriptor)
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("l40sd.proxy.exchange.os.dup", dup)
+    monkeypatch.setattr("l40sd.proxy.exchange_handover.os.dup", dup)
     assert await hand_over(here) == 1
     monkeypatch.undo()
     assert here.proxy.stats.connections == 1

@@ -8,7 +8,8 @@ import pytest
 from proxykit import CHAT, STREAM_HEAD, Conversation, FakeWorker, Request, Stand, answer_ok, chunk, post
 
 from l40sd.model import WorkerId
-from l40sd.proxy import exchange
+from l40sd.proxy import exchange, tries
+from l40sd.proxy.reply import Reply
 from l40sd.routing.routes import FailureKind
 
 StartStand = Callable[..., Awaitable[Stand]]
@@ -175,7 +176,7 @@ async def test_a_reply_that_our_code_fails_on_before_its_first_byte_is_answered(
     s = await stand(workers=1)
     dialog = await s.dial()
     with monkeypatch.context() as broken:
-        broken.setattr(exchange.Exchange, "on_head", lambda *_: b"\xff".decode())
+        broken.setattr(tries.Asked, "on_head", lambda *_: b"\xff".decode())
         assert (await dialog.ask(post())).status == 500
     assert s.leases() == 0
     assert (await dialog.ask(post())).status == 200
@@ -194,7 +195,7 @@ async def test_a_stream_that_our_code_fails_on_is_cut(stand: StartStand, monkeyp
     dialog = await s.dial()
     await dialog.send(post())
     await dialog.reader.readuntil(b"data: 1\n\n\r\n")
-    monkeypatch.setattr(exchange.Exchange, "on_complete", lambda *_: b"\xff".decode())
+    monkeypatch.setattr(Reply, "on_complete", lambda *_: b"\xff".decode())
     go_on.set()
     await dialog.rest()
     await s.until(lambda: s.leases() == 0)
@@ -212,7 +213,7 @@ async def test_one_request_that_fails_in_its_turn_takes_nobody_else_along(
     s.workers.append(worker)
     await worker.start()
     with monkeypatch.context() as broken:
-        broken.setattr(exchange.Exchange, "_connect", lambda *_: b"\xff".decode())
+        broken.setattr(tries.Connecting, "dial", lambda *_: b"\xff".decode())
         s.routes.add(s.backend(worker))
     assert (await dialog.reply()).status == 500
     assert s.leases() == 0
@@ -229,7 +230,7 @@ async def test_a_deadline_that_our_code_fails_on_does_not_stop_the_clock_of_the_
 
     s.worker.behave = silent
     with monkeypatch.context() as broken:
-        broken.setattr(exchange.Exchange, "expired", lambda *_: b"\xff".decode())
+        broken.setattr(tries.Asked, "expired", lambda *_: b"\xff".decode())
         assert (await s.ask(post())).status == 500
     reply = await s.ask(post())
     assert (reply.status, json.loads(reply.body)["error"]["code"]) == (504, "worker_timeout")

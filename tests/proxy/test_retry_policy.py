@@ -6,7 +6,7 @@ import pytest
 
 from l40sd.proxy import retry_policy
 from l40sd.proxy.poison import Death, is_poison
-from l40sd.proxy.retry_policy import DEATHS_LIMIT, TABLE, Next, Seen, decide
+from l40sd.proxy.retry_policy import TABLE, Next, Seen, decide
 
 ENDS = (Next.END, Next.REPLY)
 WALK = list(product(Seen, range(4), range(4)))
@@ -25,7 +25,7 @@ def test_the_table_has_a_row_for_everything_that_can_be_seen_and_the_page_shows_
 @pytest.mark.parametrize(("seen", "tries_left", "deaths"), WALK)
 def test_a_second_death_ends_a_request_whatever_else_is_left(seen: Seen, tries_left: int, deaths: int) -> None:
     """One request that kills an engine was tried on three workers."""
-    if TABLE[seen].is_death and deaths >= DEATHS_LIMIT:
+    if TABLE[seen].is_death and deaths >= 2:
         assert decide(seen, tries_left=tries_left, deaths=deaths) is Next.END
 
 
@@ -41,7 +41,7 @@ def test_without_a_try_left_only_a_stale_connection_is_made_anew(seen: Seen, tri
 
 @pytest.mark.parametrize(("seen", "tries_left", "deaths"), WALK)
 def test_what_is_not_limited_is_what_the_table_says(seen: Seen, tries_left: int, deaths: int) -> None:
-    if tries_left and not (TABLE[seen].is_death and deaths >= DEATHS_LIMIT):
+    if tries_left and not (TABLE[seen].is_death and deaths >= 2):
         assert decide(seen, tries_left=tries_left, deaths=deaths) is TABLE[seen].next
 
 
@@ -86,6 +86,8 @@ def died(*victims: int, still_there: int = 0, age_s: float = 60.0) -> list[Death
         (died(1, still_there=3), False),  # a worker that only closes its connections has not died
         (died(still_there=9), False),
         (died(still_there=2, age_s=0.1), True),  # nobody can know yet
+        (died(still_there=2, age_s=1.99), True),
+        (died(still_there=2, age_s=2.0), False),
     ],
 )
 def test_a_request_is_poison_after_two_deaths_or_three_in_company(deaths: list[Death], is_refused: bool) -> None:

@@ -26,7 +26,7 @@ class Survived:
 
 
 def fork_bomb(daemon: Daemon) -> Survived:
-    """Fault 5: pids.max holds, the host stays usable, and a restart empties the cgroup."""
+    """Fault 5 of docs/what-happens-when.md: pids.max holds, the host stays usable, and a restart empties the cgroup."""
     machine = daemon.machine
     victim, other = daemon.serve().values()
     group = daemon.group(victim)
@@ -50,7 +50,10 @@ def fork_bomb(daemon: Daemon) -> Survived:
 
 
 def rank_out_of_memory(daemon: Daemon) -> Survived:
-    """Fault 51: one of a worker's processes grows past memory.max; all of it goes, and it is called by its name."""
+    """One of a worker's processes grows past memory.max; all of it goes, and it is called by its name.
+
+    Fault 51 of docs/what-happens-when.md.
+    """
     machine = daemon.machine
     victim, other = daemon.serve().values()
     group, shims = daemon.group(victim), daemon.shims()
@@ -90,7 +93,10 @@ signal.pause()
 
 
 def host_out_of_memory(daemon: Daemon) -> Survived:
-    """Fault 52: first an engine eats up the host's memory, then somebody whom the kernel may not kill."""
+    """First an engine eats up the host's memory, then somebody whom the kernel may not kill.
+
+    Fault 52 of docs/what-happens-when.md.
+    """
     machine = daemon.machine
     victim, other = daemon.serve().values()
     before, shims = daemon.pid(), daemon.shims()
@@ -181,7 +187,7 @@ def pass_time(daemon: Daemon, seconds: float) -> None:
 
 
 def clock_jumps(daemon: Daemon) -> Survived:
-    """Fault 41: `date -s`, an hour back and then a year ahead, under load."""
+    """Fault 41 of docs/what-happens-when.md: `date -s`, an hour back and then a year ahead, under load."""
     machine = daemon.machine
     daemon.serve()
     before, workers = daemon.pid(), daemon.pids()
@@ -208,7 +214,10 @@ def clock_jumps(daemon: Daemon) -> Survived:
 
 
 def loopback_down(daemon: Daemon) -> Survived:
-    """Fault 61: no loopback for longer than any timeout, and a name server that answers nobody."""
+    """No loopback for longer than any timeout, and a name server that answers nobody.
+
+    Fault 61 of docs/what-happens-when.md.
+    """
     machine = daemon.machine
     daemon.serve()
     before, workers = daemon.pid(), daemon.pids()
@@ -233,7 +242,10 @@ def loopback_down(daemon: Daemon) -> Survived:
 
 
 def systemctl(daemon: Daemon) -> Survived:
-    """Fault 58: restart, daemon-reload, reload, kill and stop, with controllers enabled below the delegated units."""
+    """Restart, daemon-reload, reload, kill and stop, with controllers enabled below the delegated units.
+
+    Fault 58 of docs/what-happens-when.md.
+    """
     machine = daemon.machine
     daemon.serve()
     workers = daemon.workers()

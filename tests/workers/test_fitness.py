@@ -210,7 +210,10 @@ def test_one_whose_probes_fail_for_long_is_restarted_unless_it_still_has_request
 
 
 def test_from_everywhere_one_that_answers_every_canary_with_an_error_counts_as_hung() -> None:
-    """Fault 2: it says that it is well, its gauges claim work, and every request gets 500."""
+    """It says that it is well, its gauges claim work, and every request gets 500.
+
+    Fault 2 of docs/what-happens-when.md.
+    """
     for start in WALK:
         run = start.copy()
         for _ in range(4):

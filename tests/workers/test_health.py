@@ -78,7 +78,7 @@ def test_requests_running_and_no_token_for_two_minutes_is_a_hang() -> None:
 
 @given(st.lists(st.integers(1, 119), min_size=1, max_size=30))
 def test_an_engine_that_moves_a_token_every_two_minutes_is_slow_not_hung(gaps: list[int]) -> None:
-    """Fault 27: whatever the probes say; they are not even asked here."""
+    """Fault 27 of docs/what-happens-when.md: whatever the probes say; they are not even asked here."""
     progress = watching()
     now_s, tokens = 0, 0
     for gap in gaps:
@@ -114,7 +114,10 @@ def test_a_canary_is_asked_for_once_while_it_is_under_way() -> None:
 
 @pytest.mark.parametrize("gauge", [0, 1], ids=["gauge frozen", "gauge counts the canary"])
 def test_an_engine_that_hangs_while_idle_is_found_within_130_s(gauge: int) -> None:
-    """Fault 25: /health says 200; the gauge of running requests may or may not show the canary itself."""
+    """/health says 200; the gauge of running requests may or may not show the canary itself.
+
+    Fault 25 of docs/what-happens-when.md.
+    """
     progress = watching()
     progress.feed(idle(5), leases=0, replies=0, now_s=0)
     due = until(progress, idle(5), Pace.CANARY_DUE, since=2) + 2
@@ -166,7 +169,7 @@ def test_an_engine_with_no_token_to_give_is_not_hung(status: int) -> None:
 
 
 def test_a_frozen_engine_is_found_although_nothing_can_be_scraped() -> None:
-    """Fault 6, SIGSTOP: idle when it froze, and busy when it froze."""
+    """Fault 6 of docs/what-happens-when.md, SIGSTOP: idle when it froze, and busy when it froze."""
     frozen_idle = watching()
     frozen_idle.feed(idle(5), leases=0, replies=0, now_s=0)
     until(frozen_idle, None, Pace.CANARY_DUE, since=2, leases=3)

@@ -43,7 +43,7 @@ def test_one_that_is_tried_again_after_it_was_given_up_has_one_try() -> None:
 
 
 def test_a_worker_that_was_ready_comes_back_at_once_then_ever_later() -> None:
-    """Fault 30: flapping is not healed by being ready for 20 s."""
+    """Fault 30 of docs/what-happens-when.md: flapping is not healed by being ready for 20 s."""
     record, delays = Record(), []
     for n in range(6):
         record, delay = fail(record, at_s=n * 60.0, ready_for_s=20)
@@ -52,7 +52,7 @@ def test_a_worker_that_was_ready_comes_back_at_once_then_ever_later() -> None:
 
 
 def test_a_worker_that_never_was_ready_is_quarantined_after_three_that_fail_alike() -> None:
-    """Fault 28."""
+    """Fault 28 of docs/what-happens-when.md."""
     record, delays = Record(), []
     for n in range(3):
         record, delay = fail(record, at_s=n * 60.0)

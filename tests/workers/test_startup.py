@@ -80,7 +80,7 @@ def test_a_wrong_key_is_no_readiness() -> None:
 
 @pytest.mark.parametrize("answer", [REFUSED, LOADING, TIMEOUT])
 def test_an_engine_that_never_comes_up_is_late_at_the_deadline(answer: ProbeResult) -> None:
-    """Faults 23 and 24: also where it opened its port at once and said 503 ever after."""
+    """Faults 23 and 24 of docs/what-happens-when.md: also where it opened its port at once and said 503 ever after."""
     start = starting(deadline_s=4, stall_s=300)
     verdicts = [start.feed_health(answer, 1000 + second) for second in (0.1, 1, 2, 3, 3.9, 4)]
     assert verdicts == [StartVerdict.WAITING] * 5 + [StartVerdict.LATE]

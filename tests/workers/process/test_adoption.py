@@ -404,7 +404,7 @@ async def test_fault_56_without_cgroups_there_is_still_the_shim(
 
 
 async def test_adopting_twelve_is_quick(site: Site) -> None:
-    """Fault 9's bound is 2 s; ours is in the report, the assertion is the bound."""
+    """Fault 9 of docs/what-happens-when.md has a bound of 2 s; ours is in the report, the assertion is the bound."""
     processes = await site.open()
     instances = await asyncio.gather(*(processes.spawn(site.spec(FOREVER), 20) for _ in range(12)))
     await processes.close()

@@ -1,0 +1,39 @@
+"""Which modules are changed, against which tests each; and the changes that change nothing."""
+
+from dataclasses import dataclass
+
+MODULES = {
+    "l40sd/supervisor/reconcile.py": ("tests/supervisor/test_reconcile.py",),
+    "l40sd/supervisor/rollout.py": ("tests/supervisor/test_rollout.py",),
+    "l40sd/workers/lifecycle.py": ("tests/workers/test_lifecycle.py",),
+    "l40sd/workers/restart_policy.py": ("tests/workers/test_restart_policy.py",),
+    "l40sd/workers/startup.py": ("tests/workers/test_startup.py",),
+    "l40sd/workers/health.py": ("tests/workers/test_health.py",),
+    "l40sd/workers/fitness.py": ("tests/workers/test_fitness.py",),
+    "l40sd/proxy/retry_policy.py": ("tests/proxy/test_retry_policy.py",),
+    "l40sd/proxy/poison.py": ("tests/proxy/test_retry_policy.py",),
+    "l40sd/placement/place.py": ("tests/placement/test_place.py",),
+    "l40sd/placement/patterns.py": ("tests/placement/test_patterns.py",),
+    "l40sd/placement/pcie_tree.py": ("tests/placement/test_place.py",),
+    "l40sd/placement/parallelism.py": ("tests/placement/test_place.py", "tests/placement/test_patterns.py"),
+    "l40sd/placement/optimum.py": ("tests/placement/test_place.py",),
+    "l40sd/placement/candidates.py": ("tests/placement/test_place.py",),
+    "l40sd/placement/stability.py": ("tests/placement/test_place.py",),
+    "l40sd/placement/pinning.py": ("tests/placement/test_pinning.py",),
+    "l40sd/routing/balancer.py": ("tests/routing/test_balancer.py",),
+    "l40sd/routing/outliers.py": ("tests/routing/test_outliers.py",),
+}
+"""Path of a module -> its own test files, the quickest to notice first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Same:
+    """A change that no test can notice, by the text of its line, and why not."""
+
+    path: str
+    before: str
+    after: str
+    why: str
+
+
+SAME: tuple[Same, ...] = ()
