@@ -38,8 +38,8 @@ SUMMARY_REASON = 160
 
 def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
     """Return one worker as `l40sctl status` shows it."""
-    p, process, context = worker.wanted.placement, worker.process, supervisor.context
-    instance = process.instance if process else None
+    p, run, context = worker.wanted.placement, worker.run, supervisor.context
+    instance = run.instance if run else None
     now = now_s()
     is_coming = worker.phase is Phase.STARTING and worker.watch is not None
     return WorkerStatus(
@@ -57,14 +57,14 @@ def worker_status(worker: Worker, supervisor: Supervisor) -> WorkerStatus:
         placement_reason=p.reason,
         instance=instance.spec.instance if instance else "",
         pid=instance.engine_pid if instance else None,
-        address=f"{process.launch.host}:{process.launch.port}" if process else "",
+        address=run.address if run else "",
         in_flight=context.routes.in_flight(worker.id),
         served=context.routes.served(worker.id),
-        restarts=worker.restarts,
+        restarts=worker.failures.restarts,
         reason=_why(worker, supervisor),
         last_lines=worker.last_lines,
         since_s=now - worker.since_s,
-        ready_s=None if process is None or process.ready_at_s is None else now - process.ready_at_s,
+        ready_s=run.ready_for_s if run else None,
         progress=worker.watch.startup_fraction() if is_coming and worker.watch else None,
         next_start_s=None if worker.next_start_at_s is None else max(0.0, worker.next_start_at_s - now),
         last_end=worker.last_end,
@@ -137,8 +137,7 @@ def summary(supervisor: Supervisor, degraded: Sequence[str]) -> str:
         total=len(workers),
         ready=sum(w.phase is Phase.READY for w in workers),
         adopted=sum(
-            w.phase in (Phase.WAITING, Phase.STARTING) and w.process is not None and w.process.is_adopted
-            for w in workers
+            w.phase in (Phase.WAITING, Phase.STARTING) and w.run is not None and w.run.is_adopted for w in workers
         ),
         degraded=degraded,
     )

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from l40sd.clock import boot_id, now_s
 from l40sd.codec import restore
 from l40sd.config.options import Config, ModelConfig
 from l40sd.errors import DoesNotFit, L40sError
@@ -17,7 +18,7 @@ from l40sd.supervisor.change import Change, Want
 from l40sd.supervisor.operation import Operation, ended_of
 from l40sd.supervisor.rolling_restart import Roll
 from l40sd.workers.context import WorkerContext
-from l40sd.workers.ends import end_of
+from l40sd.workers.ends import End, end_of
 from l40sd.workers.process import Adoption, ExitRecord, Instance, InstanceSpec
 from l40sd.workers.saved import SavedWorker, read
 from l40sd.workers.slot import Wanted
@@ -49,8 +50,20 @@ class Recalled:
 class MakeWorker(Protocol):
     """How a slot gets its worker: the supervisor's own way."""
 
-    def __call__(self, wanted: Wanted, config: Config, saved: SavedWorker | None = None) -> Worker:
-        """Return the worker, not yet running."""
+    def __call__(
+        self,
+        wanted: Wanted,
+        config: Config,
+        saved: SavedWorker | None = None,
+        *,
+        adopted: Instance | None = None,
+        ended: tuple[ExitRecord, End] | None = None,
+    ) -> Worker:
+        """Return the worker; its events are not yet handled. What the arguments mean: ``Worker``.
+
+        Raises:
+            L40sError: The record of the process says too little to talk to it.
+        """
 
 
 class Design(Protocol):
@@ -84,7 +97,7 @@ async def recall(
         L40sError: The pattern is not possible, for no reason that lies in what the host has lost.
     """
     await _recall_gpus(adoption, state.get("gpus"), context)  # 0
-    saved, note = read(state.get("pasts"))
+    saved, note = read(state.get("pasts"), boot_id(), now_s())
     if note:
         context.log.warning("state.unreadable", reason=note)
     workers: dict[WorkerId, Worker] = {}
@@ -126,8 +139,7 @@ async def _adopt(
         placement = restore(Placement, instance.spec.meta["placement"])
         _refuse_second(placement, workers)
         wanted = Wanted(placement=placement, fingerprint=str(instance.spec.meta["fingerprint"]))
-        worker = make_worker(wanted, _with_model(config, placement), _saved_of(wanted, saved))
-        worker.adopt(instance)
+        worker = make_worker(wanted, _with_model(config, placement), _saved_of(wanted, saved), adopted=instance)
     except (KeyError, msgspec.ValidationError, L40sError) as error:
         context.log.warning("worker.not_adopted", instance=instance.spec.instance, reason=str(error))
         if await instance.kill(config.workers.kill_timeout_s):
@@ -242,8 +254,8 @@ async def _note_ended(
     was_failing = own is not None and bool(own.of(spec.instance).kind)
     if record.cause in ("stopped", "killed", "orphaned") and not was_failing:  # as somebody wished
         return
-    worker = make_worker(wanted, config, own)
-    worker.died_meanwhile(record, await end_of(context.processes, spec, record, is_wish=False))
+    end = await end_of(context.processes, spec, record, is_wish=False)
+    worker = make_worker(wanted, config, own, ended=(record, end))
     recalled.workers[worker.id] = worker
 
 

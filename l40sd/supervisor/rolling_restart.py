@@ -101,7 +101,7 @@ class Roll:
         return not self.state.is_under_way
 
     def _is_back(self, worker: Worker) -> bool:
-        ready_at_s = worker.process.ready_at_s if worker.process is not None else None
+        ready_at_s = worker.run.ready_at_s if worker.run is not None else None
         is_up = worker.phase in (Phase.READY, Phase.UNREADY, Phase.DRAINED)
         return is_up and ready_at_s is not None and ready_at_s >= self.told_at_s[worker.id]
 

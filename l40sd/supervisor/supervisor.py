@@ -12,10 +12,11 @@ import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
-from l40sd.clock import now_s
+from l40sd.clock import boot_id, now_s
 from l40sd.codec import plain
 from l40sd.config.options import Config
 from l40sd.errors import DoesNotFit, L40sError
@@ -25,7 +26,7 @@ from l40sd.placement.patterns import find_pattern, patterns_of
 from l40sd.placement.place import place
 from l40sd.routing.outliers import Peer
 from l40sd.routing.routes import CatalogEntry
-from l40sd.supervisor.adopt import left_of, recall
+from l40sd.supervisor.adopt import MakeWorker, left_of, recall
 from l40sd.supervisor.change import Change, Want, state_of
 from l40sd.supervisor.learned import Learned
 from l40sd.supervisor.learned import recalled as learned
@@ -80,6 +81,7 @@ class Supervisor:
         self._trouble = ""
         self._refused = ""  # what the system says to the turns since the last good one
         self.failed_turns = 0
+        self._make_worker: MakeWorker = partial(Worker, context=context, changed=self._wake.set, peers=self._peers)
         self._log = context.log
 
     # -- what is wanted --------------------------------------------------------------------------------------------
@@ -431,12 +433,9 @@ class Supervisor:
             case Do.FORGET:
                 self._forget(order.worker)
 
-    def _make_worker(self, wanted: Wanted, config: Config, saved: SavedWorker | None = None) -> Worker:
-        return Worker(wanted, config, self.context, saved, changed=self._wake.set, peers=self._peers)
-
     def _run_worker(self, worker: Worker) -> None:
         assert self._group is not None
-        self._group.create_task(worker.run(), name=worker.id)
+        self._group.create_task(worker.handle_events(), name=worker.id)
 
     def _forget(self, worker_id: WorkerId) -> None:
         del self.workers[worker_id]
@@ -635,7 +634,7 @@ class Supervisor:
             try:
                 state = {
                     **state_of(self.want, self.change, self._drained, self._floor),
-                    "pasts": written(self._saved),
+                    "pasts": written(self._saved, boot_id(), now_s()),
                     "roll": self.roll.journal() if self.roll else None,
                     "ended": self.operations.saved(),
                     "learned": self._learned.journal(self.context.models.loads_s),

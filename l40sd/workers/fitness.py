@@ -2,19 +2,20 @@
 
 Three trackers have a say: what its health probe answers (readiness), whether it makes tokens (progress), and what
 requests see of it (outliers). Each may object, each takes its own objection back, and only when none is left the
-worker receives requests. The verdict is a **level**, not an edge: ``turn`` compares it with the phase that the worker
-is in and says what follows, as often as it is asked. An answer that came while the worker was being drained, say, is
-therefore not lost: with edges, a worker that was undrained went on receiving requests although its probes had failed,
-and one whose canary had failed never came back.
+worker receives requests. The verdict is a **level**, not an edge: ``follows`` compares it with the phase that the
+worker is in and says what follows, as often as it is asked. An answer that came while the worker was being drained,
+say, is therefore not lost: with edges, a worker that was undrained went on receiving requests although its probes had
+failed, and one whose canary had failed never came back.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from l40sd.config.options import HealthConfig
+from l40sd.model import ModelName
 from l40sd.routing.outliers import Counts, Outlier, Peer, Standing
 from l40sd.workers.health import TIMEOUT, Counters, Pace, ProbeResult, Progress, Readiness
-from l40sd.workers.lifecycle import Event, Phase
+from l40sd.workers.lifecycle import Event, Goal, Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +133,23 @@ class Fitness:
             return self.outlier.explain()
         return self.stalled
 
-    def turn(self, phase: Phase) -> Event | None:
+    def concern(self, phase: Phase, model: ModelName) -> str:
+        """Return what is wrong with a worker that serves nevertheless; empty when all is well."""
+        if phase is not Phase.READY or self.outlier.standing is not Standing.KEPT:
+            return ""
+        return f"{self.outlier.explain()}; it is kept: too few workers of {model} would be left"
+
+    def way_back(self, phase: Phase, now_s: float) -> str:
+        """Return when a worker that is out for its failed requests may come back; empty for any other."""
+        return self.outlier.way_back(now_s) if phase is Phase.UNREADY else ""
+
+    def as_peer(self, phase: Phase, goal: Goal) -> Peer | None:
+        """Return the worker as its equals are measured against it; None while it does not live or shall not serve."""
+        if phase not in (Phase.READY, Phase.UNREADY) or goal is not Goal.SERVE:
+            return None
+        return Peer(is_routed=phase is Phase.READY, failed_share=self.outlier.failed_share)
+
+    def follows(self, phase: Phase) -> Event | None:
         """Return what follows for a worker in this phase; None when all is as it should be."""
         if phase is Phase.READY and self.objection:
             return Event.FELL

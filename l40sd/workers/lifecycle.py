@@ -22,6 +22,7 @@ An event without a row is *late*: it was true of a phase that has been left (a p
 began, say). Late events are absorbed. Events that can only come from our own mistake are in ``IMPOSSIBLE`` and raise.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -67,6 +68,7 @@ class Event(StrEnum):
     EXITED = "exited"  # the process and all its children are gone
     UNKILLABLE = "unkillable"  # SIGKILL did not empty it in time
     RETRY_DUE = "retry_due"
+    GIVEN_UP = "given_up"  # restart policy: tried often enough
 
 
 class Goal(StrEnum):
@@ -90,10 +92,23 @@ class Action(StrEnum):
     DRAIN = "drain"  # EMPTY when nothing is in flight
     TERMINATE = "terminate"  # ladder: SIGTERM ... kill; EXITED or UNKILLABLE
     CLEAN_UP = "clean_up"  # port, instance directory
-    ASK_POLICY = "ask_policy"  # a failure: decide_restart() says BACKOFF, WAITING or QUARANTINED
+    ASK_POLICY = "ask_policy"  # a failure: failures.py says GIVEN_UP, RETRY_DUE at once, or nothing yet: it waits
     WAIT_BLOCKED = "wait_blocked"  # back-off that counts as nobody's failure
     WAIT_REFUSED = "wait_refused"  # until it is looked at whether it can be started now
+    WAIT_GIVEN_UP = "wait_given_up"  # until it has one more try
     FORGIVE = "forgive"  # clear the record of failures
+
+
+class Job(StrEnum):
+    """What takes time: begun by an action, and cancelled where the phase now reached has no use for it."""
+
+    SPAWN = "spawn"
+    EXIT = "exit"  # waits until the process is gone
+    STARTUP = "startup"
+    FOLLOW = "follow"
+    DRAIN = "drain"
+    TERMINATE = "terminate"
+    TIMER = "timer"
 
 
 class NextPhase(StrEnum):
@@ -119,6 +134,25 @@ LIVE = frozenset({P.STARTING, P.READY, P.UNREADY, P.DRAINING, P.DRAINED, P.STOPP
 """Phases with a process; SPAWNING may have one."""
 OCCUPIES_GPUS = LIVE | {P.SPAWNING}
 COMING_UP = frozenset({P.SPAWNING, P.STARTING})
+ROUTED_ONCE = frozenset({P.READY, P.UNREADY, P.DRAINING, P.DRAINED})
+"""Phases of a process that may have requests and is not being stopped."""
+
+JOBS_IN: Mapping[Phase, frozenset[Job]] = {
+    P.WAITING: frozenset(),
+    P.SPAWNING: frozenset({Job.SPAWN}),
+    P.STARTING: frozenset({Job.EXIT, Job.STARTUP}),
+    P.READY: frozenset({Job.EXIT, Job.FOLLOW}),
+    P.UNREADY: frozenset({Job.EXIT, Job.FOLLOW}),
+    P.DRAINING: frozenset({Job.EXIT, Job.FOLLOW, Job.DRAIN}),
+    P.DRAINED: frozenset({Job.EXIT, Job.FOLLOW}),
+    P.STOPPING: frozenset({Job.EXIT, Job.TERMINATE}),
+    P.STUCK: frozenset({Job.EXIT}),
+    P.BACKOFF: frozenset({Job.TIMER}),
+    P.QUARANTINED: frozenset({Job.TIMER}),
+    P.FAILED: frozenset({Job.TIMER}),
+    P.STOPPED: frozenset(),
+}
+"""What may be under way in each phase; everything else is cancelled on entering it."""
 
 _EXIT = Step(NextPhase.AFTER_EXIT, (A.REMOVE_ROUTE, A.CLEAN_UP))
 _ENDED = Step(P.STOPPED, goal=G.GONE)
@@ -204,6 +238,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
     },
     P.BACKOFF: {
         E.RETRY_DUE: Step(P.WAITING),
+        E.GIVEN_UP: Step(P.QUARANTINED, (A.WAIT_GIVEN_UP,)),
         E.RETIRE: _ENDED,
         E.RESET: _AGAIN,
         E.RESTART: _AGAIN,
@@ -217,17 +252,26 @@ TABLE: dict[Phase, dict[Event, Step]] = {
 
 IMPOSSIBLE: dict[Phase, frozenset[Event]] = {
     # A process is made once for each permit, and only the plan's permit leads to one.
-    P.READY: frozenset({E.SPAWNED, E.SPAWN_FAILED, E.ADOPTED}),
-    P.STARTING: frozenset({E.SPAWN_FAILED, E.ADOPTED}),
-    P.STOPPED: frozenset({E.SPAWNED, E.ADOPTED, E.UP}),
+    P.READY: frozenset({E.SPAWNED, E.SPAWN_FAILED, E.ADOPTED, E.GIVEN_UP}),
+    P.STARTING: frozenset({E.SPAWN_FAILED, E.ADOPTED, E.GIVEN_UP}),
+    P.STOPPED: frozenset({E.SPAWNED, E.ADOPTED, E.UP, E.GIVEN_UP}),
 }
+
+
+def event_of_refusal(code: str) -> Event:
+    """Return what a spawn comes to that ended with this error: no try can succeed, or this one did not.
+
+    Args:
+        code: Of the L40sError.
+    """
+    return E.MISCONFIGURED if code in ("exec_failed", "misconfigured") else E.SPAWN_FAILED
 
 
 def step(phase: Phase, goal: Goal, event: Event) -> Step | None:
     """Return what follows when ``event`` happens in ``phase``; None when the event is late.
 
     The step's phase is always a Phase and its goal always set: ``NextPhase`` is resolved with the goal in force.
-    STEP.phase BACKOFF together with ASK_POLICY means: the policy chooses among BACKOFF, WAITING and QUARANTINED.
+    After ASK_POLICY the policy's answer is the next event, before any other: it stays in BACKOFF, or leaves it at once.
 
     1. A goal once GONE stays GONE.
     2. A worker that comes to life although it shall be gone is stopped at once.

@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 
-from l40sd.clock import boot_id, now_s
 from l40sd.codec import plain, restore
 from l40sd.model import WorkerId
 from l40sd.workers.last_end import LastEnd
@@ -59,29 +58,29 @@ class SavedWorker:
             return self
         return replace(self, phase=Phase.WAITING, goal=Goal.SERVE, kind="", instance="", ready_at_s=None)
 
-    def ready_for_s(self, ran_s: float) -> float | None:
+    def ready_for_s(self, ran_s: float, now_s: float) -> float | None:
         """Return how long its run had been ready when it ended; None: it never was. ``ran_s`` 0: nobody knows when."""
         if self.ready_at_s is None:
             return None
         if ran_s == 0.0:
-            return now_s() - self.ready_at_s
+            return now_s - self.ready_at_s
         return max(0.0, ran_s - (self.ready_at_s - self.spawned_at_s))
 
 
-def written(saved: Mapping[WorkerId, SavedWorker]) -> dict[str, Any]:
+def written(saved: Mapping[WorkerId, SavedWorker], boot_id: str, now_s: float) -> dict[str, Any]:
     """Return the part of the state file that this is."""
-    return {"boot_id": boot_id(), "now_s": now_s(), "workers": plain(dict(saved))}
+    return {"boot_id": boot_id, "now_s": now_s, "workers": plain(dict(saved))}
 
 
-def read(stored: Any) -> tuple[dict[WorkerId, SavedWorker], str]:
+def read(stored: Any, boot_id: str, now_s: float) -> tuple[dict[WorkerId, SavedWorker], str]:
     """Return what ``written`` gave, and a note; nothing and no note for what another boot or an older l40sd wrote.
 
     A clock that is behind the one it was written with is another clock (a container that was moved): also nothing.
     """
-    if not isinstance(stored, dict) or stored.get("boot_id") != boot_id():
+    if not isinstance(stored, dict) or stored.get("boot_id") != boot_id:
         return {}, ""
     try:
-        if restore(float, stored.get("now_s")) > now_s():
+        if restore(float, stored.get("now_s")) > now_s:
             return {}, ""
         return restore(dict[WorkerId, SavedWorker], stored.get("workers")), ""
     except msgspec.ValidationError as error:

@@ -12,15 +12,15 @@ from typing import Protocol
 
 from l40sd.clock import now_s
 from l40sd.config.options import HealthConfig
-from l40sd.engines.launch import Launch
 from l40sd.model import ListedModel
-from l40sd.routing.outliers import Counts, Peer
+from l40sd.routing.outliers import Peer
 from l40sd.workers.activity import activity_of
 from l40sd.workers.fitness import Fitness, Look
 from l40sd.workers.health import TIMEOUT, ProbeResult
 from l40sd.workers.lifecycle import Event
 from l40sd.workers.probe import Prober
-from l40sd.workers.process import Instance
+from l40sd.workers.requests import Requests
+from l40sd.workers.run import Run
 from l40sd.workers.startup import Stage, Startup, StartVerdict
 
 LOOKS_PER_INTERVAL = 4
@@ -48,27 +48,22 @@ class Watch:
     def __init__(
         self,
         *,
-        launch: Launch,
+        run: Run,
+        requests: Requests,
         prober: Prober,
         config: HealthConfig,
         deadline_s: float,
         past_loads_s: tuple[float, ...],
-        instance: Instance | None,
         log_path: Path,
-        leases: Callable[[], int],
-        replies: Callable[[], int],
-        counts: Callable[[], Counts],
         peers: Callable[[], Sequence[Peer]],
     ) -> None:
-        self._launch = launch
+        self._launch = launch = run.launch
+        self._requests = requests
         self._target = (launch.host, launch.port, launch.probes, launch.api_key)
         self._prober = prober
         self._config = config
-        self._instance = instance
+        self._instance = run.instance
         self._log_path = log_path
-        self._leases = leases
-        self._replies = replies
-        self._counts = counts
         self._peers = peers
         self.fitness = Fitness(config, now_s=now_s())
         self._suspected = asyncio.Event()
@@ -174,16 +169,16 @@ class Watch:
                         await self._suspected.wait()
 
     async def _look(self, *, is_suspected: bool) -> bool:
-        replies = self._replies()
+        replies = self._requests.served
         health, counters = await asyncio.gather(
             self._health(), self._prober.counters(*self._target, self._config.probe_timeout_s)
         )
         look = Look(
             health=health,
             counters=counters,
-            leases=self._leases(),
-            replies=self._replies(),
-            replied_meanwhile=self._replies() != replies,
+            leases=self._requests.in_flight,
+            replies=self._requests.served,
+            replied_meanwhile=self._requests.served != replies,
             is_suspected=is_suspected,
         )
         is_canary_due = self.fitness.feed(look, now_s())
@@ -209,7 +204,7 @@ class Watch:
 
     def judge_requests(self) -> None:
         """Judge the worker by what requests have seen of it so far."""
-        self.fitness.feed_requests(self._counts(), self._peers(), now_s())
+        self.fitness.feed_requests(self._requests.counts(), self._peers(), now_s())
 
     async def _is_to_blame(self) -> bool:
         """Return whether silence speaks against the worker: not while this host does not even reach itself.

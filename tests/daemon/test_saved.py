@@ -5,23 +5,14 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from daemonkit import Site, SiteOf
-from hypothesis import given
-from hypothesis import strategies as st
 
-from l40sd import clock
 from l40sd.control.messages import Status, WorkerStatus
-from l40sd.model import WorkerId
-from l40sd.workers import saved
-from l40sd.workers.lifecycle import Goal, Phase
-from l40sd.workers.restart_policy import Record
-from l40sd.workers.saved import TOLD, SavedWorker
 
 TWO = """
 [host]
@@ -296,43 +287,6 @@ async def test_stuck_is_stuck_until_it_is_gone_also_for_the_next_daemon(site_of:
     thaw(ice)
     status = await site.until_ready("two", 30)
     assert of(status, one.id).restarts == 0, "it was to be restarted all the time"
-
-
-times = st.floats(0, 1e6)
-saved_workers = st.builds(
-    SavedWorker,
-    fingerprint=st.text(max_size=5),
-    phase=st.sampled_from([Phase.WAITING, *TOLD]),
-    goal=st.sampled_from(Goal),
-    since_s=times,
-    reason=st.text(max_size=5),
-    last_lines=st.tuples(st.text(max_size=5)),
-    kind=st.text(max_size=5),
-    record=st.builds(Record, kind=st.text(max_size=5), alike=st.integers(0, 9), failed_at_s=st.tuples(times, times)),
-    restarts=st.integers(0, 99),
-    instance=st.text(max_size=3),
-    spawned_at_s=times,
-    ready_at_s=st.none() | times,
-    next_start_at_s=st.none() | times,
-)
-
-
-@given(st.dictionaries(st.text(max_size=3).map(WorkerId), saved_workers, max_size=3))
-def test_what_is_written_is_read(found: dict[WorkerId, SavedWorker]) -> None:
-    stored = json.loads(json.dumps(saved.written(found)))
-    assert saved.read(stored) == (found, "")
-    assert saved.read({**stored, "boot_id": "another"}) == ({}, "")
-    assert saved.read({**stored, "now_s": clock.now_s() + 1000}) == ({}, "")
-
-
-@given(saved_workers, st.text(max_size=3), st.floats(0, 1e6))
-def test_a_run_has_been_ready_for_no_longer_than_it_ran(one: SavedWorker, instance: str, ran_s: float) -> None:
-    about = one.of(instance)
-    assert about.of(instance).record == one.record
-    ready_s = replace(about, spawned_at_s=0.0).ready_for_s(ran_s)
-    assert (ready_s is None) == (about.ready_at_s is None)
-    if ready_s is not None and ran_s > 0:
-        assert 0 <= ready_s <= ran_s
 
 
 async def test_an_adopted_worker_serves_without_an_interval_between_its_answers(site_of: SiteOf) -> None:

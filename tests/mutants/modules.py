@@ -7,6 +7,8 @@ MODULES = {
     "l40sd/supervisor/rollout.py": ("tests/supervisor/test_rollout.py",),
     "l40sd/workers/lifecycle.py": ("tests/workers/test_lifecycle.py",),
     "l40sd/workers/restart_policy.py": ("tests/workers/test_restart_policy.py",),
+    "l40sd/workers/failures.py": ("tests/workers/test_failures.py",),
+    "l40sd/workers/beginning.py": ("tests/workers/test_beginning.py",),
     "l40sd/workers/startup.py": ("tests/workers/test_startup.py",),
     "l40sd/workers/health.py": ("tests/workers/test_health.py",),
     "l40sd/workers/fitness.py": ("tests/workers/test_fitness.py",),

@@ -79,7 +79,7 @@ class Run:
                 self.counts = replace(self.counts, in_row=0)
 
     def heed(self) -> None:
-        event = self.fitness.turn(self.phase)
+        event = self.fitness.follows(self.phase)
         if event is not None:
             self.happens(event)
 

@@ -6,25 +6,20 @@ import pytest
 
 from l40sd.workers.lifecycle import (
     IMPOSSIBLE,
+    JOBS_IN,
     LIVE,
     TABLE,
     Action,
     Event,
     Goal,
+    Job,
     Phase,
     Step,
+    event_of_refusal,
     step,
 )
 
 Place = tuple[Phase, Goal]
-
-
-def policy_answers(after: Step) -> list[Phase]:
-    """A failure's next phase is the restart policy's to choose."""
-    if Action.ASK_POLICY in after.actions:
-        return [Phase.BACKOFF, Phase.WAITING, Phase.QUARANTINED]
-    assert isinstance(after.phase, Phase)
-    return [after.phase]
 
 
 def walk() -> dict[Place, dict[Event, Step | None]]:
@@ -43,7 +38,8 @@ def walk() -> dict[Place, dict[Event, Step | None]]:
             seen[place][event] = after
             if after is not None:
                 assert after.goal is not None
-                todo.extend((phase, after.goal) for phase in policy_answers(after))
+                assert isinstance(after.phase, Phase)
+                todo.append((after.phase, after.goal))
     return seen
 
 
@@ -75,7 +71,8 @@ def test_from_everywhere_a_retired_worker_can_end() -> None:
                 after = WALK[here].get(event)
                 if after is not None:
                     assert after.goal is not None
-                    todo.extend((phase, after.goal) for phase in policy_answers(after))
+                    assert isinstance(after.phase, Phase)
+                    todo.append((after.phase, after.goal))
         assert (Phase.STOPPED, Goal.GONE) in reached or (place[0] is Phase.STOPPED), place
 
 
@@ -150,6 +147,55 @@ def test_nothing_starts_without_a_permit() -> None:
         for event, after in row.items():
             if after is not None and Action.SPAWN in after.actions:
                 assert event is Event.PERMIT
+
+
+def test_what_an_action_begins_may_be_under_way_in_the_phase_then_reached() -> None:
+    begins = {
+        Action.SPAWN: Job.SPAWN,
+        Action.WATCH_EXIT: Job.EXIT,
+        Action.WATCH_START: Job.STARTUP,
+        Action.WATCH: Job.FOLLOW,
+        Action.DRAIN: Job.DRAIN,
+        Action.TERMINATE: Job.TERMINATE,
+        Action.ASK_POLICY: Job.TIMER,
+        Action.WAIT_BLOCKED: Job.TIMER,
+        Action.WAIT_REFUSED: Job.TIMER,
+        Action.WAIT_GIVEN_UP: Job.TIMER,
+    }
+    assert set(begins.values()) == set(Job)
+    for row in WALK.values():
+        for event, after in row.items():
+            for action in after.actions if after is not None else ():
+                assert after is not None
+                assert isinstance(after.phase, Phase)
+                assert action not in begins or begins[action] in JOBS_IN[after.phase], (event, action)
+
+
+def test_a_process_is_waited_for_as_long_as_there_is_one() -> None:
+    assert {phase for phase, jobs in JOBS_IN.items() if Job.EXIT in jobs} == LIVE
+
+
+def test_the_policy_answers_a_failure_by_giving_up_trying_again_or_waiting() -> None:
+    for goal in (Goal.SERVE, Goal.REST):
+        given_up, again = WALK[Phase.BACKOFF, goal][Event.GIVEN_UP], WALK[Phase.BACKOFF, goal][Event.RETRY_DUE]
+        assert given_up == Step(Phase.QUARANTINED, (Action.WAIT_GIVEN_UP,), goal)
+        assert again == Step(Phase.WAITING, (), goal)
+    for row in WALK.values():
+        for after in row.values():
+            assert after is None or Action.ASK_POLICY not in after.actions or after.phase is Phase.BACKOFF
+
+
+@pytest.mark.parametrize(
+    ("code", "event"),
+    [
+        ("misconfigured", Event.MISCONFIGURED),
+        ("exec_failed", Event.MISCONFIGURED),
+        ("spawn_failed", Event.SPAWN_FAILED),
+        ("no_port", Event.SPAWN_FAILED),
+    ],
+)
+def test_a_program_that_is_not_there_is_no_failed_try(code: str, event: Event) -> None:
+    assert event_of_refusal(code) is event
 
 
 def test_what_is_impossible_raises() -> None:
