@@ -208,7 +208,7 @@ class Control:
         return _json((await self._handlers.status()).workers)
 
     async def _worker(self, request: web.Request) -> web.Response:
-        worker = self._supervisor.worker(request.match_info["id"])
+        worker = self._supervisor.workers.named(request.match_info["id"])
         return _json(report.worker_status(worker, self._supervisor))
 
     async def _config(self, _: web.Request) -> web.Response:
@@ -283,7 +283,7 @@ class Control:
     # -- wishes ----------------------------------------------------------------------------------------------------
 
     async def _command(self, request: web.Request) -> web.Response:
-        self._supervisor.command(request.match_info["id"], request.match_info["verb"])
+        self._supervisor.commands.command(request.match_info["id"], request.match_info["verb"])
         await self._supervisor.write_down()  # a drain that is accepted holds, whatever becomes of this daemon
         return _json({}, 202)
 
@@ -292,7 +292,7 @@ class Control:
             wish = decode(PatternRequest, await request.read())
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise L40sError(f"not a pattern request: {error}", code="bad_request") from error
-        want = self._supervisor.design(wish.name, self._supervisor.config, force=wish.force)
+        want = self._supervisor.designer.design(wish.name, self._supervisor.config, force=wish.force)
         if wish.dry_run:
             return _json(report.change_preview(want, self._supervisor))
         notes = report.notes_on(want, self._supervisor)
@@ -305,7 +305,7 @@ class Control:
             wish = decode(RestartRequest, await request.read())
         except msgspec.MsgspecError as error:
             raise L40sError(f"not a restart request: {error}", code="bad_request") from error
-        operation = self._supervisor.restart(wish.workers, user_of(request))
+        operation = self._supervisor.commands.restart(wish.workers, user_of(request))
         await self._supervisor.write_down()
         return _json(Accepted(operation=operation.id), 202)
 

@@ -89,8 +89,8 @@ async def run_workers(parts: Parts) -> ShutdownReason:
         supervisor = Supervisor(
             context, config, Store(Path(config.daemon.state_dir) / STATE_NAME, version=STATE_VERSION)
         )
-        routes.on_failure = supervisor.on_request_failure
-        routes.on_doubt = supervisor.is_ending
+        routes.on_failure = supervisor.workers.on_request_failure
+        routes.on_doubt = supervisor.workers.is_ending
         async with asyncio.timeout(ADOPT_TIMEOUT_S):
             adoption = await processes.adopt()
         await supervisor.begin(adoption)

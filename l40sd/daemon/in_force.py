@@ -103,7 +103,7 @@ class ConfigInForce:
         """
         host = self._supervisor.context.host
         facts = await host.facts(config)
-        found = await host.look(held=self._supervisor.held_gpus(), forget=forget_gpus)
+        found = await host.look(held=self._supervisor.workers.held_gpus(), forget=forget_gpus)
         former = host.take(found)
         try:
             self._supervisor.reconfigure(config, facts)

@@ -1,9 +1,9 @@
 """Observed + wanted + limits -> what to do next.
 
-``plan`` is recomputed after every change, so nothing is a one-shot edge that can be lost: it may be abandoned after
-any of its steps and asked again (invariant 4). It never lets a GPU have two owners, because a worker is created only
-when nobody observed holds any of its GPUs (invariant 1), and it never touches a worker that is wanted as it is
-(invariant 5).
+``reconcile`` is asked again after every change, so nothing is a one-shot edge that can be lost: what it says may be
+abandoned after any step and asked for anew (invariant 4). It never lets a GPU have two owners, because a worker is
+created only when nobody observed holds any of its GPUs (invariant 1), and it never touches a worker that is wanted as
+it is (invariant 5).
 
 A change goes GPU group by GPU group. What has to go is retired only when
 
@@ -17,16 +17,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from l40sd.model import ModelName, ReplicaKind, WorkerId
-from l40sd.workers.lifecycle import COMING_UP, Goal, Phase
+from l40sd.workers.lifecycle import COMING_UP, Event, Goal, Phase
 from l40sd.workers.slot import Observed, Wanted, is_kept
 
 ON_TRIAL = COMING_UP | {Phase.WAITING, Phase.STOPPING, Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED}
 """Phases of a worker that has yet to give its first answer. One that is idle by the operator's wish has given it."""
 
+HEAR_DRAIN = (Phase.WAITING, Phase.READY, Phase.UNREADY)
+HEAR_UNDRAIN = (Phase.WAITING, Phase.STARTING, Phase.DRAINING, Phase.DRAINED)
+"""Phases in which a worker can be told; it passes one of them before it serves, or rests, for the next time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a plan must respect.
+    """What a pass must respect.
 
     Attributes:
         baseline: Each model's capacity in GPUs when the change began; the floor is a share of the smaller of this
@@ -58,7 +62,7 @@ class Order:
     why: str = ""
 
 
-def plan(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> tuple[Order, ...]:
+def reconcile(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> tuple[Order, ...]:
     """Return what to do now, in this order; empty when there is nothing to do but wait, or nothing at all.
 
     1. Forget what is gone.
@@ -248,3 +252,21 @@ def capacity(observed: Iterable[Observed]) -> dict[ModelName, int]:
         if o.goal is not Goal.GONE and o.phase is not Phase.STOPPED:
             totals[o.model] = totals.get(o.model, 0) + o.weight
     return totals
+
+
+def drain_events(observed: Iterable[Observed], drained: Collection[WorkerId]) -> dict[WorkerId, Event]:
+    """Return what to tell whom, so that every worker rests that shall and no other.
+
+    A new one in a drained one's place is told, and one that was restarted. What a worker has been told already is late
+    when it is told again.
+    """
+    events: dict[WorkerId, Event] = {}
+    for o in observed:
+        match o.goal:
+            case Goal.SERVE if o.worker in drained and o.phase in HEAR_DRAIN:
+                events[o.worker] = Event.DRAIN
+            case Goal.REST if o.worker not in drained and o.phase in HEAR_UNDRAIN:
+                events[o.worker] = Event.UNDRAIN
+            case _:
+                pass
+    return events

@@ -1,6 +1,6 @@
 """A change of what is wanted: what it goes by, what speaks against it, and how it ends.
 
-The supervisor asks these functions at every turn, and the dry run (rehearsal.py) plays them ahead: there is no second
+The supervisor asks these functions at every pass, and the dry run (rehearsal.py) plays them ahead: there is no second
 copy of a decision. A change ends in one of three ways, and within a time that is known before it begins:
 
     done            exactly what is wanted is there and ready
@@ -13,8 +13,8 @@ It ends as soon as nothing of it moves any more, and at its deadline whatever mo
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from l40sd.model import ModelName, ReplicaKind, WorkerId
-from l40sd.supervisor.reconcile import Limits, Order, base_capacity, capacity, is_settled, plan
+from l40sd.model import ModelName, OperationState, ReplicaKind, WorkerId
+from l40sd.supervisor.reconcile import Limits, Order, base_capacity, capacity, is_settled, reconcile
 from l40sd.workers.lifecycle import Goal, Phase
 from l40sd.workers.slot import Observed, Wanted, is_kept
 
@@ -71,7 +71,7 @@ def begin(
 
 
 def limits_for(wanted: Sequence[Wanted], terms: Terms, *, start_parallel: int, min_ready: float) -> Limits:
-    """Return what the planner must respect during a change."""
+    """Return what a reconcile pass must respect."""
     unproven = frozenset(w.kind for w in wanted) - terms.proven if terms.is_trial else frozenset()
     return Limits(start_parallel=start_parallel, min_ready=min_ready, baseline=terms.baseline, unproven=unproven)
 
@@ -82,6 +82,11 @@ class End:
 
     missing: tuple[WorkerId, ...] = ()
     is_late: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything is in place, and was in time."""
+        return not self.missing and not self.is_late
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +119,7 @@ def decide(
     """Return what follows during a change: 1. what is proven, 2. whether it goes back, 3. what to do, 4. its end."""
     proven = newly_proven(wanted, observed, terms) if terms.is_trial else {}  # 1
     terms = replace(terms, proven=terms.proven | proven.keys())
-    orders = plan(wanted, observed, limits_for(wanted, terms, start_parallel=start_parallel, min_ready=min_ready))
+    orders = reconcile(wanted, observed, limits_for(wanted, terms, start_parallel=start_parallel, min_ready=min_ready))
     kept = _kept(wanted, observed)
     is_still = not orders and not any(_moves(o, terms, is_wanted=o in kept) for o in observed)
     back = speaks_against(wanted, observed, terms, min_ready=min_ready, is_late=is_late, is_still=is_still)  # 2
@@ -122,6 +127,32 @@ def decide(
         return Decision(terms=terms, proven=proven, back=back)
     end = _end_of(wanted, observed, is_late=is_late, is_still=is_still)  # 4
     return Decision(terms=terms, proven=proven, orders=orders, end=end)  # 3
+
+
+def keep(
+    wanted: Sequence[Wanted],
+    observed: Sequence[Observed],
+    floor: Mapping[ModelName, int],
+    *,
+    start_parallel: int,
+    min_ready: float,
+) -> Decision:
+    """Return what follows outside a change: what to do, and whether everything is as it is wanted.
+
+    Args:
+        floor: The baseline of a change that ended incomplete, to which what it left to be done keeps; empty: none.
+    """
+    terms = Terms(baseline=floor, is_trial=False)
+    limits = limits_for(wanted, terms, start_parallel=start_parallel, min_ready=min_ready)
+    end = End() if is_settled(wanted, observed) else None
+    return Decision(terms=terms, proven={}, orders=reconcile(wanted, observed, limits), end=end)
+
+
+def state_at(end: End, *, is_back: bool) -> OperationState:
+    """Return the state in which a change has ended so; ``is_back``: on its way back to what was wanted before."""
+    if is_back:
+        return OperationState.ROLLED_BACK
+    return OperationState.DONE if end.is_whole else OperationState.INCOMPLETE
 
 
 def newly_proven(wanted: Sequence[Wanted], observed: Sequence[Observed], terms: Terms) -> dict[ReplicaKind, WorkerId]:

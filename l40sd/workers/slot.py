@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from l40sd.model import GpuId, ModelName, Placement, ReplicaKind, WorkerId
 from l40sd.workers.lifecycle import Goal, Phase
 
+SERVED = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
+"""Phases of a worker that receives requests, or did until it was asked not to."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:

@@ -1,16 +1,17 @@
-"""The planner: never two owners of a GPU, always gets there, keeps the floor, tries one before it touches the next."""
+"""Reconciling: never two owners of a GPU, always gets there, keeps the floor, tries one before it touches the next."""
 
 from dataclasses import replace
 
+import pytest
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l40sd.model import GpuId, ModelName, Placement, WorkerId
-from l40sd.supervisor.reconcile import Do, Limits, Order, is_settled, plan
+from l40sd.supervisor.reconcile import Do, Limits, Order, drain_events, is_settled, reconcile
 from l40sd.supervisor.rehearsal import Pace, Step, rehearse
 from l40sd.supervisor.rollout import begin, limits_for
-from l40sd.workers.lifecycle import Goal, Phase
+from l40sd.workers.lifecycle import Event, Goal, Phase
 from l40sd.workers.slot import Observed, Wanted, slot
 
 GPUS = [GpuId(f"GPU-{i:02}") for i in range(12)]
@@ -49,29 +50,29 @@ def steps_of(observed: list[Observed], wanted: list[Wanted], *, min_ready: float
 
 
 def test_an_empty_host_starts_two_at_a_time() -> None:
-    orders = plan(A, [], Limits(start_parallel=2, min_ready=0.5, baseline={}))
+    orders = reconcile(A, [], Limits(start_parallel=2, min_ready=0.5, baseline={}))
     assert [o.do for o in orders] == [Do.CREATE] * 12
     waiting = [slot(w, Phase.WAITING) for w in A]
-    starts = plan(A, waiting, Limits(start_parallel=2, min_ready=0.5, baseline={}))
+    starts = reconcile(A, waiting, Limits(start_parallel=2, min_ready=0.5, baseline={}))
     assert [(o.do, o.worker) for o in starts] == [(Do.START, A[0].placement.worker), (Do.START, A[1].placement.worker)]
 
 
 def test_a_settled_host_is_left_alone() -> None:
-    assert plan(A, ready(A), limits_of(ready(A), A)) == ()
+    assert reconcile(A, ready(A), limits_of(ready(A), A)) == ()
     assert is_settled(A, ready(A))
     assert not is_settled(B, ready(A))
 
 
 def test_the_first_new_worker_proves_itself_before_the_next_is_touched() -> None:
     limits = limits_of(ready(A), B)
-    first = plan(B, ready(A), limits)
+    first = reconcile(B, ready(A), limits)
     assert [(o.do, o.worker) for o in first] == [(Do.RETIRE, "m-gpu0"), (Do.RETIRE, "m-gpu1")]
     world = [o for o in ready(A) if o.worker not in ("m-gpu0", "m-gpu1")]
     for phase in (Phase.WAITING, Phase.SPAWNING, Phase.STARTING, Phase.BACKOFF):
-        orders = plan(B, [*world, slot(B[0], phase)], limits)
+        orders = reconcile(B, [*world, slot(B[0], phase)], limits)
         assert not [o for o in orders if o.do is Do.RETIRE], phase
     proven = replace(limits, unproven=frozenset())
-    after = plan(B, [*world, slot(B[0], Phase.READY)], proven)
+    after = reconcile(B, [*world, slot(B[0], Phase.READY)], proven)
     assert len([o for o in after if o.do is Do.RETIRE]) == 4  # two pairs: as many as may start at once
 
 
@@ -93,7 +94,7 @@ def test_one_replica_on_all_gpus_is_replaced_although_no_floor_can_be_kept() -> 
 def test_a_stuck_worker_holds_its_gpus_and_the_rest_goes_on() -> None:
     stuck = replace(slot(A[0], Phase.STUCK), goal=Goal.GONE)
     world = [stuck, *ready(A)[1:]]
-    orders = plan(B, world, replace(limits_of(world, B), unproven=frozenset()))
+    orders = reconcile(B, world, replace(limits_of(world, B), unproven=frozenset()))
     assert {o.worker for o in orders if o.do is Do.RETIRE} == {"m-gpu2", "m-gpu3", "m-gpu4", "m-gpu5"}
 
 
@@ -106,7 +107,7 @@ def test_an_unchanged_worker_is_not_touched() -> None:
 def test_a_new_launch_replaces_a_worker_in_place_and_one_at_a_time_until_proven() -> None:
     renewed = wanted_layout([("m", 1)] * 12, fingerprint="g")
     limits = limits_of(ready(A), renewed)
-    first = plan(renewed, ready(A), limits)
+    first = reconcile(renewed, ready(A), limits)
     assert [(o.do, o.worker) for o in first] == [(Do.RETIRE, "m-gpu0")]
 
 
@@ -162,7 +163,7 @@ def test_from_any_state_in_any_order_of_events_the_wanted_layout_is_reached_and_
         now = list(world.values())
         if is_settled(wanted, now):
             return
-        orders = list(plan(wanted, now, limits))
+        orders = list(reconcile(wanted, now, limits))
         done = len(orders) if turn % 3 == 2 else random.randint(0, len(orders))  # type: ignore[attr-defined]
         for order in orders[:done]:
             carry_out(world, order, wanted)
@@ -204,3 +205,14 @@ def test_what_keeps_the_floor_goes_first_so_that_it_makes_room_for_the_rest() ->
     steps = steps_of(ready(day), night)
     assert min(s.ready[ModelName("small")] for s in steps) >= 0.5
     assert min(s.ready[ModelName("large")] for s in steps) >= 0.5
+
+
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize("goal", Goal)
+def test_who_was_drained_is_told_to_rest_and_nobody_else(phase: Phase, goal: Goal) -> None:
+    """In every other phase it would not be heard, and is told later; what restarts or goes is left to that."""
+    o = replace(slot(A[0], phase), goal=goal)
+    rests = goal is Goal.SERVE and phase in (Phase.WAITING, Phase.READY, Phase.UNREADY)
+    serves = goal is Goal.REST and phase in (Phase.WAITING, Phase.STARTING, Phase.DRAINING, Phase.DRAINED)
+    assert drain_events([o], {o.worker}) == ({o.worker: Event.DRAIN} if rests else {})
+    assert drain_events([o], set()) == ({o.worker: Event.UNDRAIN} if serves else {})

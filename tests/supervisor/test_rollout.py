@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reconcile import layouts, one_owner_each, ready, wanted_layout
 
-from l40sd.model import ModelName, WorkerId
+from l40sd.model import ModelName, OperationState, WorkerId
 from l40sd.supervisor.pace import bound_back_s, bound_s
 from l40sd.supervisor.reconcile import Do, Order, is_settled, ready_share
 from l40sd.supervisor.rehearsal import Pace, rehearse
-from l40sd.supervisor.rollout import GIVEN_UP, End, Terms, begin, decide, models_leaving, not_in_place
+from l40sd.supervisor.rollout import GIVEN_UP, End, Terms, begin, decide, keep, models_leaving, not_in_place, state_at
 from l40sd.workers.lifecycle import COMING_UP, Goal, Phase
 from l40sd.workers.slot import Observed, Wanted, slot
 
@@ -42,7 +42,7 @@ QUARANTINE = 3
 
 @dataclass
 class Play:
-    """One change, in turns of a second."""
+    """One change, in passes of a second."""
 
     wanted: list[Wanted]
     previous: list[Wanted]
@@ -67,7 +67,7 @@ class Play:
         self.late_at_s = self.forward_s
 
     def run(self) -> End:
-        """Take turns until the change has ended; it may not take longer than was known before."""
+        """Take passes until the change has ended; it may not take longer than was known before."""
         for o in self.world.values():
             self._expect(o)
         while self.now_s <= self.forward_s + self.back_s + 1:
@@ -407,3 +407,27 @@ def test_the_orders_that_a_dry_run_shows_are_those_of_the_change(
     assert [(step.order.do, step.order.worker) for step in shown.steps] == change.orders[: change.turned_at]
     assert (shown.back is not None) == change.is_back
     assert change.is_back or shown.duration_s <= change.now_s <= change.forward_s
+
+
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [
+        (End(), OperationState.DONE),
+        (End(missing=(A[0].placement.worker,)), OperationState.INCOMPLETE),
+        (End(is_late=True), OperationState.INCOMPLETE),
+    ],
+)
+def test_a_change_is_done_only_when_all_of_it_is_in_place_in_time(end: End, state: OperationState) -> None:
+    assert state_at(end, is_back=False) is state
+    assert state_at(end, is_back=True) is OperationState.ROLLED_BACK
+
+
+def test_outside_a_change_nothing_is_on_trial_and_the_floor_of_an_incomplete_one_holds() -> None:
+    there = ready(A)
+    settled = keep(A, there, {}, start_parallel=12, min_ready=1.0)
+    assert (settled.orders, settled.end, settled.back) == ((), End(), None)
+    free = keep(B, there, {}, start_parallel=12, min_ready=1.0)
+    floored = keep(B, there, {M: 12}, start_parallel=12, min_ready=1.0)
+    assert sum(order.do is Do.RETIRE for order in free.orders) == 12, "no floor: all at once, none on trial"
+    assert sum(order.do is Do.RETIRE for order in floored.orders) == 2, "one group goes, or nothing would move"
+    assert (free.end, floored.end, floored.proven) == (None, None, {})
