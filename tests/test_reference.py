@@ -7,6 +7,8 @@ import ast
 import re
 import runpy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from l40sd.control.client import UNREACHABLE
@@ -15,14 +17,20 @@ from l40sd.model import ModelName, WorkerId
 from l40sd.proxy.metrics import Metrics
 from l40sd.routing.routes import Backend, Routes
 from l40sd.workers.lifecycle import Phase
+from l40sd.workers.phase_log import line_of
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG_METHODS = ("debug", "info", "warning", "error", "method")
 SPELLED_OUT = {
-    "worker.{self.phase}": [f"worker.{phase}" for phase in Phase],
     "pattern.apply.{state}": ["pattern.apply.replaced", "pattern.apply.rolled_back", "pattern.apply.incomplete"],
 }
-"""The events whose names are put together."""
+"""The events whose names are put together where they are logged."""
+DECIDED = {
+    event: level
+    for before, phase, is_wish, is_ejected in product(Phase, Phase, (False, True), (False, True))
+    for level, event in [line_of(before, phase, is_wish=is_wish, is_ejected=is_ejected)]
+}
+"""The events that workers/phase_log.py decides on, each with a level of it; workers/worker.py logs them."""
 ALWAYS = {"worker", "gpus", "model", "was", "reason", "instance", "exit_code", "exit_signal", "oom", "ran_s"}
 """The keys that docs/events.md names once for all events."""
 
@@ -59,29 +67,61 @@ def literal(node: ast.expr) -> str:
             return ""
 
 
-def logged() -> Iterator[tuple[str, str, ast.Call]]:
-    """Yield place, name and call of every event that is logged."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logged:
+    """One place where an event is logged.
+
+    Attributes:
+        level: Empty where it is put together.
+        keys: As far as they are written there.
+        is_whole: There are no others.
+    """
+
+    place: str
+    level: str
+    keys: frozenset[str]
+    is_whole: bool
+
+
+def logged() -> Iterator[tuple[str, Logged]]:
+    """Yield every event that is logged, with where and how."""
     for path, node in code():
         if not isinstance(node, ast.Call) or not node.args:
             continue
         target = node.func
         method = target.attr if isinstance(target, ast.Attribute) else target.id if isinstance(target, ast.Name) else ""
         name = literal(node.args[0])
-        is_log = isinstance(target, ast.Attribute) and ast.unparse(target.value).endswith(("log", "bind"))
-        assert name or not (is_log and method in LOG_METHODS), (
-            f"{path}:{node.lineno}: an event's name is written where it is logged: this test looks for it there"
+        place = f"{path}:{node.lineno}"
+        is_log = isinstance(target, ast.Attribute) and ast.unparse(target.value).endswith("log")
+        is_decided = str(path) == "l40sd/workers/worker.py" and bool(DECIDED)
+        assert name or not (is_log and method in LOG_METHODS), f"{place}: write an event's name where it is logged"
+        assert is_decided or not re.match(r"getattr\(.*log,", ast.unparse(target)), (
+            f"{place}: add to DECIDED what it logs"
         )
         if method in LOG_METHODS and re.fullmatch(r"[a-z_]+\.[a-z_.{}]+", name):
-            yield f"{path}:{node.lineno}", name, node
+            assert "{" not in name or name in SPELLED_OUT, f"{place}: add what {name!r} may be to SPELLED_OUT"
+            keys = {"exception" if each.arg == "exc_info" else each.arg for each in node.keywords}
+            for event in SPELLED_OUT.get(name, [name]):
+                is_literal = event == name and method != "method"
+                yield (
+                    event,
+                    Logged(
+                        place=place,
+                        level=method if is_literal else "",
+                        keys=frozenset(key for key in keys if key),
+                        is_whole=None not in keys,
+                    ),
+                )
 
 
-def events() -> dict[str, list[tuple[str, ast.Call]]]:
-    """Return the calls that log each event."""
-    found: dict[str, list[tuple[str, ast.Call]]] = {}
-    for place, name, call in logged():
-        assert "{" not in name or name in SPELLED_OUT, f"{place}: add what {name!r} may be to SPELLED_OUT"
-        for event in SPELLED_OUT.get(name, [name]):
-            found.setdefault(event, []).append((place, call))
+def events() -> dict[str, list[Logged]]:
+    """Return the places of each event."""
+    found: dict[str, list[Logged]] = {}
+    for event, how in logged():
+        found.setdefault(event, []).append(how)
+    for event, level in DECIDED.items():
+        how = Logged(place="l40sd/workers/phase_log.py", level=level, keys=frozenset(), is_whole=False)
+        found.setdefault(event, []).append(how)
     return found
 
 
@@ -93,7 +133,9 @@ def test_every_event_is_in_the_table_and_nothing_else() -> None:
     in_code = events()
     in_table = [event for cells in rows(page("events.md")) for event in quoted(cells[0])]
     new = [
-        f"docs/events.md: add a row for {event} ({in_code[event][0][0]})" for event in in_code if event not in in_table
+        f"docs/events.md: add a row for {event} ({in_code[event][0].place})"
+        for event in in_code
+        if event not in in_table
     ]
     gone = [f"docs/events.md: nothing logs {event}" for event in in_table if event not in in_code]
     assert not new + gone, told(new + gone)
@@ -105,17 +147,16 @@ def test_every_key_and_level_of_an_event_is_in_its_row() -> None:
     in_code = events()
     wrong = []
     for cells in rows(page("events.md")):
-        keys, written = set(quoted(cells[2])), set()
-        for event in quoted(cells[0]):
-            for place, call in in_code.get(event, []):
-                written |= {keyword.arg for keyword in call.keywords}
-                if isinstance(call.args[0], ast.Constant):
-                    own = {keyword.arg for keyword in call.keywords if keyword.arg} - {"exc_info"} - ALWAYS
-                    wrong += [f"{event}: add the key {key} ({place})" for key in sorted(own - keys)]
-                    level = call.func.attr if isinstance(call.func, ast.Attribute) else cells[1]
-                    wrong += [] if level in cells[1] else [f"{event}: it is also logged as {level} ({place})"]
-        written |= {"exception"} if "exc_info" in written else set()
-        if None not in written:
+        keys, places = (
+            set(quoted(cells[2])),
+            [(event, how) for event in quoted(cells[0]) for how in in_code.get(event, [])],
+        )
+        written = {key for _, how in places for key in how.keys}
+        for event, how in places:
+            missing = how.keys - keys - ALWAYS - {"exception"}
+            wrong += [f"{event}: add the key {key} ({how.place})" for key in sorted(missing)]
+            wrong += [] if how.level in cells[1] else [f"{event}: it is also logged as {how.level} ({how.place})"]
+        if all(how.is_whole for _, how in places):
             wrong += [f"{cells[0]}: nothing logs its key {key}" for key in sorted(keys - written - ALWAYS)]
     assert not wrong, told([f"docs/events.md, {each}" for each in wrong])
 

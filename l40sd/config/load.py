@@ -1,7 +1,7 @@
 """Configuration texts -> Config: overlays are merged, keys and values checked, all problems told at once.
 
-What goes beyond one value (a pattern's model exists, aliases are unique) is in configcheck.py; how a Config
-is shown and compared, in configshow.py.
+What goes beyond one value (a pattern's model exists, aliases are unique) is in check.py; how a Config
+is shown and compared, in show.py.
 """
 
 import difflib

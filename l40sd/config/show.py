@@ -19,7 +19,7 @@ def to_toml(config: Config, origins: Mapping[KeyPath, str] | None = None, *, sec
     """Return the effective configuration as TOML, every option spelled out.
 
     Args:
-        origins: From ``configfile.load``; each line then says which file it came from, or that it is a default.
+        origins: From ``load.load``; each line then says which file it came from, or that it is a default.
         secrets: Write keys and tokens too; else ``***`` stands for them. What is written with them parses back
             to an equal Config.
     """

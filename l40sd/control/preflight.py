@@ -1,7 +1,7 @@
 """What can be found out about a configuration and this machine without a daemon, before it starts or while it runs.
 
 For `doctor`, with a daemon and without; for `config check`; and what makes a start refuse the configuration. The
-command line imports this (cli_doctor.py, cli_config.py) and Host, and nothing else of the services.
+command line imports this (cli/doctor.py, cli/config.py) and Host, and nothing else behind the socket.
 """
 
 import os

@@ -189,7 +189,7 @@ def topology(supervisor: Supervisor) -> Topology:
 
 
 def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:
-    """Return what ``apply(want)`` would do, in order, if every step succeeds: the passes themselves, played ahead."""
+    """Return what ``apply(want)`` would do, in order, if every step succeeds: the reconciler itself, played ahead."""
     inventory = supervisor.context.host.inventory
     number = {gpu.id: gpu.index for gpu in inventory.gpus}
     observed = supervisor.workers.observed()

@@ -168,7 +168,7 @@ async def hand_over(notifier: systemd.Notifier, lock: DaemonLock, proxy: Proxy) 
     own = [sock for sock in proxy.sockets if sock not in proxy.lent]
     reexec.give(lock.keep_over_exec(), own=own, lent=proxy.lent)
     began_s = now_s()
-    handed, lost = await proxy.hand_over()
+    handed, lost = await proxy.export_connections()
     reexec.give_connections(handed)
     structlog.get_logger().info(
         "daemon.handing_over",

@@ -4,9 +4,9 @@ Decided in this order:
 1. Is the pattern possible at all (models, heads, layers)?
 2. How many of each: the numbers given, then "fill" as many as fit, several fills in turn. TP groups stay within a
    socket (with ``force``: may cross).
-3. The least cost that so many can have (grouping.py): the worst TP link, the sum of TP links, then PP's.
-4. Of all groupings of that cost one that moves the least: as many GPUs as possible keep their worker (keeping.py).
-5. Of those the one that grouping.py carves first, low PCI addresses first. So the same question has the same answer,
+3. The least cost that so many can have (optimum.py): the worst TP link, the sum of TP links, then PP's.
+4. Of all groupings of that cost one that moves the least: as many GPUs as possible keep their worker (stability.py).
+5. Of those the one that optimum.py carves first, low PCI addresses first. So the same question has the same answer,
    and asking again with the answer as ``current`` changes nothing.
 6. Ranks: GPUs of one switch, then of one host bridge, side by side, each in order of PCI address.
 """

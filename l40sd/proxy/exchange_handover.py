@@ -1,7 +1,6 @@
 """One request on its way from one daemon to the next, with its connection to the worker that has it."""
 
 import asyncio
-import os
 
 from l40sd.proxy.context import ProxyContext
 from l40sd.proxy.exchange import Exchange
@@ -9,13 +8,9 @@ from l40sd.proxy.handed import HandedExchange, HandedReply
 from l40sd.proxy.http1.heads import ResponseHead, parse_request, plain_request
 from l40sd.proxy.interfaces import Client
 from l40sd.proxy.reply import Reply
+from l40sd.proxy.sockets import duplicate
 from l40sd.proxy.tries import Asked
 from l40sd.proxy.worker_connection import WorkerConnection
-
-
-def duplicate(transport: asyncio.Transport) -> int:
-    """Return another descriptor of a connection, which stays open when the transport closes its own."""
-    return os.dup(transport.get_extra_info("socket").fileno())
 
 
 def export_exchange(exchange: Exchange, *, keep_alive: bool) -> HandedExchange | bytes | None:

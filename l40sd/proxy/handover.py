@@ -1,10 +1,10 @@
 """Open connections on their way from one daemon to the next, over an exec in the same process.
 
-    settle --> gather --> (exec) --> take_over
+    settle --> export_connections --> (exec) --> import_connections
 
-``settle`` waits while everything goes on, so that a client that does not read delays nobody else. ``gather`` takes one
-connection after the other out of this daemon: from its description on, nothing here reads or writes it, and closing
-our descriptor tells neither side anything, because the copy is open. ``take_over`` is its mirror in the next daemon.
+``settle`` waits while everything goes on, so that a client that does not read delays nobody else. The export takes one
+connection after the other out of this daemon: from its description on, nothing here reads or writes it, and closing our
+descriptor tells neither side anything, because the copy is open. The import is its mirror in the next daemon.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from l40sd.proxy.client_connection import ClientConnection, ClientConnections
+from l40sd.proxy.client_handover import come_to_rest, export_client, import_client, is_settled
 from l40sd.proxy.context import ProxyContext
 from l40sd.proxy.exchange_handover import import_exchange
 from l40sd.proxy.handed import Handed, HandedConnection
@@ -37,16 +38,16 @@ async def settle(clients: ClientConnections, timeout_s: float) -> set[ClientConn
     unsettled = set(clients.open)
     try:
         async with asyncio.timeout(timeout_s):
-            while unsettled := {c for c in unsettled if c in clients.open and not c.is_settled()}:
+            while unsettled := {c for c in unsettled if c in clients.open and not is_settled(c)}:
                 for client in unsettled:
-                    client.come_to_rest()
+                    come_to_rest(client)
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         pass
     return unsettled
 
 
-async def gather(
+async def export_connections(
     loop: asyncio.AbstractEventLoop,
     clients: ClientConnections,
     stuck: Collection[ClientConnection],
@@ -68,12 +69,12 @@ async def gather(
         for client in sorted(clients.open, key=_place):
             if client not in clients.open or client.transport.is_closing():
                 continue
-            if client.is_settled():
+            if is_settled(client):
                 _take(client, taken, lost)
                 if len(taken) % BATCH == 0:
                     await _turn()
             else:
-                client.come_to_rest()
+                come_to_rest(client)
         await asyncio.sleep(POLL_S if rounds >= ROUNDS else 0)
         rounds += 1
     for client in list(clients.open):
@@ -84,7 +85,7 @@ async def gather(
     return Handed(paused_at_s=paused_at_s, connections=tuple(taken)), lost
 
 
-async def take_over(context: ProxyContext, clients: ClientConnections, handed: Handed) -> None:
+async def import_connections(context: ProxyContext, clients: ClientConnections, handed: Handed) -> None:
     """Go on with the connections of an earlier daemon."""
     loop = context.loop
     landed = await asyncio.gather(*(_land(loop, c.client) for c in handed.connections))
@@ -159,7 +160,7 @@ def _go_on(
 ) -> None:
     client = ClientConnection(context, clients)
     assert landed.transport is not None
-    client.take_up(landed.transport, handed)
+    import_client(client, landed.transport, handed)
     landed.transport.set_protocol(client)
     if handed.exchange is None or upstream_landed is None:
         landed.pass_on(client)
@@ -168,7 +169,7 @@ def _go_on(
         client.reset()
         return
     exchange, upstream = import_exchange(context, client, handed.exchange, upstream_landed.transport)
-    client.carry_on(exchange)
+    client.wait_for(exchange)
     landed.pass_on(client)
     if client.exchange is not None:
         upstream_landed.pass_on(upstream)
@@ -176,7 +177,7 @@ def _go_on(
 
 def _take(client: ClientConnection, taken: list[HandedConnection], lost: list[Lost]) -> None:
     try:
-        handed = client.hand_over()
+        handed = export_client(client)
     except OSError as error:
         lost.append(_lost(client, str(error)))
         client.reset()

@@ -25,7 +25,7 @@ from l40sd.proxy.client_connection import ClientConnection, ClientConnections
 from l40sd.proxy.context import ProxyContext
 from l40sd.proxy.descriptors import BACKLOG
 from l40sd.proxy.handed import Handed
-from l40sd.proxy.handover import gather, settle, take_over
+from l40sd.proxy.handover import export_connections, import_connections, settle
 from l40sd.routing.routes import Routes
 
 DRAIN_POLL_S = 0.01
@@ -111,7 +111,7 @@ class Proxy:
             sock.setblocking(False)
         self.addresses = tuple(listeners.address_of(sock) for sock in self.sockets)
         if handed is not None:
-            await take_over(self._context, self.clients, handed)
+            await import_connections(self._context, self.clients, handed)
         await self.resume_accepting()
         self._tick()
         log.info("proxy.ready", addresses=self.addresses)
@@ -198,7 +198,7 @@ class Proxy:
             log.warning("proxy.drain_deadline", in_flight=self.stats.in_flight, after_s=grace_s)
         return self.stats.in_flight
 
-    async def hand_over(self) -> tuple[Handed, int]:
+    async def export_connections(self) -> tuple[Handed, int]:
         """Leave the open connections to another daemon; what cannot be handed over in time is cut, named and counted.
 
         The listeners are the other's as well: those of ours are closed, their Unix paths stay.
@@ -209,7 +209,7 @@ class Proxy:
         await self.pause_accepting()
         if self._timer is not None:
             self._timer.cancel()
-        handed, lost = await gather(context.loop, self.clients, stuck, timeout_s)
+        handed, lost = await export_connections(context.loop, self.clients, stuck, timeout_s)
         for each in lost:
             log.warning("proxy.connection_lost", request=each.request, worker=each.worker, why=each.why)
         self._paths = []

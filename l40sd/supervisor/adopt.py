@@ -60,7 +60,7 @@ async def adopt(
     """Return what to begin with.
 
     0. The host knows again which GPUs it had.
-    1. Running and stuck instances become workers as they were recorded, wanted or not: the passes sort them out.
+    1. Running and stuck instances become workers as they were recorded, wanted or not: the reconciler sorts them out.
     2. What is wanted is placed again, which keeps it where it is unless host or config changed.
     3. A change in the middle is carried on.
     4. What ended meanwhile counts as the failure it was.

@@ -1,4 +1,4 @@
-"""A change as it would go: the reconcile passes of a change and its judgement, played ahead against a clock.
+"""A change as it would go: the reconciler and the judgement of a change, played ahead against a clock.
 
 ``--dry-run`` shows it, once with the host's past loads (how long it would take), once with every step as slow as the
 configuration lets it be: that is the time after which a change is ended whatever moves.

@@ -38,4 +38,14 @@ class Same:
     why: str
 
 
-SAME: tuple[Same, ...] = ()
+SAME: tuple[Same, ...] = (
+    *(
+        Same(
+            path="l40sd/workers/restart_policy.py",
+            before="return min(limit_s, first_s * 2.0 ** min(times, 30))",
+            after=f"return min(limit_s, first_s * 2.0 ** min(times, {times}))",
+            why="it only keeps the power from an overflow: every limit is far below it",
+        )
+        for times in (29, 31)
+    ),
+)

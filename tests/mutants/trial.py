@@ -76,12 +76,16 @@ def unnoticed(
     """Yield the changes with which all the tests pass, as they are found."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     running: dict[int, tuple[Change, float]] = {}
-    for change in changes:
-        if len(running) >= at_once:
+    try:
+        for change in changes:
+            if len(running) >= at_once:
+                yield from _next_ended(running)
+            running[_start(module, change.source, tests, limits)] = (change, monotonic() + limits.wall_s)
+        while running:
             yield from _next_ended(running)
-        running[_start(module, change.source, tests, limits)] = (change, monotonic() + limits.wall_s)
-    while running:
-        yield from _next_ended(running)
+    finally:
+        for pid in running:
+            _end(pid)
 
 
 def _next_ended(running: dict[int, tuple[Change, float]]) -> Iterator[Change]:
@@ -115,6 +119,7 @@ def _start(module: str, source: str, tests: Sequence[str], limits: Limits) -> in
     try:
         os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         nowhere = os.open(os.devnull, os.O_RDWR)

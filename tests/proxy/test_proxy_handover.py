@@ -40,7 +40,7 @@ StandOf = Callable[..., Awaitable[Stand]]
 async def hand_over(stand: Stand, *, add_first: bool = False) -> int:
     """Let another proxy, with routes of its own, take the stand's place; its workers are routed to a moment later."""
     kept = stand.proxy.sockets[0].dup()
-    handed, lost = await stand.proxy.hand_over()
+    handed, lost = await stand.proxy.export_connections()
     assert stand.leases() == 0, "nothing is held on the side that is left"
     assert stand.routes.waiting(CHAT) == 0
     routes = Routes(queue_limit=stand.config.queue_limit, in_flight_limit=stand.config.in_flight_limit)
@@ -498,7 +498,7 @@ async def test_a_connection_of_which_no_description_can_be_made_is_lost_alone(
             return copy(descriptor)
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("l40sd.proxy.exchange_handover.os.dup", dup)
+    monkeypatch.setattr("l40sd.proxy.sockets.os.dup", dup)
     assert await hand_over(here) == 1
     monkeypatch.undo()
     assert here.proxy.stats.connections == 1

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l40sd.model import GpuId, ModelName, Placement, WorkerId
-from l40sd.supervisor.reconcile import Do, Limits, Order, drain_events, is_settled, reconcile
+from l40sd.supervisor.reconcile import (
+    Do,
+    Limits,
+    Order,
+    base_capacity,
+    capacity,
+    drain_events,
+    is_settled,
+    ready_share,
+    reconcile,
+)
 from l40sd.supervisor.rehearsal import Pace, Step, rehearse
 from l40sd.supervisor.rollout import begin, limits_for
 from l40sd.workers.lifecycle import Event, Goal, Phase
@@ -205,6 +215,139 @@ def test_what_keeps_the_floor_goes_first_so_that_it_makes_room_for_the_rest() ->
     steps = steps_of(ready(day), night)
     assert min(s.ready[ModelName("small")] for s in steps) >= 0.5
     assert min(s.ready[ModelName("large")] for s in steps) >= 0.5
+
+
+M, N = ModelName("m"), ModelName("n")
+
+
+def going(o: Observed) -> Observed:
+    return replace(o, goal=Goal.GONE)
+
+
+def did(orders: tuple[Order, ...], do: Do) -> list[WorkerId]:
+    return [o.worker for o in orders if o.do is do]
+
+
+def test_the_floor_is_a_share_of_what_was_or_of_what_shall_be_if_that_is_less() -> None:
+    both = wanted_layout([("m", 2), ("m", 2), ("n", 4)])
+    assert base_capacity(M, both, {M: 12}) == 4
+    assert base_capacity(M, both, {M: 3}) == 3
+    assert base_capacity(N, both, {M: 12}) == 0, "it was not there: nothing of it can be kept"
+    assert base_capacity(N, both, {N: 1}) == 1
+
+
+def test_the_share_of_ready_capacity_counts_gpus_that_serve_this_model_and_is_at_most_all() -> None:
+    both = wanted_layout([("m", 2), ("m", 2), ("n", 4)])
+    one_of_two = [slot(both[0], Phase.READY), slot(both[1], Phase.STARTING), slot(both[2], Phase.READY)]
+    assert ready_share(M, both, one_of_two, {M: 4}) == 0.5
+    assert ready_share(M, both, [*ready(both[:1]), going(slot(both[1], Phase.READY))], {M: 4}) == 0.5
+    assert ready_share(M, both, ready(both), {M: 2}) == 1.0
+    assert ready_share(M, both, [], {N: 4}) == 1.0, "it has no floor"
+
+
+def test_the_capacity_of_a_model_is_in_gpus_and_leaves_out_what_goes() -> None:
+    three = wanted_layout([("m", 2), ("m", 3), ("n", 4)])
+    world = [slot(three[0], Phase.READY), slot(three[1], Phase.BACKOFF), slot(three[2], Phase.WAITING)]
+    assert capacity(world) == {M: 5, N: 4}
+    assert capacity([going(world[0]), *world[1:]]) == {M: 3, N: 4}
+    assert capacity([world[0], slot(three[1], Phase.STOPPED), going(slot(three[2], Phase.STOPPED))]) == {M: 2}
+    assert capacity([slot(three[2], Phase.STOPPED)]) == {}
+
+
+def test_a_host_is_settled_when_exactly_what_is_wanted_is_there_and_serves_or_rests() -> None:
+    two = wanted_layout([("m", 1), ("m", 1)])
+    assert is_settled(two, ready(two))
+    assert is_settled(two, [slot(two[0], Phase.READY), slot(two[1], Phase.DRAINED)])
+    assert not is_settled(two, ready(two[:1]))
+    assert not is_settled(two[:1], ready(two)), "one too many"
+    assert not is_settled(two, [slot(two[0], Phase.READY), slot(two[1], Phase.UNREADY)])
+    assert not is_settled(two, [slot(two[0], Phase.READY), going(slot(two[1], Phase.READY))])
+    assert not is_settled(two, ready(wanted_layout([("m", 1), ("m", 1)], fingerprint="g")))
+
+
+def test_a_slot_is_made_once_and_not_before_its_gpus_are_free() -> None:
+    renewed = wanted_layout([("m", 1)], fingerprint="g")
+    limits = Limits(start_parallel=2, min_ready=0.5, baseline={})
+    elsewhere = replace(slot(renewed[0], Phase.WAITING), gpus=(GPUS[5],))
+    assert did(reconcile(renewed, [elsewhere], limits), Do.CREATE) == [], "its name is taken"
+    assert did(reconcile(renewed, [slot(B[0], Phase.STOPPING)], limits), Do.CREATE) == [], "its GPU is held"
+    gone = reconcile(renewed, [slot(A[0], Phase.STOPPED)], limits)
+    assert [o.do for o in gone] == [Do.FORGET, Do.CREATE], "made in the same pass in which the former one is forgotten"
+
+
+def test_the_floor_may_be_reached_but_not_crossed() -> None:
+    """Half of four GPUs may go, not one more; b and c leave it to the floor."""
+    four, renewed = A[:4], wanted_layout([("m", 1)] * 4, fingerprint="g")
+    limits = Limits(start_parallel=9, min_ready=0.5, baseline={M: 4})
+    assert did(reconcile(renewed, ready(four), limits), Do.RETIRE) == ["m-gpu0", "m-gpu1"]
+    assert did(reconcile(renewed, ready(four), replace(limits, min_ready=0.51)), Do.RETIRE) == ["m-gpu0"]
+
+
+def test_what_is_being_cleared_and_what_is_coming_up_are_both_on_their_way() -> None:
+    renewed = wanted_layout([("m", 1)] * 6, fingerprint="g")
+    world = [going(slot(A[0], Phase.DRAINING)), slot(renewed[1], Phase.STARTING), *ready(A[2:6])]
+    limits = Limits(start_parallel=3, min_ready=0.0, baseline={M: 6})
+    assert did(reconcile(renewed, world, limits), Do.RETIRE) == ["m-gpu2"]
+    assert did(reconcile(renewed, world, replace(limits, start_parallel=2)), Do.RETIRE) == []
+    waiting = [going(slot(A[0], Phase.DRAINING)), slot(renewed[1], Phase.WAITING), *ready(A[2:6])]
+    assert did(reconcile(renewed, waiting, limits), Do.RETIRE) == ["m-gpu2"]
+
+
+def test_the_cheapest_way_comes_first_by_ready_gpus_given_up_for_each_gpu_gained() -> None:
+    """Two GPUs for a group of four cost less than one for one; a group whose GPUs serve nobody costs nothing."""
+    night = wanted_layout([("m", 1), ("m", 4), ("m", 1)], fingerprint="g")
+    day = [slot(A[0], Phase.READY), slot(A[1], Phase.READY), slot(A[2], Phase.READY), slot(A[5], Phase.READY)]
+    limits = Limits(start_parallel=1, min_ready=0.0, baseline={M: 4})
+    assert did(reconcile(night, day, limits), Do.RETIRE) == ["m-gpu1", "m-gpu2"]
+    idle = [*day[:3], slot(A[5], Phase.UNREADY)]
+    assert did(reconcile(night, idle, limits), Do.RETIRE) == ["m-gpu5"]
+
+
+def test_one_group_that_the_floor_holds_back_does_not_hold_back_the_next() -> None:
+    night = wanted_layout([("m", 1), ("m", 1), ("n", 1), ("n", 1)], fingerprint="g")
+    day = ready(wanted_layout([("m", 1), ("m", 1), ("n", 1), ("n", 1)]))
+    limits = Limits(start_parallel=3, min_ready=0.5, baseline={M: 2, N: 2})
+    assert did(reconcile(night, day, limits), Do.RETIRE) == ["m-gpu0", "n-gpu2"]
+
+
+def test_a_kind_on_trial_starts_one_and_lets_the_others_pass() -> None:
+    waiting = [slot(w, Phase.WAITING) for w in wanted_layout([("m", 1), ("m", 1), ("n", 1)])]
+    limits = Limits(start_parallel=3, min_ready=0.0, baseline={}, unproven=frozenset({waiting[0].kind}))
+    wanted = wanted_layout([("m", 1), ("m", 1), ("n", 1)])
+    assert did(reconcile(wanted, waiting, limits), Do.START) == ["m-gpu0", "n-gpu2"]
+    on_trial = [slot(wanted[0], Phase.STARTING), *waiting[1:]]
+    assert did(reconcile(wanted, on_trial, limits), Do.START) == ["n-gpu2"]
+
+
+def test_the_model_with_the_least_ready_capacity_starts_first() -> None:
+    wanted = wanted_layout([("m", 1), ("m", 1), ("n", 1), ("n", 1)])
+    world = [slot(wanted[0], Phase.READY), *(slot(w, Phase.WAITING) for w in wanted[1:])]
+    limits = Limits(start_parallel=1, min_ready=0.0, baseline={M: 2, N: 2})
+    assert did(reconcile(wanted, world, limits), Do.START) == ["n-gpu2"]
+
+
+def test_what_is_in_nobodys_way_goes_when_all_else_is_done() -> None:
+    """It serves on until what replaces it does."""
+    wanted, extra = A[:2], ready(A[2:4])
+    limits = Limits(start_parallel=2, min_ready=1.0, baseline={M: 4})
+    assert did(reconcile(wanted, [*ready(wanted), *extra], limits), Do.RETIRE) == ["m-gpu2", "m-gpu3"]
+    assert did(reconcile(wanted, [slot(A[0], Phase.READY), *extra], limits), Do.RETIRE) == ["m-gpu2"], "one is missing"
+    coming = [slot(A[0], Phase.READY), slot(A[1], Phase.STARTING), *extra]
+    assert did(reconcile(wanted, coming, limits), Do.RETIRE) == ["m-gpu2"], "one is coming up"
+    useless = [slot(A[0], Phase.STARTING), slot(A[1], Phase.STARTING), slot(A[2], Phase.UNREADY)]
+    assert did(reconcile(wanted, useless, limits), Do.RETIRE) == ["m-gpu2"], "it serves nobody"
+    first_goes = [*ready(wanted), going(extra[0]), extra[1]]
+    assert did(reconcile(wanted, first_goes, limits), Do.RETIRE) == ["m-gpu3"], "the other is told already"
+
+
+def test_what_is_not_wanted_any_more_stays_while_something_is_on_trial() -> None:
+    wanted = A[:2]
+    limits = Limits(
+        start_parallel=2, min_ready=0.0, baseline={M: 3}, unproven=frozenset({slot(A[0], Phase.READY).kind})
+    )
+    world = [slot(A[0], Phase.STARTING), slot(A[1], Phase.WAITING), slot(A[2], Phase.UNREADY)]
+    assert did(reconcile(wanted, world, limits), Do.RETIRE) == []
+    assert did(reconcile(wanted, world, replace(limits, unproven=frozenset())), Do.RETIRE) == ["m-gpu2"]
 
 
 @pytest.mark.parametrize("phase", Phase)

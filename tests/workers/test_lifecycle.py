@@ -8,6 +8,7 @@ from l40sd.workers.lifecycle import (
     IMPOSSIBLE,
     JOBS_IN,
     LIVE,
+    OCCUPIES_GPUS,
     TABLE,
     Action,
     Event,
@@ -204,3 +205,68 @@ def test_what_is_impossible_raises() -> None:
             assert event not in TABLE[phase]
             with pytest.raises(AssertionError, match="cannot happen"):
                 step(phase, Goal.SERVE, event)
+
+
+def test_a_worker_holds_its_gpus_from_before_its_process_is_made_until_that_is_gone() -> None:
+    without = {Phase.WAITING, Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED, Phase.STOPPED}
+    assert set(Phase) - without == OCCUPIES_GPUS
+    assert {Phase.SPAWNING} == OCCUPIES_GPUS - LIVE
+
+
+@pytest.mark.parametrize(
+    ("phase", "goal", "event", "after"),
+    [
+        # It has come to life: for whom?
+        (Phase.SPAWNING, Goal.SERVE, Event.SPAWNED, (Phase.STARTING, Goal.SERVE)),
+        (Phase.SPAWNING, Goal.GONE, Event.SPAWNED, (Phase.STOPPING, Goal.GONE)),
+        (Phase.STARTING, Goal.SERVE, Event.UP, (Phase.READY, Goal.SERVE)),
+        (Phase.STARTING, Goal.REST, Event.UP, (Phase.DRAINED, Goal.REST)),
+        # It has nothing in flight any more.
+        (Phase.DRAINING, Goal.REST, Event.EMPTY, (Phase.DRAINED, Goal.REST)),
+        (Phase.DRAINING, Goal.RESTART, Event.EMPTY, (Phase.STOPPING, Goal.RESTART)),
+        (Phase.DRAINING, Goal.GONE, Event.EMPTY, (Phase.STOPPING, Goal.GONE)),
+        # Its process has gone.
+        (Phase.STOPPING, Goal.GONE, Event.EXITED, (Phase.STOPPED, Goal.GONE)),
+        (Phase.STOPPING, Goal.RESTART, Event.EXITED, (Phase.WAITING, Goal.SERVE)),
+        (Phase.STOPPING, Goal.SERVE, Event.EXITED, (Phase.BACKOFF, Goal.SERVE)),
+        (Phase.DRAINED, Goal.REST, Event.EXITED, (Phase.BACKOFF, Goal.REST)),
+        # There will be none.
+        (Phase.SPAWNING, Goal.SERVE, Event.BLOCKED, (Phase.BACKOFF, Goal.SERVE)),
+        (Phase.SPAWNING, Goal.GONE, Event.BLOCKED, (Phase.STOPPED, Goal.GONE)),
+        (Phase.SPAWNING, Goal.SERVE, Event.MISCONFIGURED, (Phase.FAILED, Goal.SERVE)),
+        (Phase.SPAWNING, Goal.GONE, Event.MISCONFIGURED, (Phase.STOPPED, Goal.GONE)),
+        # Drained, and wanted again.
+        (Phase.DRAINED, Goal.REST, Event.UNDRAIN, (Phase.READY, Goal.SERVE)),
+        (Phase.DRAINING, Goal.REST, Event.UNDRAIN, (Phase.READY, Goal.SERVE)),
+    ],
+)
+def test_where_the_goal_decides_what_follows(phase: Phase, goal: Goal, event: Event, after: tuple[Phase, Goal]) -> None:
+    following = step(phase, goal, event)
+    assert following is not None
+    assert (following.phase, following.goal) == after
+
+
+def test_what_shall_be_gone_is_not_brought_back_by_an_undrain() -> None:
+    for phase in (Phase.WAITING, Phase.STARTING, Phase.DRAINING):
+        assert step(phase, Goal.GONE, Event.UNDRAIN) is None
+        assert step(phase, Goal.REST, Event.UNDRAIN) is not None
+
+
+def test_what_came_to_life_although_it_shall_be_gone_is_watched_and_told_to_exit() -> None:
+    following = step(Phase.SPAWNING, Goal.GONE, Event.SPAWNED)
+    assert following is not None
+    assert following.actions == (Action.WATCH_EXIT, Action.TERMINATE)
+
+
+def test_a_worker_that_shall_be_gone_leaves_nothing_and_is_waited_for_by_nobody() -> None:
+    for event in (Event.BLOCKED, Event.MISCONFIGURED):
+        following = step(Phase.SPAWNING, Goal.GONE, event)
+        assert following is not None
+        assert following.actions == (Action.CLEAN_UP,)
+
+
+def test_a_worker_that_comes_up_to_rest_is_watched_and_not_routed_to() -> None:
+    for goal, actions in ((Goal.REST, (Action.WATCH,)), (Goal.SERVE, (Action.WATCH, Action.ADD_ROUTE))):
+        following = step(Phase.STARTING, goal, Event.UP)
+        assert following is not None
+        assert following.actions == actions

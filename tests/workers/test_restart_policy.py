@@ -1,10 +1,21 @@
 """When a worker that failed is tried again: every kind of failure, by the policy alone."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.workers.restart_policy import Record, RestartLimits, decide_restart, forgiven, refused_delay_s
+from l40sd.config.options import WorkersConfig
+from l40sd.workers.restart_policy import (
+    Record,
+    RestartLimits,
+    Verdict,
+    decide_restart,
+    forgiven,
+    limits_of,
+    refused_delay_s,
+)
 
 LIMITS = RestartLimits(
     backoff_first_s=5,
@@ -71,7 +82,7 @@ def test_ten_healthy_minutes_clear_the_record() -> None:
     record = Record()
     for n in range(5):
         record, _ = fail(record, at_s=float(n), ready_for_s=20)
-    assert forgiven(record, ready_for_s=600, limits=LIMITS) == Record()
+    assert forgiven(record, ready_for_s=600, limits=LIMITS) == Record(kind="", alike=0, streak=0, failed_at_s=())
     record, delay = fail(record, at_s=1000.0, ready_for_s=700)
     assert delay == 0.0
     assert record.streak == 1
@@ -131,3 +142,55 @@ def test_no_worker_is_tried_more_than_six_times_an_hour(
         else:
             tried_at = [now_s]
         assert len([t for t in tried_at if now_s - t < 3600]) < LIMITS.quarantine_per_hour
+
+
+def verdict_on(record: Record, *, ready_for_s: float | None, jitter: float = 0.0, is_oom: bool = False) -> Verdict:
+    return decide_restart(
+        record, kind="exit 1", ready_for_s=ready_for_s, is_oom=is_oom, now_s=0, jitter=jitter, limits=LIMITS
+    )
+
+
+@pytest.mark.parametrize(("jitter", "delay_s"), [(-1, 4.5), (0, 5), (1, 5.5)])
+def test_jitter_stretches_a_delay_by_up_to_a_tenth(jitter: float, delay_s: float) -> None:
+    assert verdict_on(Record(streak=1), ready_for_s=30, jitter=jitter).delay_s == pytest.approx(delay_s)
+
+
+def test_out_of_memory_waits_even_the_first_time() -> None:
+    """What filled the memory is there still a moment later."""
+    assert verdict_on(Record(), ready_for_s=30, is_oom=True).delay_s == 2 * LIMITS.backoff_first_s
+    assert verdict_on(Record(), ready_for_s=None, is_oom=True).delay_s == 2 * LIMITS.never_ready_first_s
+
+
+@pytest.mark.parametrize(("ready_for_s", "streak"), [(599.9, 4), (600.0, 1), (600.1, 1)])
+def test_a_record_starts_anew_once_it_was_healthy_for_long_enough(ready_for_s: float, streak: int) -> None:
+    assert verdict_on(Record(streak=3), ready_for_s=ready_for_s).record.streak == streak
+
+
+def test_a_start_that_came_up_and_was_not_healthy_for_long_forgives_only_what_failed_alike() -> None:
+    record = Record(kind="exit 1", alike=2, streak=3, failed_at_s=(1.0,))
+    assert forgiven(record, ready_for_s=599.9, limits=LIMITS) == replace(record, alike=0)
+    assert verdict_on(record, ready_for_s=0.0).record.alike == 0
+
+
+def test_a_failure_counts_for_an_hour() -> None:
+    for age_s, left in ((3599.9, 2), (3600.0, 1), (3600.1, 1)):
+        assert len(verdict_on(Record(failed_at_s=(-age_s,)), ready_for_s=20).record.failed_at_s) == left
+    within = tuple(-60.0 * n for n in range(1, LIMITS.quarantine_per_hour))
+    assert verdict_on(Record(failed_at_s=within[1:], streak=4), ready_for_s=20).delay_s is not None
+    given_up = verdict_on(Record(failed_at_s=within, streak=5), ready_for_s=20)
+    assert (given_up.delay_s, given_up.why) == (None, "6 failures within an hour, last: exit 1")
+
+
+def test_delays_double_up_to_their_limits_and_never_overflow() -> None:
+    for streak, delay_s in ((6, 160), (7, 300), (5000, 300)):
+        assert verdict_on(Record(streak=streak), ready_for_s=20).delay_s == delay_s
+    for streak, delay_s in ((5, 480), (6, 600), (5000, 600)):
+        assert verdict_on(Record(streak=streak), ready_for_s=None).delay_s == delay_s
+    assert refused_delay_s(5000, first_s=60, limit_s=3600) == 3600
+    assert refused_delay_s(0, first_s=60, limit_s=1) == 1, "a limit below the first delay holds from the first on"
+
+
+def test_the_policys_figures_are_the_configurations() -> None:
+    workers = WorkersConfig()
+    assert limits_of(workers).never_ready_limit_s == workers.backoff_never_ready_limit_s
+    assert limits_of(workers).never_ready_first_s == workers.backoff_never_ready_first_s

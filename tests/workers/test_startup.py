@@ -9,7 +9,7 @@ from l40sd.config.options import Config, HealthConfig, ModelConfig
 from l40sd.engines.table import ENGINES, Probes
 from l40sd.model import ModelFacts, ModelName
 from l40sd.workers.health import ProbeResult
-from l40sd.workers.startup import PROLONGED_AT_MOST, Activity, Stage, Startup, StartVerdict, startup_timeout_s
+from l40sd.workers.startup import Activity, Stage, Startup, StartVerdict, startup_timeout_s
 
 OK = ProbeResult(ok=True, status=200)
 REFUSED = ProbeResult(ok=False, error="refused")
@@ -29,7 +29,7 @@ def test_a_start_goes_through_port_health_model_and_token() -> None:
     assert start.feed_health(LOADING, 1002) is StartVerdict.WAITING
     assert (start.stage, start.reason) == (Stage.HEALTH, "health: status 503")
     assert start.feed_health(OK, 1003) is StartVerdict.WAITING
-    assert start.stage is Stage.MODEL
+    assert (start.stage, start.reason) == (Stage.MODEL, "")
     assert start.feed_models(["other"], "llama", 1004) is StartVerdict.WAITING
     assert start.reason == "lists other, not llama"
     assert start.feed_models(["other", "llama"], "llama", 1005) is StartVerdict.WAITING
@@ -62,7 +62,7 @@ def test_an_engine_without_a_list_or_a_token_is_not_asked_for_one() -> None:
     assert start.stage is Stage.TOKEN
 
 
-@pytest.mark.parametrize("status", [400, 404, 405, 501])
+@pytest.mark.parametrize("status", [400, 404, 405, 422, 501])
 def test_an_engine_that_completes_no_text_is_ready_without_a_token(status: int) -> None:
     """An embedding model answers so; it would never come up otherwise."""
     start = starting()
@@ -94,12 +94,12 @@ def test_an_engine_that_never_comes_up_is_late_at_the_deadline(answer: ProbeResu
 def test_a_start_that_shows_progress_outlives_its_deadline_but_not_for_ever(step: Activity) -> None:
     start = starting()
     verdicts = {}
-    for second in range(PROLONGED_AT_MOST * 100 + 1):
+    for second in range(4 * 100 + 1):
         done = Activity(
             cpu_s=step.cpu_s * second, read_bytes=step.read_bytes * second, log_bytes=step.log_bytes * second
         )
         verdicts[second] = start.feed_activity(done, 1000 + second)
-    assert [second for second, verdict in verdicts.items() if verdict is StartVerdict.LATE] == [PROLONGED_AT_MOST * 100]
+    assert [second for second, verdict in verdicts.items() if verdict is StartVerdict.LATE] == [4 * 100]
 
 
 def test_progress_that_ended_ends_the_patience() -> None:
@@ -108,6 +108,62 @@ def test_progress_that_ended_ends_the_patience() -> None:
     start.feed_activity(Activity(read_bytes=1 << 30), 1095)
     assert start.check(1124) is StartVerdict.WAITING
     assert start.check(1125) is StartVerdict.LATE
+
+
+def test_a_long_patience_is_half_a_short_deadline() -> None:
+    start = starting(deadline_s=100, stall_s=300)
+    start.feed_activity(Activity(), 1000)
+    start.feed_activity(Activity(read_bytes=1 << 30), 1090)
+    assert start.check(1139) is StartVerdict.WAITING
+    assert start.check(1140) is StartVerdict.LATE
+
+
+@pytest.mark.parametrize(
+    ("done", "verdict"),
+    [
+        (Activity(cpu_s=0.2 * 10), StartVerdict.LATE),
+        (Activity(cpu_s=0.2 * 10 + 0.01), StartVerdict.WAITING),
+        (Activity(read_bytes=(1 << 20) - 1), StartVerdict.LATE),
+        (Activity(read_bytes=1 << 20), StartVerdict.WAITING),
+        (Activity(log_bytes=0), StartVerdict.LATE),
+        (Activity(log_bytes=1), StartVerdict.WAITING),
+    ],
+)
+def test_a_fifth_of_a_core_is_idling_and_a_mebibyte_between_two_looks_is_loading(
+    done: Activity, verdict: StartVerdict
+) -> None:
+    """Whatever it had done before: it is what was added since the last look that counts."""
+    before = Activity(cpu_s=500, read_bytes=1 << 40, log_bytes=9999)
+    start = starting()
+    start.feed_activity(before, 1090)
+    now = Activity(
+        cpu_s=before.cpu_s + done.cpu_s,
+        read_bytes=before.read_bytes + done.read_bytes,
+        log_bytes=before.log_bytes + done.log_bytes,
+    )
+    assert start.feed_activity(now, 1100) is verdict
+
+
+def test_each_way_to_say_no_names_what_mends_it() -> None:
+    def said(status: int) -> ProbeResult:
+        return ProbeResult(ok=False, status=status, error=f"status {status}")
+
+    start = starting()
+    for status in (401, 403):
+        start.feed_health(said(status), 1001)
+        assert "it wants another API key" in start.reason
+        start.feed_models([], "llama", 1001, said(status))
+        assert "it wants another API key" in start.reason
+        start.feed_token(said(status), 1001)
+        assert "it wants another API key" in start.reason
+    start.feed_models([], "llama", 1002, said(404))
+    assert (
+        start.reason == "list of models: status 404 (it has no /v1/models: its API is elsewhere, e.g. below a prefix)"
+    )
+    start.feed_models([], "llama", 1003, said(500))
+    assert start.reason == "list of models: status 500"
+    start.feed_models(["llama"], "llama", 1004)
+    assert start.reason == ""
 
 
 def test_lines_about_our_own_probes_are_no_progress() -> None:
@@ -154,6 +210,10 @@ def _has_in_order(events: tuple[tuple[str, object], ...], needed: list[tuple[str
 def test_the_share_done_is_judged_by_past_loads() -> None:
     start = Startup(Probes(), deadline_s=600, stall_s=300, now_s=0, past_loads_s=(10, 20, 90))
     assert [start.fraction(now_s) for now_s in (0, 10, 500)] == [0, 0.5, 0.99]
+    later = Startup(ENGINES["torchrun"].probes, deadline_s=600, stall_s=300, now_s=100, past_loads_s=(20,))
+    assert later.fraction(110) == 0.5
+    assert later.feed_health(OK, 111) is StartVerdict.READY
+    assert later.fraction(112) == 1
     assert Startup(Probes(), deadline_s=600, stall_s=300, now_s=0).fraction(5) is None
 
 
@@ -161,10 +221,13 @@ def test_the_deadline_of_a_start_grows_with_the_checkpoint_and_with_past_loads()
     llama, own = ModelName("llama"), ModelName("own")
     config = Config(
         health=HealthConfig(startup_timeout_s=600, load_bytes_per_s=100_000_000),
-        models={llama: ModelConfig(name=llama), own: ModelConfig(name=own, startup_timeout_s=7)},
+        models={llama: ModelConfig(name=llama), own: ModelConfig(name=own, startup_timeout_s=1)},
     )
     facts = ModelFacts(size_bytes=70_000_000_000)
     assert startup_timeout_s(config, llama) == 600
     assert startup_timeout_s(config, llama, facts) == 1300
     assert startup_timeout_s(config, llama, facts, (30, 900)) == 1800
-    assert startup_timeout_s(config, own, facts, (30, 900)) == 7
+    assert startup_timeout_s(config, own, facts, (30, 900)) == 1
+    short = replace(config, health=HealthConfig(startup_timeout_s=1))
+    assert startup_timeout_s(short, llama) == 1
+    assert startup_timeout_s(short, llama, None, (0.5, 0.75)) == 1.5

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from l40sd.proxy import admission, client_connection
+from l40sd.proxy import admission, request_reader
 from l40sd.proxy.http1 import cached_heads, chunked, request_body
 from l40sd.proxy.http1 import heads as http_heads
 from l40sd.proxy.http1.chunked import ChunkedBody
@@ -29,7 +29,7 @@ NOT_FOR_CLIENTS = ("_chunk_line",)  # looks at the last bytes of a worker's repl
 
 
 def patterns() -> Iterator[tuple[str, re.Pattern[bytes], str]]:
-    for module in (cached_heads, chunked, http_heads, request_body, admission, client_connection):
+    for module in (cached_heads, chunked, http_heads, request_body, admission, request_reader):
         yield from patterns_of(module)
 
 
