@@ -20,6 +20,7 @@ ELSEWHERE = (
 GIVEN_UP = {
     r"\badapters/|\bservices/|\bcore/|\bcore\.(?:plan|model|config)\b": "the package: supervisor/, workers/, ...",
     r"\btakes? over workers\b|\bRecalled\w": "adopt",
+    r"(?i)\bplanner\b": "reconciler (supervisor/reconcile.py); a plan of sizes or costs will be another thing",
     r"\bKnownReply\b|\bHeadTemplate\b|\bModelMemory\b": "Cached...: they are caches",
     r"\bTools\b|\bclass Shared\b": "a context, or what is needed as an argument",
     r"\bclass (?:Ask|Turn|Past|Upstream)\b": "NextPhase, ReadinessChange, SavedWorker, WorkerConnection",

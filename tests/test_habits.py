@@ -31,6 +31,7 @@ def test_the_license_is_whole_and_is_what_the_package_says() -> None:
     assert "See the License for the specific language governing permissions and" in text
     project = tomllib.loads(text_of("pyproject.toml"))["project"]
     assert (project["license"], project["license-files"]) == ("Apache-2.0", ["LICENSE"])
+    assert 'cp -r "$SOURCE/l40sd" "$SOURCE/pyproject.toml" "$SOURCE/LICENSE" ' in text_of("scripts/install")
 
 
 def test_what_the_package_needs_is_imported_by_it() -> None:

@@ -53,6 +53,15 @@ class _Changed(MetaPathFinder, InspectLoader):
         return self._source
 
 
+class _QuickFirst:
+    """Has pytest run the property tests last: what an ordinary test notices as well need not wait for them."""
+
+    @staticmethod
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: hasattr(getattr(item, "obj", None), "hypothesis"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What a trial may take: a change may well make a loop endless."""
@@ -126,6 +135,6 @@ def _start(module: str, source: str, tests: Sequence[str], limits: Limits) -> in
         for descriptor in range(3):
             os.dup2(nowhere, descriptor)
         sys.meta_path.insert(0, _Changed(module, source))
-        status = int(pytest.main([*OPTIONS, *tests]))
+        status = int(pytest.main([*OPTIONS, *tests], plugins=[_QuickFirst()]))
     finally:
         os._exit(status)

@@ -334,6 +334,12 @@ def test_what_is_in_nobodys_way_goes_when_all_else_is_done() -> None:
     assert did(reconcile(wanted, [slot(A[0], Phase.READY), *extra], limits), Do.RETIRE) == ["m-gpu2"], "one is missing"
     coming = [slot(A[0], Phase.READY), slot(A[1], Phase.STARTING), *extra]
     assert did(reconcile(wanted, coming, limits), Do.RETIRE) == ["m-gpu2"], "one is coming up"
+    given_up = [slot(A[0], Phase.READY), slot(A[1], Phase.QUARANTINED), *extra]
+    assert did(reconcile(wanted, given_up, limits), Do.RETIRE) == ["m-gpu2", "m-gpu3"], "nothing more will come"
+    stuck = going(replace(slot(A[1], Phase.STUCK), worker=WorkerId("old")))
+    assert did(reconcile(wanted, [slot(A[0], Phase.READY), stuck, *extra], limits), Do.RETIRE) == ["m-gpu2"], (
+        "it may let go"
+    )
     useless = [slot(A[0], Phase.STARTING), slot(A[1], Phase.STARTING), slot(A[2], Phase.UNREADY)]
     assert did(reconcile(wanted, useless, limits), Do.RETIRE) == ["m-gpu2"], "it serves nobody"
     first_goes = [*ready(wanted), going(extra[0]), extra[1]]

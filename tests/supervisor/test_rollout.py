@@ -3,6 +3,7 @@
 ``Play`` is the supervisor without processes: the same decisions, turn by turn, and workers that do as their fate is.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import product
@@ -16,7 +17,20 @@ from l40sd.model import ModelName, OperationState, WorkerId
 from l40sd.supervisor.pace import bound_back_s, bound_s
 from l40sd.supervisor.reconcile import Do, Order, is_settled, ready_share
 from l40sd.supervisor.rehearsal import Pace, rehearse
-from l40sd.supervisor.rollout import GIVEN_UP, End, Terms, begin, decide, keep, models_leaving, not_in_place, state_at
+from l40sd.supervisor.rollout import (
+    GIVEN_UP,
+    End,
+    Terms,
+    begin,
+    decide,
+    keep,
+    limits_for,
+    models_leaving,
+    newly_proven,
+    not_in_place,
+    speaks_against,
+    state_at,
+)
 from l40sd.workers.lifecycle import COMING_UP, Goal, Phase
 from l40sd.workers.slot import Observed, Wanted, slot
 
@@ -407,6 +421,175 @@ def test_the_orders_that_a_dry_run_shows_are_those_of_the_change(
     assert [(step.order.do, step.order.worker) for step in shown.steps] == change.orders[: change.turned_at]
     assert (shown.back is not None) == change.is_back
     assert change.is_back or shown.duration_s <= change.now_s <= change.forward_s
+
+
+FOUR = wanted_layout([("m", 1)] * 4, fingerprint="g")
+NAMES = [w.placement.worker for w in FOUR]
+
+
+def made(*, is_proven: bool = True, is_trial: bool = True, created: Collection[WorkerId] = NAMES) -> Terms:
+    proven = frozenset({FOUR[0].kind}) if is_proven else frozenset()
+    return Terms(baseline={M: 4}, proven=proven, created=frozenset(created), is_trial=is_trial)
+
+
+def as_they_are(*phases: Phase, fingerprint: str = "g") -> list[Observed]:
+    return [replace(slot(w, phase), fingerprint=fingerprint) for w, phase in zip(FOUR, phases, strict=False)]
+
+
+def against(
+    world: list[Observed], terms: Terms, *, min_ready: float = 0.5, is_late: bool = False, is_still: bool = False
+) -> WorkerId | None:
+    return speaks_against(FOUR, world, terms, min_ready=min_ready, is_late=is_late, is_still=is_still)
+
+
+READY, STARTING, WAITING = Phase.READY, Phase.STARTING, Phase.WAITING
+
+
+@pytest.mark.parametrize("phase", [*sorted(GIVEN_UP), Phase.BACKOFF])
+def test_one_failure_of_what_is_on_trial_speaks_against_the_change(phase: Phase) -> None:
+    world = as_they_are(STARTING, phase, WAITING, WAITING)
+    assert against(world, made(is_proven=False)) == NAMES[1]
+    assert against(world, made()) is None, "another one has proven it: the floor decides"
+    assert against(world, made(is_proven=False, is_trial=False)) is None, "there is nothing to go back to"
+    assert against(world, made(is_proven=False, created=NAMES[:1])) is None, "it was in trouble before"
+    assert against([replace(o, fingerprint="f") for o in world], made(is_proven=False)) is None, "it is not wanted"
+
+
+def test_one_that_starts_again_after_it_failed_has_failed() -> None:
+    world = as_they_are(STARTING, STARTING)
+    assert against(world, made(is_proven=False)) is None
+    assert against([world[0], replace(world[1], failed_starts=1)], made(is_proven=False)) == NAMES[1]
+
+
+def test_those_given_up_speak_against_the_change_once_the_rest_is_less_than_the_floor() -> None:
+    half = as_they_are(READY, READY, Phase.QUARANTINED, Phase.FAILED)
+    assert against(half, made()) is None
+    assert against(half, made(), min_ready=0.51) == NAMES[2]
+    assert against(as_they_are(READY, Phase.BACKOFF, Phase.FAILED, Phase.BACKOFF), made()) is None, (
+        "they are tried again"
+    )
+    assert against(as_they_are(Phase.STUCK, Phase.BACKOFF, Phase.FAILED, Phase.FAILED), made()) == NAMES[0]
+
+
+def test_at_the_end_what_is_missing_speaks_against_the_change_unless_the_floor_can_do_without() -> None:
+    half = as_they_are(READY, READY, STARTING, STARTING)
+    assert against(half, made(), min_ready=1.0) is None, "its time is not up"
+    for is_late, is_still in ((True, False), (False, True)):
+        assert against(half, made(), is_late=is_late, is_still=is_still) is None
+        assert against(half, made(), min_ready=0.51, is_late=is_late, is_still=is_still) == NAMES[2]
+        settled = as_they_are(READY, READY, Phase.DRAINED, READY)
+        assert against(settled, made(), min_ready=1.0, is_late=is_late, is_still=is_still) is None
+        before = made(created=NAMES[:2])
+        assert against(half, before, min_ready=1.0, is_late=is_late, is_still=is_still) is None, "as they were before"
+
+
+def test_at_the_deadline_every_shape_has_proven_itself_and_nothing_of_before_is_left() -> None:
+    three = as_they_are(READY, READY, READY)
+    assert against(three, made(is_proven=False), is_late=True) == NAMES[3]
+    assert against(three, made(is_proven=False), is_still=True) is None
+    left = [*three, slot(A[4], READY)]
+    assert against(left, made(), is_late=True) == NAMES[3]
+    assert against(left, made(), is_still=True) is None
+    for phase in (Phase.STUCK, Phase.STOPPED):  # nothing can be done about it
+        assert against([*three, slot(A[4], phase)], made(), is_late=True) is None
+
+
+def test_a_shape_is_proven_by_the_first_of_this_change_that_came_up() -> None:
+    both = [*FOUR[:2], *wanted_layout([("m", 1), ("m", 1), ("n", 2)], fingerprint="g")[2:]]
+    terms = Terms(baseline={}, created=frozenset(w.placement.worker for w in both))
+    for phase in (READY, Phase.UNREADY, Phase.DRAINED):
+        world = [slot(both[0], STARTING), slot(both[1], phase), slot(both[2], phase)]
+        assert newly_proven(both, world, terms) == {both[1].kind: NAMES[1], both[2].kind: both[2].placement.worker}
+    world = [slot(both[0], READY), slot(both[1], READY), slot(both[2], STARTING)]
+    assert newly_proven(both, world, terms) == {both[0].kind: NAMES[0]}
+    assert newly_proven(both, world, replace(terms, proven=frozenset({both[0].kind}))) == {}
+    assert newly_proven(both, world, replace(terms, created=frozenset())) == {}
+
+
+def test_what_has_to_prove_itself_is_all_that_is_wanted_and_has_not_unless_there_is_no_way_back() -> None:
+    for terms, unproven in (
+        (made(is_proven=False), {FOUR[0].kind}),
+        (made(), set()),
+        (made(is_proven=False, is_trial=False), set()),
+    ):
+        limits = limits_for(FOUR, terms, start_parallel=3, min_ready=0.25)
+        assert limits.unproven == unproven
+        assert (limits.start_parallel, limits.min_ready, limits.baseline) == (3, 0.25, {M: 4})
+
+
+def test_a_change_is_measured_by_the_capacity_before_the_first_of_those_that_it_replaces() -> None:
+    going = replace(slot(A[2], READY), goal=Goal.GONE)
+    world = [*ready(A[:2]), going, *ready(wanted_layout([("m", 1)] * 3 + [("n", 2)])[3:])]
+    n = ModelName("n")
+    assert begin(FOUR, world, former=None, is_trial=True).baseline == {M: 2, n: 2}
+    former = Terms(baseline={M: 12}, created=frozenset({NAMES[3]}))
+    again = begin(FOUR, world, former=former, is_trial=True)
+    assert (again.baseline, again.created) == ({M: 12, n: 2}, {NAMES[3]})
+    assert begin(FOUR, world, former=None, is_trial=True).created == frozenset()
+    leaving = [replace(o, goal=Goal.GONE) for o in ready(FOUR)]
+    assert begin(FOUR, leaving, former=None, is_trial=True).proven == frozenset(), "what goes proves nothing"
+    assert begin(FOUR, [], former=None, is_trial=True, remembered={"g"}).proven == {FOUR[0].kind}
+    assert begin(FOUR, [], former=None, is_trial=True, remembered={"f"}).proven == frozenset()
+
+
+def test_not_in_place_is_who_is_wanted_and_does_not_serve_then_who_should_be_gone() -> None:
+    world = [*as_they_are(READY, Phase.DRAINED, Phase.UNREADY), slot(A[5], READY), slot(A[6], Phase.STOPPED)]
+    assert not_in_place(FOUR, world) == (NAMES[2], NAMES[3], "m-gpu5")
+    gone = replace(slot(FOUR[0], READY), goal=Goal.GONE)
+    assert not_in_place(FOUR[:1], [gone]) == (NAMES[0], NAMES[0])
+
+
+def test_a_model_leaves_service_when_it_had_workers_and_none_is_wanted() -> None:
+    n, z = ModelName("n"), ModelName("z")
+    assert models_leaving(FOUR, {z: 1, M: 4, n: 2, ModelName("none"): 0}) == ("n", "z")
+
+
+@pytest.mark.parametrize(
+    ("phase", "is_waited_for"),
+    [
+        (Phase.SPAWNING, True),
+        (STARTING, True),
+        (Phase.DRAINING, True),
+        (Phase.STOPPING, True),
+        (WAITING, True),
+        (Phase.BACKOFF, True),
+        (Phase.UNREADY, False),
+        (Phase.QUARANTINED, False),
+        (Phase.FAILED, False),
+        (Phase.STUCK, False),
+    ],
+)
+def test_a_change_goes_on_while_one_of_it_moves(phase: Phase, is_waited_for: bool) -> None:
+    world = as_they_are(READY, READY, READY, phase)
+    terms = made(is_trial=False)
+    now = decide(FOUR, world, terms, start_parallel=0, min_ready=0.5)
+    assert (now.orders, now.back) == ((), None)
+    assert now.end == (None if is_waited_for else End(missing=(NAMES[3],)))
+    late = decide(FOUR, world, terms, start_parallel=0, min_ready=0.5, is_late=True)
+    assert late.end == End(missing=(NAMES[3],), is_late=is_waited_for)
+
+
+def test_one_that_fails_again_and_again_is_waited_for_only_where_this_change_made_it() -> None:
+    world = as_they_are(READY, READY, READY, Phase.BACKOFF)
+    ended = decide(FOUR, world, made(created=NAMES[:3]), start_parallel=0, min_ready=0.5).end
+    assert ended == End(missing=(NAMES[3],))
+
+
+def test_one_that_is_told_to_go_is_waited_for_unless_it_cannot_be_killed() -> None:
+    for phase, end in ((READY, None), (Phase.STUCK, End(missing=(A[5].placement.worker,)))):
+        leaving = replace(slot(A[5], phase), goal=Goal.GONE)
+        world = [*as_they_are(READY, READY, READY, READY), leaving]
+        assert decide(FOUR, world, made(), start_parallel=2, min_ready=0.5).end == end
+
+
+def test_a_decision_that_goes_back_gives_no_orders_and_knows_what_was_proven() -> None:
+    world = [*as_they_are(READY, Phase.QUARANTINED, Phase.QUARANTINED, Phase.QUARANTINED)]
+    back = decide(FOUR, world, made(is_proven=False), start_parallel=2, min_ready=0.5)
+    assert (back.back, back.orders, back.end) == (NAMES[1], (), None)
+    assert back.proven == {FOUR[0].kind: NAMES[0]}
+    assert back.terms.proven == {FOUR[0].kind}
+    without_trial = decide(FOUR, world, made(is_proven=False, is_trial=False), start_parallel=2, min_ready=0.5)
+    assert (without_trial.back, without_trial.proven) == (None, {})
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def build() -> Image:
 
 
 INSTALLED = ("l40sd", "systemd", "scripts", "etc")
-"""What scripts/install needs of a checkout, besides two files at its top."""
+"""What scripts/install needs of a checkout, besides three files at its top."""
 
 
 def copy_source(target: Path) -> None:
@@ -98,7 +98,7 @@ def copy_source(target: Path) -> None:
     target.mkdir(exist_ok=True)
     for name in INSTALLED:
         shutil.copytree(REPOSITORY / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, target / name)
 
 

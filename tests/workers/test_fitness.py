@@ -221,3 +221,81 @@ def test_from_everywhere_one_that_answers_every_canary_with_an_error_counts_as_h
             if run.is_asked:
                 run.canary(ERROR)
         assert run.fitness.stalled, (start, run)
+
+
+NO_CANARIES = replace(HEALTH, canary_interval_s=0, unready_timeout_s=20)
+
+
+def look_at(fitness: Fitness, *times_s: float, health: ProbeResult = SAYS_NO, leases: int = 0) -> list[bool]:
+    """Return after each look whether it is restarted for it."""
+    seen = []
+    for now_s in times_s:
+        fitness.feed(Look(health=health, counters=None, leases=leases, replies=0), now_s)
+        seen.append(fitness.stalled.startswith("not ready for"))
+    return seen
+
+
+def test_one_is_restarted_when_it_was_not_ready_for_so_long_to_the_second() -> None:
+    fitness = Fitness(NO_CANARIES, now_s=0)
+    assert look_at(fitness, 1) == [False], "once is not yet unready"
+    assert look_at(fitness, 6, 11, 16, 20.5, 21) == [False] * 4 + [True]
+    fitness.excuse()
+    assert look_at(fitness, 26, 31, 36, 40.5, 41) == [False] * 4 + [True]
+
+
+def test_a_request_on_it_or_a_good_probe_begins_that_time_anew() -> None:
+    for health, leases in ((SAYS_NO, 1), (OK, 0)):
+        fitness = Fitness(NO_CANARIES, now_s=0)
+        assert look_at(fitness, 1, 6, 11, 16) == [False] * 4
+        look_at(fitness, 17, 18, health=health, leases=leases)
+        assert look_at(fitness, 22, 23, 28, 33, 37) == [False] * 5
+
+
+def test_a_pause_counts_for_a_quarter_of_that_time() -> None:
+    looks = look_at(Fitness(NO_CANARIES, now_s=0), 1, *(n * 1000 for n in range(1, 5)))
+    assert looks == [False, False, False, False, True]
+
+
+def test_without_such_a_time_nobody_is_restarted_for_it() -> None:
+    off = Fitness(replace(NO_CANARIES, unready_timeout_s=0), now_s=0)
+    assert look_at(off, *range(1, 100)) == [False] * 99
+    assert off.objection == "health: status 503"
+
+
+def test_a_probe_that_is_late_while_replies_come_is_no_failure_and_any_other_is() -> None:
+    for health, is_ready in ((TIMEOUT, True), (SAYS_NO, False)):
+        fitness = Fitness(HEALTH, now_s=0)
+        for now_s in (1, 2, 3):
+            fitness.feed(Look(health=health, counters=None, leases=1, replies=now_s, replied_meanwhile=True), now_s)
+        assert fitness.readiness.is_ready is is_ready
+    late = Fitness(HEALTH, now_s=0)
+    look_at(late, 1, 2, health=TIMEOUT)
+    assert late.objection == "health: timeout"
+
+
+def test_why_its_probes_fail_is_told_until_enough_are_good() -> None:
+    fitness = Fitness(NO_CANARIES, now_s=0)
+    look_at(fitness, 1, 2)
+    look_at(fitness, 3, health=OK)
+    assert fitness.objection == "health: status 503"
+    look_at(fitness, 4, health=OK)
+    assert (fitness.objection, fitness.health_error) == ("", "")
+
+
+def test_a_hang_says_what_showed_it() -> None:
+    asked = Fitness(HEALTH, now_s=0)
+    assert asked.feed(Look(health=OK, counters=None, leases=0, replies=0, is_suspected=True), 1)
+    asked.feed_canary(TIMEOUT, 2)
+    assert asked.stalled == asked.objection == "one token did not come: timeout"
+    assert asked.follows(Phase.READY) is Event.FELL
+    assert asked.follows(Phase.UNREADY) is None
+    assert asked.feed(Look(health=OK, counters=None, leases=0, replies=0), 3), "in doubt, it is asked again"
+    asked.feed_canary(OK, 4)
+    assert (asked.stalled, asked.canary_error) == ("", "")
+    assert asked.follows(Phase.UNREADY) is Event.ROSE
+    assert asked.follows(Phase.READY) is None
+    busy = Fitness(HEALTH, now_s=0)
+    counters = Counters(running=1, waiting=0, tokens=5)
+    for now_s in range(10):
+        busy.feed(Look(health=OK, counters=counters, leases=1, replies=0), now_s)
+    assert busy.stalled == "no token for 4 s although requests are running"
