@@ -62,6 +62,21 @@ def page_answer(context: ProxyContext, head: RequestHead, connections: int) -> A
     return Answer(page.status, page.body, page.content_type)
 
 
+def own_answer(context: ProxyContext, head: RequestHead, allowed: tuple[bytes, ...], connections: int) -> Answer:
+    """Return the answer to a request that no worker is asked for: to OPTIONS, or a page.
+
+    Args:
+        context: The proxy's.
+        head: The request's.
+        allowed: What to answer to OPTIONS; empty: it asks for a page.
+        connections: Of clients, now.
+
+    Raises:
+        Refused: It names what is not there.
+    """
+    return options_answer(context.cors, head, allowed) if allowed else page_answer(context, head, connections)
+
+
 def format_answer(
     answer: Answer, head: RequestHead | None, cors: Cors | None, *, close: bool, head_only: bool = False
 ) -> bytes:

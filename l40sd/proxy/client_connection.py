@@ -5,12 +5,10 @@ client sends ahead (pipelining) waits its turn, up to a bound; then the socket i
 """
 
 import asyncio
-from math import inf
-from typing import cast
 
 from l40sd.proxy import sockets
-from l40sd.proxy.answers import Answer, count_refused, error_answer, format_answer, options_answer, page_answer
-from l40sd.proxy.bounds import address_of
+from l40sd.proxy.answers import Answer, count_refused, error_answer, format_answer, own_answer
+from l40sd.proxy.client_socket import ClientSocket
 from l40sd.proxy.context import ProxyContext
 from l40sd.proxy.exchange import Exchange
 from l40sd.proxy.http1.heads import RequestHead
@@ -20,8 +18,6 @@ from l40sd.proxy.request_reader import Progress, RequestReader
 
 AHEAD_LIMIT_BYTES = 65536
 REQUESTS_PER_TURN = 16  # of one client that are answered here before the loop looks at others
-LINGER_S = 2.0  # for a refused client to read why before its connection is reset
-PARTING_S = 0.25  # for a request that is on its way on an idle connection, when nothing new shall come
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -40,47 +36,21 @@ class ClientConnections:
         self.unread: set[ClientConnection] = set()
 
 
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(ClientSocket):
     """The protocol of one accepted connection.
 
     Attributes:
         exchange: The request that a worker is to answer; None: none.
         reader: What was read and not passed on.
-        is_closing: Nothing further is read or answered.
-        is_paused: The client takes what is written too slowly.
-        keep_alive: Another request may follow.
-        deadline_s: Of what comes next, on the loop's clock.
     """
 
-    __slots__ = (
-        "_address",
-        "_ahead_bytes",
-        "_cached_name",
-        "_clients",
-        "_context",
-        "_is_reading",
-        "_timeout_s",
-        "deadline_s",
-        "exchange",
-        "is_closing",
-        "is_paused",
-        "keep_alive",
-        "reader",
-        "transport",
-    )
+    __slots__ = ("_cached_name", "_clients", "_is_reading", "exchange", "reader")
 
     def __init__(self, context: ProxyContext, clients: ClientConnections) -> None:
-        self._context = context
+        super().__init__(context)
         self._clients = clients
         self.exchange: Exchange | None = None
-        self.is_closing = False
-        self.is_paused = False
-        self.keep_alive = True
-        self.deadline_s = inf
-        self._timeout_s = inf
         self._is_reading = False
-        self._address = ""  # that it is counted under
-        self._ahead_bytes = 0  # of the memory for bodies, for what was sent ahead
         self._cached_name = CachedModelName()
         self.reader = RequestReader(context)
 
@@ -88,14 +58,12 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the clock for a first request, or send the connection away."""
-        self.transport = cast(asyncio.Transport, transport)  # uvloop has no common base class
         self.expect(self._context.config.client_header_timeout_s)
-        bounds, count = self._context.bounds, len(self._clients.open)
-        self._address = address_of(transport)
-        refused = bounds.enter(self._address, count)
+        count, shares = len(self._clients.open), self._context.bounds.shares
+        refused = self.take_place(transport, count)
         if refused is not None:
             self._context.metrics.connection_refused()
-            if count >= bounds.shares.clients + bounds.shares.refused:
+            if count >= shares.clients + shares.refused:
                 self.is_closing = True
                 self.transport.abort()
                 return
@@ -127,8 +95,7 @@ class ClientConnection(asyncio.Protocol):
         """Let go of everything."""
         self._clients.open.discard(self)
         self._read_on()
-        self._context.bounds.leave(self._address)
-        self._address = ""
+        self.leave_place()
         self._gone()
         self.release_memory()
 
@@ -161,17 +128,15 @@ class ClientConnection(asyncio.Protocol):
         if held_bytes > AHEAD_LIMIT_BYTES and not self.is_closing and self not in self._clients.unread:
             self.transport.pause_reading()
             self._clients.unread.add(self)
-            self._ahead_bytes = held_bytes
             try:
-                self._context.bounds.take_memory(held_bytes)
+                self.take_memory_ahead(held_bytes)
             except Refused:  # there is no place for an answer to it: that of the present request comes first
                 self.reset()
 
     def _read_on(self) -> None:
         """Count no more of what was sent ahead."""
         self._clients.unread.discard(self)
-        self._context.bounds.give_back_memory(self._ahead_bytes)
-        self._ahead_bytes = 0
+        self.release_memory_ahead()
 
     def look_for_hangup(self) -> None:
         """Notice that a client has gone whose socket is not being read."""
@@ -181,16 +146,11 @@ class ClientConnection(asyncio.Protocol):
 
     # Deadlines
 
-    def expect(self, timeout_s: float | None) -> None:
-        """Set the deadline of what comes next; None: somebody else watches over it."""
-        self._timeout_s = inf if timeout_s is None else timeout_s + self._context.tick_s
-        self.deadline_s = self._context.now_s + self._timeout_s
-
     def is_late(self, now_s: float) -> bool:
         """Return whether a deadline has passed; where a reply has moved, the present one starts anew."""
         exchange = self.exchange
         if exchange is not None and exchange.stage.has_moved():
-            self.deadline_s = now_s + self._timeout_s
+            self.moved()
             return False
         return self.deadline_s <= now_s
 
@@ -212,24 +172,11 @@ class ClientConnection(asyncio.Protocol):
     def part_if_idle(self) -> None:
         """Close an idle connection a moment after it was first seen so."""
         if self.exchange is None and self.reader.is_idle() and not self.is_closing:
-            self._part()
+            self.part()
             if self.deadline_s <= self._context.now_s:
                 self.close()
 
-    def _part(self) -> None:
-        """Close an idle connection soon: a client that has just been told it may go on is not cut off in doing so."""
-        self.deadline_s = min(self.deadline_s, self._context.now_s + PARTING_S)
-
     # From the exchange
-
-    def will_keep_alive(self) -> bool:
-        """Decide, for the head of a reply, whether another request may follow; it is a promise."""
-        self.keep_alive = self.keep_alive and not self._context.is_stopping
-        return self.keep_alive
-
-    def close_after_reply(self) -> None:
-        """Promise no further request: the end of this reply is the connection's."""
-        self.keep_alive = False
 
     def release_memory(self) -> None:
         """Count the request's body no more: it is gone, or will be in this turn of the loop."""
@@ -246,7 +193,7 @@ class ClientConnection(asyncio.Protocol):
             reader.begin()
         self.expect(self._context.config.client_idle_timeout_s)
         if self._context.is_stopping:
-            self._part()
+            self.part()
         if reader.held and not self._is_reading:  # otherwise the caller is _proceed, which goes on itself
             self._context.loop.call_soon(self._proceed)
 
@@ -258,17 +205,14 @@ class ClientConnection(asyncio.Protocol):
     def close(self) -> None:
         """Close once everything is written."""
         self.exchange = None
-        self.is_closing = True
-        self.expect(LINGER_S)  # a client that reads nothing is cut off then
-        self.transport.close()
+        self.close_written()
 
     def reset(self) -> None:
         """Close so that the client sees an error, even where a reply's end is the connection's."""
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
             exchange.client_gone()
-        self.is_closing = True
-        sockets.reset(self.transport)
+        self.close_reset()
 
     def reset_unanswered(self, exchange: object) -> None:
         """Reset if it still waits for the answer of this exchange, which has ended and gives none."""
@@ -350,12 +294,16 @@ class ClientConnection(asyncio.Protocol):
         reader = self.reader
         if reader.refused is not None:
             self._count_and_refuse(reader.refused, head)
-        elif reader.allowed:
-            self._answer(head, options_answer(self._context.cors, head, reader.allowed))
-        elif reader.target:
+            return
+        if reader.target and not reader.allowed:
             self._pass_on(head, reader.target, reader.take_body(), 0)
-        else:
-            self._show(head)
+            return
+        try:
+            answer = own_answer(self._context, head, reader.allowed, len(self._clients.open))
+        except Refused as refused:
+            self._count_and_refuse(refused, head)
+            return
+        self._answer(head, answer)
 
     def _pass_on(self, head: RequestHead, target: bytes, body: bytes, body_at: int) -> None:
         try:
@@ -368,14 +316,6 @@ class ClientConnection(asyncio.Protocol):
             exchange.start()
         except Exception as error:  # noqa: BLE001 - the loop would only log it, and the request never end
             exchange.broke(error)
-
-    def _show(self, head: RequestHead) -> None:
-        try:
-            answer = page_answer(self._context, head, len(self._clients.open))
-        except Refused as refused:
-            self._count_and_refuse(refused, head)
-            return
-        self._answer(head, answer)
 
     def _count_and_refuse(self, refused: Refused, head: RequestHead) -> None:
         count_refused(self._context, refused, head)
@@ -392,11 +332,8 @@ class ClientConnection(asyncio.Protocol):
         count_refused(self._context, refused, reader.head)
         answer = error_answer(refused, reader.target_so_far())
         self.transport.write(format_answer(answer, reader.head, self._context.cors, close=True))
-        self.is_closing = True
         reader.discard()
-        self.expect(LINGER_S)
-        if self.transport.can_write_eof():
-            self.transport.write_eof()  # closing now, with bytes unread, would reset the answer away
+        self.close_read()
 
     # From one daemon to the next
 
@@ -408,21 +345,12 @@ class ClientConnection(asyncio.Protocol):
         self._clients.open.discard(self)
         self.transport.abort()  # no more than a close of this descriptor
 
-    def carry_on(self, transport: asyncio.Transport, *, is_parting: bool) -> None:
-        """Be a connection that an earlier daemon accepted.
-
-        Args:
-            transport: The connection's.
-            is_parting: It was refused, and is left open for a moment so that the client can read why.
-        """
-        self.transport = transport
-        self.is_closing = is_parting
+    def import_connection(self, transport: asyncio.Transport, *, is_parting: bool) -> None:
+        """Be a connection that an earlier daemon accepted; as for ``import_socket``."""
         self._clients.open.add(self)
-        self._address = address_of(transport)
-        self._context.bounds.enter(self._address, 0)
-        self.expect(LINGER_S if is_parting else self._context.config.client_idle_timeout_s)
+        self.import_socket(transport, is_parting=is_parting)
 
-    def carry_on_request(self, *, keep_alive: bool, body_bytes: int, held: bytes) -> None:
+    def import_request(self, *, keep_alive: bool, body_bytes: int, held: bytes) -> None:
         """Have a request under way; its exchange follows.
 
         Args:
@@ -435,6 +363,6 @@ class ClientConnection(asyncio.Protocol):
         self.reader.add(held)
         self._mind_ahead()
 
-    def wait_for(self, exchange: Exchange) -> None:
+    def import_exchange(self, exchange: Exchange) -> None:
         """Have the answer of this exchange next."""
         self.exchange = exchange

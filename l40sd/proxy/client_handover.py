@@ -60,11 +60,11 @@ def _describe(client: ClientConnection) -> tuple[HandedExchange | None, bytes] |
 
 def import_client(client: ClientConnection, transport: asyncio.Transport, handed: HandedConnection) -> None:
     """Go on with a connection that an earlier daemon accepted; its exchange is set by whoever has both ends."""
-    client.carry_on(transport, is_parting=handed.is_parting)
+    client.import_connection(transport, is_parting=handed.is_parting)
     if handed.is_parting:
         return
     if handed.exchange is not None:
         body_bytes = len(handed.exchange.body)
-        client.carry_on_request(keep_alive=handed.exchange.keep_alive, body_bytes=body_bytes, held=handed.held)
+        client.import_request(keep_alive=handed.exchange.keep_alive, body_bytes=body_bytes, held=handed.held)
     elif handed.held:
         client.data_received(handed.held)

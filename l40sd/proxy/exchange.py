@@ -27,9 +27,9 @@ from l40sd.proxy.http1.heads import RequestHead, format_request
 from l40sd.proxy.http1.request_body import replace_model
 from l40sd.proxy.interfaces import ENDED, NOWHERE, Client, Stage
 from l40sd.proxy.metrics import CLIENT_GONE
-from l40sd.proxy.pages import refused_as_poison, unknown_model
+from l40sd.proxy.pages import not_tried_any_more, refused_as_poison, unknown_model
 from l40sd.proxy.refused import Refused
-from l40sd.proxy.retry_policy import DEATHS_LIMIT, TABLE, Next, Seen, decide
+from l40sd.proxy.retry_policy import TABLE, Next, Seen, decide
 from l40sd.proxy.tries import Asked, Connecting, Waiting
 from l40sd.proxy.worker_connection import WorkerConnection
 from l40sd.routing.routes import FailureKind, Lease
@@ -219,7 +219,16 @@ class Exchange:
                 self._look_further()
             case Next.END:
                 self._tried = (*self._tried, route.serial)
-                self.refuse(self._last_words(seen, route.backend.worker, why))
+                self.refuse(
+                    not_tried_any_more(
+                        seen,
+                        route.backend.worker,
+                        why,
+                        request=self.request_id.decode(),
+                        tries=len(self._tried),
+                        died=self.deaths.workers,
+                    )
+                )
         return True
 
     def _take_another(self, lease: Lease) -> bool:
@@ -238,18 +247,6 @@ class Exchange:
         self.tries_left -= 1
         lease.retried()
         self.context.metrics.tried_again()
-
-    def _last_words(self, seen: Seen, worker: str, why: str) -> Refused:
-        """Return the answer to a request that is not tried any more."""
-        if seen is Seen.OVERLOADED:
-            return Refused(503, "overloaded", why)
-        if seen is Seen.SILENT:
-            return Refused(504, "worker_timeout", f"{worker} {why}; request {self.request_id.decode()}")
-        if TABLE[seen].is_death and len(self.deaths.workers) >= DEATHS_LIMIT:
-            who = ", then ".join(self.deaths.workers)
-            what = f"{who} ended with this request and without a byte of an answer; it is not tried again"
-            return Refused(502, "worker_failed", f"{what} ({worker}: {why})", should_retry=False)
-        return Refused(502, "worker_failed", f"{len(self._tried)} tries failed; {worker}: {why}")
 
     def _note_death(self, lease: Lease) -> None:
         """Count an end of a worker that had not answered a byte: the request may be its cause."""
@@ -272,16 +269,28 @@ class Exchange:
         if self.deaths.workers:
             self.context.poison.forget(self.deaths.fingerprint)
 
-    def end_whole(self, lease: Lease, status: int) -> None:
-        """End with a reply that came whole, and let go of the worker; its connection is released already."""
+    def end_whole(self, lease: Lease, status: int, first_byte_at_s: float = 0.0) -> None:
+        """End with a whole reply, and let go of the worker, whose connection is released already.
+
+        Args:
+            lease: The hold on the worker.
+            status: Below 500.
+            first_byte_at_s: When the reply began; 0.0: only now.
+        """
         context = self.context
         now_s = context.loop.time()
-        context.metrics.answered_at_once(self.model, status, now_s - self.started_at_s)
-        if context.config.access_log:
-            log.info("proxy.request", **self._account(status, now_s), problem="")
-        self.stage = ENDED
-        lease.release()
-        self._lease = None
+        if first_byte_at_s:
+            context.metrics.answered(self.model, status)
+            context.metrics.timed(self.model, first_byte_at_s - self.started_at_s, now_s - self.started_at_s)
+        else:
+            context.metrics.answered_at_once(self.model, status, now_s - self.started_at_s)
+        try:
+            if context.config.access_log:
+                log.info("proxy.request", **self._account(status, first_byte_at_s or now_s), problem="")
+        finally:
+            self.stage = ENDED
+            lease.release()
+            self._lease = None
         self.client.finished()
 
     # The end

@@ -169,7 +169,7 @@ def _go_on(
         client.reset()
         return
     exchange, upstream = import_exchange(context, client, handed.exchange, upstream_landed.transport)
-    client.wait_for(exchange)
+    client.import_exchange(exchange)
     landed.pass_on(client)
     if client.exchange is not None:
         upstream_landed.pass_on(upstream)

@@ -136,8 +136,14 @@ class Request(Protocol):
     def end(self, problem: str, status: int = 0, *, is_failed: bool = False) -> None:
         """End it and let go of everything; the client is told by whoever calls."""
 
-    def end_whole(self, lease: Lease, status: int) -> None:
-        """End it with a reply that came whole, and let go of the worker; its connection is released already."""
+    def end_whole(self, lease: Lease, status: int, first_byte_at_s: float = 0.0) -> None:
+        """End it with a whole reply, and let go of the worker, whose connection is released already.
+
+        Args:
+            lease: The hold on the worker.
+            status: Below 500.
+            first_byte_at_s: When the reply began; 0.0: only now.
+        """
 
     def refuse(self, refused: Refused) -> None:
         """End it with an error of ours."""

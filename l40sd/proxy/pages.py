@@ -11,6 +11,7 @@ from urllib.parse import unquote, unquote_plus
 from l40sd.codec import encode
 from l40sd.model import ListedModel, ModelName
 from l40sd.proxy.refused import Refused
+from l40sd.proxy.retry_policy import DEATHS_LIMIT, TABLE, Seen
 from l40sd.routing.routes import Line, Routes
 
 JSON = b"application/json"
@@ -89,6 +90,28 @@ def refused_as_poison(workers: Sequence[str], for_s: float) -> Refused:
         f" {max(1.0, for_s):.0f} s",
         should_retry=False,
     )
+
+
+def not_tried_any_more(seen: Seen, worker: str, why: str, *, request: str, tries: int, died: Sequence[str]) -> Refused:
+    """Return the refusal of a request that is not tried any more.
+
+    Args:
+        seen: What became of its last try.
+        worker: That was tried last.
+        why: In words.
+        request: Its id.
+        tries: Routes that failed it.
+        died: Workers that ended with it and had not answered a byte of it.
+    """
+    if seen is Seen.OVERLOADED:
+        return Refused(503, "overloaded", why)
+    if seen is Seen.SILENT:
+        return Refused(504, "worker_timeout", f"{worker} {why}; request {request}")
+    if TABLE[seen].is_death and len(died) >= DEATHS_LIMIT:
+        who = ", then ".join(died)
+        what = f"{who} ended with this request and without a byte of an answer; it is not tried again"
+        return Refused(502, "worker_failed", f"{what} ({worker}: {why})", should_retry=False)
+    return Refused(502, "worker_failed", f"{tries} tries failed; {worker}: {why}")
 
 
 class Page(NamedTuple):

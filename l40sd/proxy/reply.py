@@ -45,7 +45,6 @@ class Reply(Stage):
         lease: Lease,
         upstream: WorkerConnection,
         head: ResponseHead,
-        *,
         latest: bytes,
         first_byte_at_s: float,
     ) -> None:
@@ -162,12 +161,13 @@ class Reply(Stage):
 
     def _whole(self) -> None:
         request = self._request
-        now_s = request.context.loop.time()
-        metrics = request.context.metrics
+        if self.status < 500:
+            request.end_whole(self.lease, self.status, self.first_byte_at_s)
+            return
+        metrics, taken_s = request.context.metrics, request.context.loop.time() - request.started_at_s
         metrics.answered(request.model, self.status)
-        metrics.timed(request.model, self.first_byte_at_s - request.started_at_s, now_s - request.started_at_s)
-        is_failed = self.status >= 500
-        request.end(f"{request.worker} answered so" if is_failed else "", is_failed=is_failed)
+        metrics.timed(request.model, self.first_byte_at_s - request.started_at_s, taken_s)
+        request.end(f"{request.worker} answered so", is_failed=True)
         self._client.finished()
 
     def _cut(self, kind: FailureKind, why: str) -> None:
@@ -224,7 +224,7 @@ class Reply(Stage):
 def pass_on(request: Request, lease: Lease, upstream: WorkerConnection, head: ResponseHead, rest: bytes) -> Reply:
     """Begin the reply to a request with its head and its first bytes, and return it; nothing can be repeated now."""
     context = request.context
-    reply = Reply(request, lease, upstream, head, latest=rest, first_byte_at_s=context.loop.time())
+    reply = Reply(request, lease, upstream, head, rest, context.loop.time())
     request.enter(reply)
     upstream.pass_to(reply)
     request.client.release_memory()

@@ -330,7 +330,8 @@ class WorkerConnection(asyncio.Protocol):
             if self.is_done:
                 self._complete(data, taker)
                 return
-            taker.write(data)
+            write = taker.write  # taker.write(data) would look for a method first, at every event
+            write(data)
             taker.latest = data
         except Exception as error:  # noqa: BLE001 - the loop would only log it
             self._broke(error)

@@ -88,10 +88,12 @@ class CachedReplyHead:
 def cached_reply_head(head: bytes, response: ResponseHead) -> CachedReplyHead | None:
     """Return the kind of a head that llhttp found well-formed; None for one that has to be parsed each time."""
     found = content_length_in(head)
+    if found is None:
+        return None
     left_out = sum(field.end() - field.start() for field in _left_out(head))
     is_plain = len(response.lines) + left_out == len(head) - 4
     is_plain = is_plain and b"x-l00s-" not in head.translate(_DIGITS_ALIKE).lower()
-    if found is None or not is_plain or response.is_chunked or head[:8] != b"HTTP/1.1":
+    if not is_plain or response.is_chunked or head[:8] != b"HTTP/1.1":
         return None
     if found.end() - found.start(1) > LENGTH_DIGITS or not 200 <= response.status < 500:
         return None

@@ -201,12 +201,13 @@ class ResponseHead:
         is_framed: Says where it ends; otherwise the connection's end is the response's.
     """
 
-    __slots__ = ("has_body", "is_framed", "lines", "status")
+    __slots__ = ("_content_length", "has_body", "is_framed", "lines", "status")
 
     def __init__(self, status: int, lines: bytes) -> None:
         self.status = status
         self.lines = lines
         self.has_body = status not in (204, 304)
+        self._content_length: int | None = None  # looked for once
         self.is_framed = not self.has_body or b"\r\ncontent-length:" in lines or _framing(lines) is not None
 
     @property
@@ -217,8 +218,10 @@ class ResponseHead:
     @property
     def content_length(self) -> int:
         """What it says of the body's length; -1 when it says nothing."""
-        found = content_length_in(self.lines)
-        return int(found[1]) if found else -1
+        if self._content_length is None:
+            found = content_length_in(self.lines)
+            self._content_length = int(found[1]) if found else -1
+        return self._content_length
 
     @property
     def is_chunked(self) -> bool:
