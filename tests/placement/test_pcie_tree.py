@@ -6,7 +6,7 @@ import pytest
 
 from l40sd.model import Link, ModelName
 from l40sd.placement.candidates import gpus_needed, more, positions_of
-from l40sd.placement.parallelism import Cost, Shape, cost_of
+from l40sd.placement.parallelism import Cost, Parallelism, cost_of
 from l40sd.placement.pcie_tree import Part, links_in, span, tree_of, without
 
 M, N = ModelName("llama"), ModelName("qwen")
@@ -96,16 +96,18 @@ def test_parts_differ_in_form_by_their_link_their_size_and_what_is_below() -> No
 def test_a_stage_is_counted_where_there_are_stages_else_the_replica(
     tp: int, pp: int, *, has_stages: bool, unit: int
 ) -> None:
-    assert (Shape(tp, pp).has_stages, Shape(tp, pp).unit) == (has_stages, unit)
+    assert (Parallelism(tp, pp).has_stages, Parallelism(tp, pp).unit) == (has_stages, unit)
 
 
 def test_a_replica_costs_its_worst_links_inside_tp_groups_and_inside_pipelines() -> None:
-    assert cost_of(TREE, Shape(2, 1), ((0, 1),)) == Cost(Link.PIX, int(Link.PIX))
-    assert cost_of(TREE, Shape(2, 1), ((0, 5),)) == Cost(Link.SYS, int(Link.SYS))
-    assert cost_of(TREE, Shape(1, 2), ((0,), (2,))) == Cost(Link.X, 0, Link.NODE, int(Link.NODE))
+    assert cost_of(TREE, Parallelism(2, 1), ((0, 1),)) == Cost(Link.PIX, int(Link.PIX))
+    assert cost_of(TREE, Parallelism(2, 1), ((0, 5),)) == Cost(Link.SYS, int(Link.SYS))
+    assert cost_of(TREE, Parallelism(1, 2), ((0,), (2,))) == Cost(Link.X, 0, Link.NODE, int(Link.NODE))
     both = int(Link.PIX) + int(Link.NODE)
-    assert cost_of(TREE, Shape(2, 2), ((0, 1), (2, 4))) == Cost(Link.NODE, both, Link.NODE, int(Link.NODE))
-    assert cost_of(TREE, Shape(2, 2), ((0, 1), (5, 6))) == Cost(Link.PIX, 2 * int(Link.PIX), Link.SYS, int(Link.SYS))
+    assert cost_of(TREE, Parallelism(2, 2), ((0, 1), (2, 4))) == Cost(Link.NODE, both, Link.NODE, int(Link.NODE))
+    assert cost_of(TREE, Parallelism(2, 2), ((0, 1), (5, 6))) == Cost(
+        Link.PIX, 2 * int(Link.PIX), Link.SYS, int(Link.SYS)
+    )
 
 
 def test_two_groupings_side_by_side_cost_the_worse_link_and_both_sums() -> None:
