@@ -7,7 +7,7 @@ card is pulled, an identity does not (invariant 9).
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import NewType
+from typing import NamedTuple, NewType
 
 GpuId = NewType("GpuId", str)
 """A GPU's UUID as NVML gives it: ``GPU-`` and 36 characters."""
@@ -103,6 +103,14 @@ class Inventory:
         return Link.X if one == other else self.links[(one, other)]
 
 
+class ReplicaKind(NamedTuple):
+    """Replicas that are alike: what one of them has proven, its equals need not prove again."""
+
+    model: ModelName
+    tp: int
+    pp: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSpec:
     """One line of a pattern: so many replicas of a model, each so wide (TP) and so deep (PP).
@@ -115,6 +123,11 @@ class ReplicaSpec:
     count: int | None = None
     tp: int = 1
     pp: int = 1
+
+    @property
+    def kind(self) -> ReplicaKind:
+        """What it has in common with its equals."""
+        return ReplicaKind(self.model, self.tp, self.pp)
 
     @property
     def gpus_each(self) -> int:
@@ -154,6 +167,11 @@ class Placement:
     worst_link: Link = Link.X
     reason: str = ""
     endpoint: str = ""
+
+    @property
+    def kind(self) -> ReplicaKind:
+        """What it has in common with its equals."""
+        return ReplicaKind(self.model, self.tp, self.pp)
 
     @property
     def weight(self) -> int:

@@ -75,7 +75,7 @@ async def _start(loaded: Loaded) -> list[Check]:
     config = loaded.config
     host = await Host.open(config.host)
     try:
-        await host.recall(preflight.known_gpus(config), held=())
+        await host.adopt(preflight.known_gpus(config), held=())
         facts, memory = await host.facts(config), await host.memory()
     finally:
         await host.close()

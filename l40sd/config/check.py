@@ -2,12 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import SplitResult, urlsplit
 
-from l40sd.config import overrides
+from l40sd.config import overrides, placeholders
 from l40sd.config.options import (
     BUILT_IN_ENGINES,
     BUILT_IN_PATTERNS,
@@ -22,26 +22,6 @@ from l40sd.model import ModelName, Pattern
 
 KeyPath = tuple[str | int, ...]
 """A key's place in the TOML tree: table names, then the key; numbers are places in an array."""
-
-PLACEHOLDERS = (
-    *(
-        "model",
-        "name",
-        "names",
-        "host",
-        "port",
-        "tp",
-        "pp",
-        "ranks",
-        "split",
-        "gpus",
-        "drain_s",
-        "api_key",
-        "cache",
-        "python",
-    ),
-)
-"""What ``{...}`` may stand for in an engine's command and env; engines/launch.py fills them in."""
 
 _SOCKET_PATH_BYTES = 107  # sun_path in unix(7), less its final NUL
 _SLUG_LIMIT = 80  # a unit's name holds a slug, GPU numbers and a ulid, and ends at 255
@@ -151,9 +131,9 @@ def _check_engine(name: str, engine: EngineConfig) -> Iterator[Problem]:
     if not engine.base and name not in BUILT_IN_ENGINES and not engine.command:
         yield Problem(path=at, what="has neither a base nor a command", hint=_nearest(name, BUILT_IN_ENGINES))
     for key, texts in (("command", engine.command), ("env", engine.env.values())):
-        for place in _placeholders(texts):
-            if place not in PLACEHOLDERS:
-                hint = _nearest(place, PLACEHOLDERS)
+        for place in placeholders.names_in(texts):
+            if place not in placeholders.NAMES:
+                hint = _nearest(place, placeholders.NAMES)
                 yield Problem(path=(*at, key), what=f"{{{place}}} stands for nothing", hint=hint)
     for key in ("health_path", "metrics_path"):
         value = getattr(engine, key)
@@ -171,11 +151,6 @@ def _check_command(name: str, engine: EngineConfig, config: Config) -> Iterator[
     program = overrides.pinning(engine.command)
     if program and config.host.numa_pinning:
         yield Problem(path=path, what=f"{program} would bind the worker elsewhere", hint=overrides.NUMA_HINT)
-
-
-def _placeholders(texts: Iterable[str]) -> list[str]:
-    """Return the names in single braces; ``{"mode": 2}`` and ``{{ messages }}`` are what they look like."""
-    return [name for text in texts for name in re.findall(r"(?<!\{)\{([A-Za-z_][A-Za-z0-9_]*)\}(?!\})", text)]
 
 
 def _check_model(model: ModelConfig, config: Config) -> Iterator[Problem]:

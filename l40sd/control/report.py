@@ -75,7 +75,7 @@ def _why(worker: Worker, supervisor: Supervisor) -> str:
     is_coming = worker.phase is Phase.STARTING and worker.watch is not None
     reason = worker.watch.startup_reason if is_coming and worker.watch else worker.reason or worker.concern
     parts = [reason, worker.way_back]
-    if supervisor.is_drained(worker) and worker.phase not in (Phase.DRAINING, Phase.DRAINED):
+    if supervisor.commands.is_drained(worker) and worker.phase not in (Phase.DRAINING, Phase.DRAINED):
         parts.append("drained: it receives no requests until undrain")
     return "; ".join(filter(None, parts))
 
@@ -192,9 +192,11 @@ def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:
     """Return what ``apply(want)`` would do, in order, if every step succeeds: the reconciler itself, played ahead."""
     inventory = supervisor.context.host.inventory
     number = {gpu.id: gpu.index for gpu in inventory.gpus}
-    observed = [w.observed() for w in supervisor.workers.values()]
-    change, loads_s = supervisor.change_to(want), supervisor.context.models.loads_s
-    played = rehearse(want.wanted, observed, change.terms, usual(want.config, loads_s, supervisor.at_once(want)))
+    observed = supervisor.workers.observed()
+    change, loads_s = supervisor.changes.change_to(want), supervisor.context.models.loads_s
+    played = rehearse(
+        want.wanted, observed, change.terms, usual(want.config, loads_s, supervisor.changes.at_once(want))
+    )
     shown = played.steps
     loaded = {s.order.worker for s in shown if s.order.do is Do.START}
     is_known = all(loads_s.get(w.placement.model) for w in want.wanted if w.placement.worker in loaded)
@@ -231,7 +233,7 @@ def change_preview(want: Want, supervisor: Supervisor) -> ChangePreview:
 
 def notes_on(want: Want, supervisor: Supervisor) -> tuple[str, ...]:
     """Return what whoever asks for this want should know, when it is done at once: see ``ChangePreview``."""
-    leaving = supervisor.change_to(want).leaving
+    leaving = supervisor.changes.change_to(want).leaving
     replaced = under_way(supervisor)
     return (
         *([f"{', '.join(leaving)} leaves service with pattern {want.pattern}"] if leaving else ()),
@@ -259,7 +261,7 @@ def _pattern_view(name: str, supervisor: Supervisor) -> PatternView:
     pattern = patterns_of(supervisor.config, inventory)[name]
     is_current = name == supervisor.want.pattern
     try:
-        want = supervisor.design(name, supervisor.config)
+        want = supervisor.designer.design(name, supervisor.config)
     except L40sError as error:
         return PatternView(
             name=name,
@@ -319,7 +321,7 @@ def _gpus(supervisor: Supervisor, memory: Mapping[GpuId, GpuMemory] | None) -> t
         if w.phase not in (Phase.STOPPED, Phase.WAITING)
         for g in w.wanted.placement.gpus
     }
-    out_of_use = supervisor.out_of_use()
+    out_of_use = supervisor.workers.out_of_use()
     silent = "unknown" if inventory.is_live else "recorded"
     answers = inventory.is_live and memory is not None
     return tuple(

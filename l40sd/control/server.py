@@ -16,11 +16,10 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -59,29 +58,45 @@ STATUS_OF = {
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Doors:
-    """What the control API can reach besides the supervisor; the composition root fills it in."""
+class ControlHandlers(Protocol):
+    """What the control API asks of the daemon besides its supervisor."""
 
-    status: Callable[[], Awaitable[Status]]
-    metrics: Callable[[], str]
-    doctor: Callable[[], Awaitable[list[Check]]]
-    reload: Callable[[bool], Awaitable[list[str]]]
-    upgrade: Callable[[], Awaitable[None]]
-    config_toml: Callable[[], str]
-    config_files: Callable[[], tuple[str, ...]]
-    config_diff: Callable[[], str]
+    async def status(self) -> Status:
+        """Return everything of `l40sctl status`."""
+
+    def metrics_text(self) -> str:
+        """Return the metrics as Prometheus text."""
+
+    async def examine(self) -> list[Check]:
+        """Return what `l40sctl doctor` shows."""
+
+    async def reload(self, *, forget_gpus: bool) -> list[str]:
+        """Read the configuration again; return what changed. Raises L40sError: it is bad, and nothing has changed."""
+
+    async def upgrade(self) -> None:
+        """Become the release now installed. Raises L40sError: it would not start, and nothing has changed."""
+
+    def config_toml(self) -> str:
+        """Return the configuration in force."""
+
+    def config_files(self) -> tuple[str, ...]:
+        """Return the files that it was read from."""
+
+    def config_diff(self) -> str:
+        """Return how these files differ from it by now. Raises L40sError: they are bad."""
 
 
 class Control:
     """Serves the control API until it is closed."""
 
-    def __init__(self, path: Path, group: str, supervisor: Supervisor, events: Events, doors: Doors) -> None:
+    def __init__(
+        self, path: Path, group: str, supervisor: Supervisor, events: Events, handlers: ControlHandlers
+    ) -> None:
         self.path = path
         self._group = group
         self._supervisor = supervisor
         self._events = events
-        self._doors = doors
+        self._handlers = handlers
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
         self._log: structlog.stdlib.BoundLogger = supervisor.context.log
@@ -181,7 +196,7 @@ class Control:
         return _json({"version": __version__})
 
     async def _status(self, _: web.Request) -> web.Response:
-        return _json(await self._doors.status())
+        return _json(await self._handlers.status())
 
     async def _patterns(self, _: web.Request) -> web.Response:
         return _json(report.patterns(self._supervisor))
@@ -190,23 +205,23 @@ class Control:
         return _json(report.topology(self._supervisor))
 
     async def _workers(self, _: web.Request) -> web.Response:
-        return _json((await self._doors.status()).workers)
+        return _json((await self._handlers.status()).workers)
 
     async def _worker(self, request: web.Request) -> web.Response:
-        worker = self._supervisor.worker(request.match_info["id"])
+        worker = self._supervisor.workers.named(request.match_info["id"])
         return _json(report.worker_status(worker, self._supervisor))
 
     async def _config(self, _: web.Request) -> web.Response:
-        return _json({"toml": self._doors.config_toml(), "files": self._doors.config_files()})
+        return _json({"toml": self._handlers.config_toml(), "files": self._handlers.config_files()})
 
     async def _config_diff(self, _: web.Request) -> web.Response:
-        return _json({"diff": self._doors.config_diff()})
+        return _json({"diff": self._handlers.config_diff()})
 
     async def _doctor(self, _: web.Request) -> web.Response:
-        return _json(await self._doors.doctor())
+        return _json(await self._handlers.examine())
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        return web.Response(text=self._doors.metrics(), content_type="text/plain")
+        return web.Response(text=self._handlers.metrics_text(), content_type="text/plain")
 
     async def _operation(self, request: web.Request) -> web.Response:
         operation = self._supervisor.operations.get(request.match_info["id"])
@@ -268,7 +283,7 @@ class Control:
     # -- wishes ----------------------------------------------------------------------------------------------------
 
     async def _command(self, request: web.Request) -> web.Response:
-        self._supervisor.command(request.match_info["id"], request.match_info["verb"])
+        self._supervisor.commands.command(request.match_info["id"], request.match_info["verb"])
         await self._supervisor.write_down()  # a drain that is accepted holds, whatever becomes of this daemon
         return _json({}, 202)
 
@@ -277,7 +292,7 @@ class Control:
             wish = decode(PatternRequest, await request.read())
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise L40sError(f"not a pattern request: {error}", code="bad_request") from error
-        want = self._supervisor.design(wish.name, self._supervisor.config, force=wish.force)
+        want = self._supervisor.designer.design(wish.name, self._supervisor.config, force=wish.force)
         if wish.dry_run:
             return _json(report.change_preview(want, self._supervisor))
         notes = report.notes_on(want, self._supervisor)
@@ -290,15 +305,15 @@ class Control:
             wish = decode(RestartRequest, await request.read())
         except msgspec.MsgspecError as error:
             raise L40sError(f"not a restart request: {error}", code="bad_request") from error
-        operation = self._supervisor.restart(wish.workers, user_of(request))
+        operation = self._supervisor.commands.restart(wish.workers, user_of(request))
         await self._supervisor.write_down()
         return _json(Accepted(operation=operation.id), 202)
 
     async def _reload(self, request: web.Request) -> web.Response:
-        return _json({"changed": await self._doors.reload(_flag(request, "forget_gpus"))})
+        return _json({"changed": await self._handlers.reload(forget_gpus=_flag(request, "forget_gpus"))})
 
     async def _upgrade(self, _: web.Request) -> web.Response:
-        await self._doors.upgrade()
+        await self._handlers.upgrade()
         return _json({}, 202)
 
 

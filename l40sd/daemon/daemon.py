@@ -8,38 +8,28 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Collection
 from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
-from l40sd import log, systemd
+from l40sd import systemd
 from l40sd.clock import now_s
-from l40sd.config import files as config_files
-from l40sd.config import show as config_show
-from l40sd.config.load import Loaded, load
-from l40sd.config.options import Config, in_force
+from l40sd.config.options import Config
 from l40sd.control import report
 from l40sd.control.doctor import examine
 from l40sd.control.event_file import EventFile
-from l40sd.control.events import Events
 from l40sd.control.messages import Check, Status
 from l40sd.control.preflight import STATE_NAME
-from l40sd.control.server import Control, Doors
+from l40sd.control.server import Control
 from l40sd.daemon import reexec
-from l40sd.daemon.lock import DaemonLock
-from l40sd.daemon.shutdown import PROXY_GRACE_S, Ending
+from l40sd.daemon.in_force import ConfigInForce
+from l40sd.daemon.parts import Parts
+from l40sd.daemon.shutdown import PROXY_GRACE_S, ShutdownReason
 from l40sd.errors import L40sError
 from l40sd.hardware.gpu_watch import GpuWatch
 from l40sd.hardware.host import Host
-from l40sd.hardware.presence import changes
 from l40sd.naming import natural
-from l40sd.proxy.api_keys import read_keys
-from l40sd.proxy.key_file import key_changes
-from l40sd.proxy.server import Proxy
-from l40sd.routing.routes import Routes
 from l40sd.supervisor.state_file import Store
 from l40sd.supervisor.supervisor import Supervisor
 from l40sd.workers.context import WorkerContext
@@ -58,21 +48,13 @@ STATE_VERSION = 1
 EVENTS_NAME = "events.ndjson"  # in log_dir; a worker's output is in NAME.log
 
 
-async def run_workers(
-    path: Path,
-    loaded: Loaded,
-    events: Events,
-    notifier: systemd.Notifier,
-    lock: DaemonLock,
-    routes: Routes,
-    proxy: Proxy,
-) -> Ending:
+async def run_workers(parts: Parts) -> ShutdownReason:
     """Run the host and its workers behind the endpoint until told to end; return why.
 
     Raises:
         L40sError: As ``run``.
     """
-    config = loaded.config
+    config, routes, proxy = parts.loaded.config, parts.routes, parts.proxy
     logger = structlog.get_logger()
     runtime_dir = Path(config.daemon.runtime_dir)
     async with AsyncExitStack() as stack:
@@ -80,7 +62,7 @@ async def run_workers(
         event_file = EventFile(
             Path(config.daemon.log_dir) / EVENTS_NAME, config.daemon.events_kept, reexec.hold_signals
         )
-        events.resume(*await asyncio.to_thread(event_file.read), event_file)
+        parts.events.resume(*await asyncio.to_thread(event_file.read), event_file)
         # 1. What the host is made of.
         host = await Host.open(config.host)
         stack.push_async_callback(host.close)
@@ -107,54 +89,51 @@ async def run_workers(
         supervisor = Supervisor(
             context, config, Store(Path(config.daemon.state_dir) / STATE_NAME, version=STATE_VERSION)
         )
-        routes.on_failure = supervisor.on_request_failure
-        routes.on_doubt = supervisor.is_ending
+        routes.on_failure = supervisor.workers.on_request_failure
+        routes.on_doubt = supervisor.workers.is_ending
         async with asyncio.timeout(ADOPT_TIMEOUT_S):
             adoption = await processes.adopt()
         await supervisor.begin(adoption)
         for note in (*adoption.notes, *supervisor.store.notes):
             logger.warning("daemon.found", note=note)
         # 3. The operator.
-        daemon = Daemon(path, loaded, supervisor, proxy, lock, notifier)
+        daemon = Daemon(parts, supervisor)
         stack.push_async_callback(supervisor.write_down)  # what was accepted last, once nothing more can be
-        control = Control(control_socket(config), config.daemon.control_group, supervisor, events, daemon.doors())
+        control = Control(control_socket(config), config.daemon.control_group, supervisor, parts.events, daemon)
         await control.start()
         stack.push_async_callback(control.close)
         # 4. Go.
         daemon.notifier.ready(daemon.summary())
-        logger.info("daemon.ready", adopted=len(adoption.running), listen=list(proxy.addresses), **daemon.facts())
+        logger.info(
+            "daemon.ready",
+            adopted=len(adoption.running),
+            listen=list(proxy.addresses),
+            pattern=supervisor.want.pattern,
+            host=host.inventory.source,
+            gpu_count=len(host.inventory.gpus),
+            provider=processes.provider,
+        )
         return await daemon.live(control)
 
 
 class Daemon:
     """The running whole: answers signals, keeps systemd informed, ends as it is told to."""
 
-    def __init__(
-        self,
-        path: Path,
-        loaded: Loaded,
-        supervisor: Supervisor,
-        proxy: Proxy,
-        lock: DaemonLock,
-        notifier: systemd.Notifier,
-    ) -> None:
-        self.notifier = notifier
-        self._path = path
-        self._loaded = loaded  # its config is the one in force
-        self._started = loaded.config
+    def __init__(self, parts: Parts, supervisor: Supervisor) -> None:
+        self.notifier = parts.notifier
+        self._in_force = ConfigInForce(parts.path, parts.loaded, supervisor, parts.proxy)
         self._supervisor = supervisor
-        self._proxy = proxy
-        self._lock = lock
+        self._proxy = parts.proxy
+        self._lock = parts.lock
         self._began_at_s = now_s()
-        self._ending: asyncio.Future[Ending | None] = asyncio.get_running_loop().create_future()
+        self._ending: asyncio.Future[ShutdownReason | None] = asyncio.get_running_loop().create_future()
         self._upgrade_wanted = asyncio.Event()
         self._reload_wanted = asyncio.Event()
-        self._reload_problem = ""
         self._log = structlog.get_logger()
         host = supervisor.context.host
-        self._watch_gpus = GpuWatch(host, lambda: self._loaded.config.host, self._take_in_gpus)
+        self._watch_gpus = GpuWatch(host, lambda: self._in_force.config.host, self._in_force.take_in_gpus)
 
-    async def live(self, control: Control) -> Ending:
+    async def live(self, control: Control) -> ShutdownReason:
         """Live until a signal says otherwise, then end in an orderly way."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -172,29 +151,16 @@ class Daemon:
             ]
             ending = await self._told()
             self._log.info("daemon.stopping", because=ending)
-            if ending is Ending.UPGRADE:
+            if ending is ShutdownReason.UPGRADE:
                 self.notifier.reloading("upgrading")
             else:
                 self.notifier.stopping(str(ending))
-            if ending is Ending.STOP:
+            if ending is ShutdownReason.STOP:
                 self._proxy.send_away_waiting()
                 await self._stop_workers()
             for task in tasks:
                 task.cancel()
         return ending
-
-    def doors(self) -> Doors:
-        """Return what the control API may reach."""
-        return Doors(
-            status=self.status,
-            metrics=self._proxy.metrics_text,
-            doctor=self._examine,
-            reload=lambda forget_gpus: self.reload(forget_gpus=forget_gpus),
-            upgrade=self.upgrade,
-            config_toml=lambda: config_show.to_toml(self._loaded.config, self._loaded.origins),
-            config_files=lambda: self._loaded.files,
-            config_diff=self._config_diff,
-        )
 
     async def status(self) -> Status:
         """Return everything of `l40sctl status`."""
@@ -204,63 +170,33 @@ class Daemon:
         )
 
     async def reload(self, *, forget_gpus: bool = False) -> list[str]:
-        """Read the configuration and look at the host again; what changed is returned. A bad one changes nothing.
-
-        Args:
-            forget_gpus: GPUs that are missing were removed.
-
-        Raises:
-            L40sError: The configuration is bad or does not fit this host.
-        """
+        """See ``ConfigInForce.reload``; systemd is told meanwhile."""
         self.notifier.reloading()
         try:
-            fresh = load(config_files.read(self._path))
-            config = in_force(self._started, fresh.config)
-            keys = read_keys(config.proxy.api_keys_file)
-            changed = self._differences(fresh.config, keys)
-            changed += await self._reconfigure(config, forget_gpus=forget_gpus)
-        except L40sError as error:
-            self._log.error("config.reload.failed", reason=str(error))
-            self._reload_problem = str(error)
-            raise
+            return await self._in_force.reload(forget_gpus=forget_gpus)
         finally:
             self.notifier.ready(self.summary())
-        self._reload_problem = ""
-        self._loaded = replace(fresh, config=config)
-        self._proxy.configure(config.proxy)
-        self._proxy.set_api_keys(keys)
-        log.set_level(config.daemon.log_level)
-        self._log.info("config.reloaded", changed=changed)
-        return changed
 
-    async def _reconfigure(self, config: Config, *, forget_gpus: bool = False) -> list[str]:
-        """Place the pattern anew, with this configuration and on the GPUs that there are now; return which are others.
+    async def examine(self) -> list[Check]:
+        """Return what `l40sctl doctor` shows."""
+        held = self._in_force
+        return await examine(self._supervisor, held.config, held.path, reload_problem=held.reload_problem)
 
-        Raises:
-            L40sError: It does not fit; then nothing has changed.
-        """
-        host = self._supervisor.context.host
-        facts = await host.facts(config)
-        found = await host.look(held=self._supervisor.held_gpus(), forget=forget_gpus)
-        former = host.take(found)
-        try:
-            self._supervisor.reconfigure(config, facts)
-        except L40sError:
-            host.take(former)
-            raise
-        return list(changes(former.inventory, found.inventory))
+    def metrics_text(self) -> str:
+        """Return the metrics as Prometheus text."""
+        return self._proxy.metrics_text()
 
-    async def _take_in_gpus(self) -> None:
-        """Use GPUs that have come to a host that had none; what cannot be placed on them is said, and tried again."""
-        try:
-            changed = await self._reconfigure(self._loaded.config)
-        except L40sError as error:
-            self._log.error("pattern.degraded", pattern=self._supervisor.want.pattern, reason=str(error), workers=0)
-        else:
-            self._log.info("inventory.gpus_taken_in", changed=changed)
+    def config_toml(self) -> str:
+        """Return the configuration in force as TOML, each option with where it comes from."""
+        return self._in_force.to_toml()
 
-    async def _examine(self) -> list[Check]:
-        return await examine(self._supervisor, self._loaded.config, self._path, reload_problem=self._reload_problem)
+    def config_files(self) -> tuple[str, ...]:
+        """Return the files that the configuration in force was read from."""
+        return self._in_force.files
+
+    def config_diff(self) -> str:
+        """Return what a reload would say and change."""
+        return self._in_force.diff()
 
     def summary(self) -> str:
         """Return one line for `systemctl status`."""
@@ -270,16 +206,6 @@ class Daemon:
         """Sentences on what does not work at present."""
         host, store = self._supervisor.context.host, self._supervisor.store
         return (*host.degraded, *filter(None, [store.degraded]), *self._supervisor.degraded)
-
-    def facts(self) -> dict[str, object]:
-        """Return what is worth a line in the log at the start."""
-        context = self._supervisor.context
-        return {
-            "pattern": self._supervisor.want.pattern,
-            "host": context.host.inventory.source,
-            "gpu_count": len(context.host.inventory.gpus),
-            "provider": context.processes.provider,
-        }
 
     async def upgrade(self) -> None:
         """Become the release now installed; it is asked before whether it would start with this configuration.
@@ -298,25 +224,25 @@ class Daemon:
             )
         if not self._ending.done():
             self._log.info("daemon.upgrading", in_flight=self._proxy.stats.in_flight)
-            self._told_to_end(Ending.UPGRADE)
+            self._told_to_end(ShutdownReason.UPGRADE)
 
-    async def _told(self) -> Ending:
+    async def _told(self) -> ShutdownReason:
         return await self._ending or await self._ending_by_signal()
 
-    def _told_to_end(self, ending: Ending | None) -> None:
+    def _told_to_end(self, ending: ShutdownReason | None) -> None:
         if not self._ending.done():
             self._ending.set_result(ending)
-            if ending is Ending.UPGRADE:
+            if ending is ShutdownReason.UPGRADE:
                 reexec.hold_signals()  # what comes from now on is for the next daemon
-        elif self._ending.result() is Ending.UPGRADE and ending is not Ending.UPGRADE:
+        elif self._ending.result() is ShutdownReason.UPGRADE and ending is not ShutdownReason.UPGRADE:
             reexec.tell_next(signal.SIGTERM)  # it was on its way already
 
-    async def _ending_by_signal(self) -> Ending:
+    async def _ending_by_signal(self) -> ShutdownReason:
         """Tell a stop from a restart: at SIGTERM systemd knows which job it is doing."""
-        return Ending.RESTART if await systemd.stop_reason() == "restart" else Ending.STOP
+        return ShutdownReason.RESTART if await systemd.stop_reason() == "restart" else ShutdownReason.STOP
 
     async def _stop_workers(self) -> None:
-        timeout_s = self._loaded.config.daemon.stop_timeout_s
+        timeout_s = self._in_force.config.daemon.stop_timeout_s
         self.notifier.extend_timeout(timeout_s + 2 * PROXY_GRACE_S)
         left = await self._supervisor.stop(timeout_s)
         if left:
@@ -356,18 +282,9 @@ class Daemon:
         except L40sError as error:
             if error.code == "already_running":  # it has adopted the workers: they are its own now
                 self._log.error("daemon.replaced", reason=error.what)
-                self._told_to_end(Ending.RESTART)
+                self._told_to_end(ShutdownReason.RESTART)
             else:
                 self._log.error("daemon.lock_lost", reason=str(error))
-
-    def _config_diff(self) -> str:
-        """Return what a reload would say and change."""
-        fresh = load(config_files.read(self._path)).config
-        return "\n".join(self._differences(fresh, read_keys(fresh.proxy.api_keys_file)))
-
-    def _differences(self, fresh: Config, keys: Collection[str]) -> list[str]:
-        """Return how files that were just read differ from what is in force."""
-        return [*config_show.diff(self._loaded.config, fresh), *key_changes(self._proxy.api_keys, keys)]
 
 
 def own_python() -> str:

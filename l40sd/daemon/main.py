@@ -27,7 +27,8 @@ from l40sd.config.options import Config
 from l40sd.control.events import Events
 from l40sd.daemon import reexec
 from l40sd.daemon.lock import DaemonLock
-from l40sd.daemon.shutdown import PROXY_GRACE_S, Ending
+from l40sd.daemon.parts import Parts
+from l40sd.daemon.shutdown import PROXY_GRACE_S, ShutdownReason
 from l40sd.errors import ConfigError, L40sError
 from l40sd.model import Outlook
 from l40sd.proxy import heap
@@ -38,9 +39,7 @@ from l40sd.streams import abandon
 from l40sd.trust import distrust, unusable
 
 if TYPE_CHECKING:
-    RunWorkers = Callable[
-        [Path, Loaded, Events, systemd.Notifier, DaemonLock, Routes, Proxy], Coroutine[Any, Any, Ending]
-    ]
+    RunWorkers = Callable[[Parts], Coroutine[Any, Any, ShutdownReason]]
 
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 78  # EX_CONFIG: systemd does not try again (RestartPreventExitStatus)
@@ -78,7 +77,7 @@ def main(config_path: str | None, *, check_config: bool) -> None:
     except L40sError as error:
         structlog.get_logger().error("daemon.failed", reason=error.what, where=error.where, hint=error.hint)
         sys.exit(EXIT_BAD_CONFIG if error.code in ("bad_config", "does_not_fit", "unknown_pattern") else EXIT_FAILED)
-    if ending is not Ending.UPGRADE:
+    if ending is not ShutdownReason.UPGRADE:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told again while the interpreter ends: the answer is the same
     else:
         reexec.exec_again()
@@ -93,7 +92,7 @@ def say(text: str, stream: TextIO | None) -> None:
             abandon(stream)
 
 
-def run_to_its_end(path: Path, loaded: Loaded, events: Events) -> Ending:
+def run_to_its_end(path: Path, loaded: Loaded, events: Events) -> ShutdownReason:
     """Run the loop; an error for the operator comes out as itself, not as part of a TaskGroup's."""
     try:
         return uvloop.run(run(path, loaded, events))
@@ -107,7 +106,7 @@ def run_to_its_end(path: Path, loaded: Loaded, events: Events) -> Ending:
         raise error from None
 
 
-async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
+async def run(path: Path, loaded: Loaded, events: Events) -> ShutdownReason:
     """Run the daemon until it is told to end; return why it did.
 
     Raises:
@@ -149,8 +148,9 @@ async def run(path: Path, loaded: Loaded, events: Events) -> Ending:
         stack.push_async_callback(proxy.stop, PROXY_GRACE_S)
         # 3. The rest; to import it takes longer than all of the above, so it is not imported before.
         run_workers = await asyncio.to_thread(import_the_rest)
-        ending = await run_workers(path, loaded, events, notifier, lock, routes, proxy)
-        if ending is Ending.UPGRADE:
+        parts = Parts(path=path, loaded=loaded, events=events, notifier=notifier, lock=lock, routes=routes, proxy=proxy)
+        ending = await run_workers(parts)
+        if ending is ShutdownReason.UPGRADE:
             await hand_over(notifier, lock, proxy)
         return ending
 

@@ -6,7 +6,7 @@ PROXY_GRACE_S = 5.0
 """For open requests, once there are no workers to answer them."""
 
 
-class Ending(StrEnum):
+class ShutdownReason(StrEnum):
     """Why the daemon ends, which decides what becomes of the workers."""
 
     STOP = "stop"  # nothing shall serve any more: drain and stop all of them

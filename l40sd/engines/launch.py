@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from urllib.parse import urlsplit
 
+from l40sd.config import placeholders
 from l40sd.config.options import Config, ModelConfig
 from l40sd.engines.caches import folder_of
 from l40sd.engines.table import Engine, Probes, TermTo, When, resolve
@@ -310,14 +311,11 @@ def _values(
     }
 
 
-_PLACEHOLDER = re.compile(r"(?<!\{)\{([A-Za-z_][A-Za-z0-9_]*)\}(?!\})")
-
-
 def _fill_all(template: Iterable[str], values: Mapping[str, str | tuple[str, ...]], where: str) -> tuple[str, ...]:
     """Return a command line, filled in; a part that is nothing but a placeholder of several values becomes several."""
     filled: list[str] = []
     for part in template:
-        whole = _PLACEHOLDER.fullmatch(part)
+        whole = placeholders.PATTERN.fullmatch(part)
         several = values.get(whole[1]) if whole else None
         filled.extend(several if isinstance(several, tuple) else [_fill(part, values, where)])
     return tuple(filled)
@@ -335,7 +333,7 @@ def _fill(template: str, values: Mapping[str, str | tuple[str, ...]], where: str
         value = values[match[1]]
         return ",".join(value) if isinstance(value, tuple) else value
 
-    return _PLACEHOLDER.sub(value_of, template)
+    return placeholders.PATTERN.sub(value_of, template)
 
 
 def term_timeout_s(config: Config, engine: Engine) -> float:

@@ -136,7 +136,7 @@ class Host:
         found = await _look(self._nvml, self._found.known, held=held, forget=forget)
         return self._found if found.note and self.inventory.gpus else found
 
-    async def recall(self, known: Sequence[NvmlGpu], *, held: Collection[GpuId]) -> None:
+    async def adopt(self, known: Sequence[NvmlGpu], *, held: Collection[GpuId]) -> None:
         """Take over what earlier daemons knew of this machine's GPUs; their workers hold some of them."""
         if self._nvml is None:
             return

@@ -5,14 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from l40sd.model import GpuId, Inventory, Link, ModelName
+from l40sd.model import GpuId, Inventory, Link, ReplicaKind
 from l40sd.placement.optimum import Grouping
-from l40sd.placement.parallelism import Cost, Replica, Shape
+from l40sd.placement.parallelism import Cost, Parallelism, Replica
 from l40sd.placement.pcie_tree import Part, tree_of
 
-Kind = tuple[ModelName, int, int]
-"""Replicas that are alike: model, TP, PP."""
-Counts = Mapping[Kind, int]
+Counts = Mapping[ReplicaKind, int]
 """How many of each kind."""
 
 
@@ -55,7 +53,7 @@ class Ground:
         grouping = self.grouping(counts)
         return grouping is not None and grouping.cost_within(self.limit, Link.SYS) is not None
 
-    def most(self, counts: Counts, kinds: Sequence[Kind], limit: int) -> int:
+    def most(self, counts: Counts, kinds: Sequence[ReplicaKind], limit: int) -> int:
         """Return how many more of each of these kinds fit beside ``counts``, up to ``limit``."""
         room = len(self.gpus) - gpus_needed(counts)
         low, high = 0, min(limit, max(0, room // gpus_needed(dict.fromkeys(kinds, 1))))
@@ -104,7 +102,7 @@ class FarPair:
         return f"{self.one}-{self.other} {self.link.name}"
 
 
-def more(counts: Counts, kinds: Sequence[Kind], number: int) -> dict[Kind, int]:
+def more(counts: Counts, kinds: Sequence[ReplicaKind], number: int) -> dict[ReplicaKind, int]:
     """Return the counts with so many more of each of these kinds."""
     return {**counts, **{kind: counts.get(kind, 0) + number for kind in kinds}}
 
@@ -119,10 +117,10 @@ def positions_of(replicas: Iterable[Replica]) -> list[int]:
     return [position for replica in replicas for stage in replica for position in stage]
 
 
-def _demand(counts: Counts) -> dict[Shape, int]:
+def _demand(counts: Counts) -> dict[Parallelism, int]:
     """Return what grouping has to decide: single GPUs have no links and take what is left."""
-    demand: Counter[Shape] = Counter()
+    demand: Counter[Parallelism] = Counter()
     for (_, tp, pp), count in counts.items():
         if tp * pp > 1:
-            demand[Shape(tp, pp)] += count
+            demand[Parallelism(tp, pp)] += count
     return demand

@@ -5,13 +5,13 @@ from itertools import pairwise
 
 from l40sd.errors import DoesNotFit
 from l40sd.hardware.topology import shared_part
-from l40sd.model import GpuId, Inventory, Link
-from l40sd.placement.candidates import Counts, FarPair, Ground, Kind, gpus_needed, positions_of
+from l40sd.model import GpuId, Inventory, Link, ReplicaKind
+from l40sd.placement.candidates import Counts, FarPair, Ground, gpus_needed, positions_of
 from l40sd.placement.parallelism import Replica
 from l40sd.placement.pcie_tree import Part
 
 
-def reason(kind: Kind, replica: Replica, ground: Ground) -> str:
+def reason(kind: ReplicaKind, replica: Replica, ground: Ground) -> str:
     """Return one sentence on one replica's GPUs.
 
     It depends on the placement alone, so that a worker which is not touched keeps its sentence too.
@@ -32,7 +32,7 @@ def reason(kind: Kind, replica: Replica, ground: Ground) -> str:
     return f"{pp} stages of {tp} GPUs, each within {inner.name}; {names} share {part} ({span.name})"
 
 
-def link_warnings(replicas: Mapping[Kind, Sequence[Replica]], ground: Ground) -> Iterator[str]:
+def link_warnings(replicas: Mapping[ReplicaKind, Sequence[Replica]], ground: Ground) -> Iterator[str]:
     """Yield where TP groups leave a PCIe switch or a socket, and where a pipeline does the latter."""
     tp = [ground.far_pair(stage) for (_, tp, _), made in replicas.items() if tp > 1 for r in made for stage in r]
     pp = [ground.far_pair(positions_of([r])) for (_, _, pp), made in replicas.items() if pp > 1 for r in made]
@@ -46,7 +46,7 @@ def link_warnings(replicas: Mapping[Kind, Sequence[Replica]], ground: Ground) ->
 
 
 def leftover_warnings(
-    leftover: Sequence[GpuId], fills: Sequence[Kind], counts: Counts, ground: Ground
+    leftover: Sequence[GpuId], fills: Sequence[ReplicaKind], counts: Counts, ground: Ground
 ) -> Iterator[str]:
     """Yield which GPUs no replica uses, and what could be done with them."""
     if not leftover:
@@ -86,11 +86,13 @@ def crossing_pair(counts: Counts, ground: Ground) -> FarPair | None:
     found = ground.best(counts, Link.SYS)
     if found is None or found[1].worst_tp <= ground.limit:
         return None
-    stages = [stage for shape, made in found[0].replicas().items() if shape.tp > 1 for r in made for stage in r]
+    stages = [
+        stage for parallelism, made in found[0].replicas().items() if parallelism.tp > 1 for r in made for stage in r
+    ]
     return max((ground.far_pair(stage) for stage in stages), key=lambda pair: pair.link)
 
 
-def words(kind: Kind, count: int) -> str:
+def words(kind: ReplicaKind, count: int) -> str:
     """Return e.g. ``3 x llama (tp=2 pp=2)``."""
     model, tp, pp = kind
     shape = " ".join([f"tp={tp}"] * (tp > 1 or pp == 1) + [f"pp={pp}"] * (pp > 1))
@@ -99,7 +101,7 @@ def words(kind: Kind, count: int) -> str:
 
 def _would_fit(counts: Counts, ground: Ground) -> str:
     """Return a sentence on fewer replicas that fit: the fewest possible less of the last kinds, first kinds first."""
-    fewer: dict[Kind, int] = {}
+    fewer: dict[ReplicaKind, int] = {}
     for kind, count in counts.items():
         fewer[kind] = ground.most(fewer, [kind], count)
     if any(fewer.values()):

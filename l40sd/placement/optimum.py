@@ -5,23 +5,23 @@ inner parts each have one link, and any two GPUs are as far apart as the lowest 
 
                SYS                 A group costs the link of the lowest part that holds all of it, however its GPUs
            NODE    NODE            are spread over the part's children. So below a part only one thing matters to the
-          PIX PIX  PIX PIX         parts above it: how many groups of each shape it completes by itself. The GPUs it
-          0123 45  6789 ab         has not used are all alike to the rest of the host.
+          PIX PIX  PIX PIX         parts above it: how many groups of each parallelism it completes by itself. The GPUs
+          0123 45  6789 ab         it has not used are all alike to the rest of the host.
 
 That makes the best grouping a knapsack over the tree: for every part, the cheapest way to complete each *tally* (so
-many groups of each shape); a part's tallies are its children's, added, plus what it completes itself at its own link.
-Parts of one form (as most switches of a host are) share one table. Exact, and polynomial in the number of GPUs.
+many groups of each parallelism); a part's tallies are its children's, added, plus what it completes itself at its own
+link. Parts of one form (as most switches of a host are) share one table. Exact, and polynomial in the number of GPUs.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from l40sd.model import Link
-from l40sd.placement.parallelism import Cost, Replica, Shape
+from l40sd.placement.parallelism import Cost, Parallelism, Replica
 from l40sd.placement.pcie_tree import Form, FreePart, Part, links_in, without
 
 Tally = int
-"""Completed groups of each shape, 16 bits a shape: adding two is one addition, and that is where the time goes."""
+"""Completed groups of each parallelism, 16 bits each: adding two is one addition, and that is where the time goes."""
 _BITS = 16
 _FIELD = (1 << _BITS) - 1
 _STEP = 1 << 32
@@ -43,13 +43,13 @@ class _Table(NamedTuple):
 
 
 class Grouping:
-    """One question: these shapes, so many of each, on this tree without these GPUs."""
+    """One question: these parallelisms, so many of each, on this tree without these GPUs."""
 
-    def __init__(self, tree: Part, demand: Mapping[Shape, int], *, used: Iterable[int] = ()) -> None:
-        self.shapes = tuple(sorted(demand, key=lambda s: (-s.unit, s)))
-        self._numbers = [demand[s] * (s.pp if s.has_stages else 1) for s in self.shapes]
+    def __init__(self, tree: Part, demand: Mapping[Parallelism, int], *, used: Iterable[int] = ()) -> None:
+        self.parallelisms = tuple(sorted(demand, key=lambda s: (-s.unit, s)))
+        self._numbers = [demand[s] * (s.pp if s.has_stages else 1) for s in self.parallelisms]
         self._want = sum(number << _BITS * n for n, number in enumerate(self._numbers))
-        self._guards = sum(1 << _BITS * n + _BITS - 1 for n in range(len(self.shapes)))
+        self._guards = sum(1 << _BITS * n + _BITS - 1 for n in range(len(self.parallelisms)))
         self._root = without(tree, frozenset(used))
         self._links = links_in(tree)
         self._worst_tp = self._worst_pp = Link.SYS
@@ -86,11 +86,11 @@ class Grouping:
         cost = self._table(self._root, is_topmost=True).costs.get(self._want)
         return None if cost is None else Cost(worst_tp, cost // _STEP, worst_pp, cost % _STEP)
 
-    def replicas(self) -> dict[Shape, list[Replica]]:
+    def replicas(self) -> dict[Parallelism, list[Replica]]:
         """Return the grouping of the last ``cost_within`` that had an answer."""
-        made: dict[Shape, list[Replica]] = {shape: [] for shape in self.shapes}
+        made: dict[Parallelism, list[Replica]] = {parallelism: [] for parallelism in self.parallelisms}
         if self._root is not None:
-            _Carver(self.shapes, self._tables, made).carve(self._root, self._want)
+            _Carver(self.parallelisms, self._tables, made).carve(self._root, self._want)
         return made
 
     def _table(self, part: FreePart, *, is_topmost: bool = False) -> _Table:
@@ -104,7 +104,7 @@ class Grouping:
         return known
 
     def _made_table(self, part: FreePart, *, is_topmost: bool) -> _Table:
-        completes = [shape for shape in self.shapes if self._may_complete(shape, part.link)]
+        completes = [parallelism for parallelism in self.parallelisms if self._may_complete(parallelism, part.link)]
         is_idle_top = is_topmost and not completes
         assert self._root is not None
         room = len(self._root.gpus) if is_idle_top else _STEP  # for what is not in the children so far
@@ -115,8 +115,8 @@ class Grouping:
             costs, last = self._added(costs, self._passed_up(child, part.link, is_topmost=is_idle_top), room)
             picked.append(last)
         base = {tally: tally for tally in costs}
-        for shape in completes:
-            self._complete_here(costs, base, shape, part)
+        for parallelism in completes:
+            self._complete_here(costs, base, parallelism, part)
         final = {tally: cost + part.link * self._chained(tally) for tally, cost in costs.items()}
         return _Table(final, base, picked)
 
@@ -136,7 +136,7 @@ class Grouping:
                 both = tally + more
                 known = sums.get(both)
                 if known is None:
-                    # A shape beyond what is wanted borrows from its guard bit.
+                    # A parallelism beyond what is wanted borrows from its guard bit.
                     if both in useless or (limit - both) & guards != guards or self._units(self._want - both) > room:
                         useless.add(both)
                         continue
@@ -158,13 +158,15 @@ class Grouping:
             costs = {tally: cost for tally, cost in costs.items() if not self._loose_stages(tally)}
         return {tally: cost - link * self._chained(tally) for tally, cost in costs.items()}
 
-    def _may_complete(self, shape: Shape, link: Link) -> bool:
-        return (shape.tp == 1 or link <= self._worst_tp) and (shape.pp == 1 or link <= self._worst_pp)
+    def _may_complete(self, parallelism: Parallelism, link: Link) -> bool:
+        return (parallelism.tp == 1 or link <= self._worst_tp) and (parallelism.pp == 1 or link <= self._worst_pp)
 
-    def _complete_here(self, costs: dict[Tally, int], base: dict[Tally, Tally], shape: Shape, part: FreePart) -> None:
-        """Add the tallies reached by completing more groups of a shape over this part's own link."""
-        number = self.shapes.index(shape)
-        price = part.link * (_STEP if shape.tp > 1 else 1)
+    def _complete_here(
+        self, costs: dict[Tally, int], base: dict[Tally, Tally], parallelism: Parallelism, part: FreePart
+    ) -> None:
+        """Add the tallies reached by completing more groups of a parallelism over this part's own link."""
+        number = self.parallelisms.index(parallelism)
+        price = part.link * (_STEP if parallelism.tp > 1 else 1)
         one = 1 << _BITS * number
         by_number: list[list[Tally]] = [[] for _ in range(self._numbers[number] + 1)]
         for tally in costs:
@@ -186,48 +188,48 @@ class Grouping:
 
     def _units(self, tally: Tally) -> int:
         """Return the GPUs that a tally uses."""
-        return sum(self._count(tally, n) * shape.unit for n, shape in enumerate(self.shapes))
+        return sum(self._count(tally, n) * parallelism.unit for n, parallelism in enumerate(self.parallelisms))
 
     def _chained(self, tally: Tally) -> int:
-        return sum(self._count(tally, n) // s.pp for n, s in enumerate(self.shapes) if s.has_stages)
+        return sum(self._count(tally, n) // s.pp for n, s in enumerate(self.parallelisms) if s.has_stages)
 
     def _loose_stages(self, tally: Tally) -> int:
-        return sum(self._count(tally, n) % s.pp for n, s in enumerate(self.shapes) if s.has_stages)
+        return sum(self._count(tally, n) % s.pp for n, s in enumerate(self.parallelisms) if s.has_stages)
 
 
 class _Carver:
     """Walks the tables from the top and hands out real GPUs."""
 
     def __init__(
-        self, shapes: Sequence[Shape], tables: Mapping[Form, _Table], made: dict[Shape, list[Replica]]
+        self, parallelisms: Sequence[Parallelism], tables: Mapping[Form, _Table], made: dict[Parallelism, list[Replica]]
     ) -> None:
-        self._shapes = shapes
+        self._parallelisms = parallelisms
         self._tables = tables
         self._made = made
 
-    def carve(self, part: FreePart, tally: Tally) -> tuple[list[int], dict[Shape, list[tuple[int, ...]]]]:
+    def carve(self, part: FreePart, tally: Tally) -> tuple[list[int], dict[Parallelism, list[tuple[int, ...]]]]:
         """Complete this part's groups; return its unused GPUs and its stages that are not chained yet."""
         below = self._shares(part, tally)
         pools: list[list[int]] = []
-        loose: dict[Shape, list[tuple[int, ...]]] = {shape: [] for shape in self._shapes}
+        loose: dict[Parallelism, list[tuple[int, ...]]] = {parallelism: [] for parallelism in self._parallelisms}
         for child, its_tally in zip(part.children, below, strict=True):
             unused, stages = self.carve(child, its_tally)
             pools.append(unused)
-            for shape, more in stages.items():
-                loose[shape] += more
+            for parallelism, more in stages.items():
+                loose[parallelism] += more
         in_children = {gpu for child in part.children for gpu in child.gpus}
         pools += [[gpu] for gpu in part.gpus if gpu not in in_children]
         pools.sort()
         here = tally - sum(below)
-        for number, shape in enumerate(self._shapes):
+        for number, parallelism in enumerate(self._parallelisms):
             for _ in range(here >> _BITS * number & _FIELD):
-                unit = _take(pools, shape.unit)
-                if shape.has_stages:
-                    loose[shape].append(unit)
+                unit = _take(pools, parallelism.unit)
+                if parallelism.has_stages:
+                    loose[parallelism].append(unit)
                 else:
-                    self._made[shape].append((unit,) if shape.pp == 1 else tuple((gpu,) for gpu in unit))
-            if shape.has_stages:
-                self._chain(shape, loose[shape])
+                    self._made[parallelism].append((unit,) if parallelism.pp == 1 else tuple((gpu,) for gpu in unit))
+            if parallelism.has_stages:
+                self._chain(parallelism, loose[parallelism])
         return [gpu for pool in pools for gpu in pool], loose
 
     def _shares(self, part: FreePart, tally: Tally) -> list[Tally]:
@@ -242,11 +244,11 @@ class _Carver:
             left -= last[left]
         return shares[::-1]
 
-    def _chain(self, shape: Shape, stages: list[tuple[int, ...]]) -> None:
+    def _chain(self, parallelism: Parallelism, stages: list[tuple[int, ...]]) -> None:
         stages.sort()
-        while len(stages) >= shape.pp:
-            self._made[shape].append(tuple(stages[: shape.pp]))
-            del stages[: shape.pp]
+        while len(stages) >= parallelism.pp:
+            self._made[parallelism].append(tuple(stages[: parallelism.pp]))
+            del stages[: parallelism.pp]
 
 
 def _take(pools: list[list[int]], count: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ Replica = tuple[tuple[int, ...], ...]
 """Positions of GPUs, a tuple per stage; one stage for plain TP, one GPU per stage for plain PP."""
 
 
-class Shape(NamedTuple):
+class Parallelism(NamedTuple):
     """A replica's form. ``tp * pp`` is at least 2: a single GPU has no link to choose."""
 
     tp: int
@@ -50,10 +50,10 @@ class Cost(NamedTuple):
         )
 
 
-def cost_of(tree: Part, shape: Shape, replica: Replica) -> Cost:
+def cost_of(tree: Part, parallelism: Parallelism, replica: Replica) -> Cost:
     """Return what one given replica costs on this host."""
     worst = span(tree, [gpu for stage in replica for gpu in stage])
-    if shape.pp == 1:
+    if parallelism.pp == 1:
         return Cost(worst, int(worst))
-    stages = [span(tree, stage) for stage in replica] if shape.tp > 1 else []
+    stages = [span(tree, stage) for stage in replica] if parallelism.tp > 1 else []
     return Cost(max(stages, default=Link.X), sum(stages), worst, int(worst))

@@ -11,15 +11,14 @@ Decided in this order:
 6. Ranks: GPUs of one switch, then of one host bridge, side by side, each in order of PCI address.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from l40sd.config.options import Config
-from l40sd.model import GpuId, Inventory, Layout, Link, ModelFacts, ModelName, Pattern, Placement, WorkerId
-from l40sd.placement.candidates import Counts, Ground, Kind, more, positions_of
+from l40sd.config.options import Config, slug
+from l40sd.model import GpuId, Inventory, Layout, Link, ModelFacts, ModelName, Pattern, Placement, ReplicaKind, WorkerId
+from l40sd.placement.candidates import Counts, Ground, more, positions_of
 from l40sd.placement.explain import leftover_warnings, link_warnings, reason, refusal, unusable_warnings
-from l40sd.placement.parallelism import Replica, Shape
+from l40sd.placement.parallelism import Parallelism, Replica
 from l40sd.placement.patterns import check_pattern, external_models, warnings_of
 from l40sd.placement.pinning import pin
 from l40sd.placement.stability import Keeper
@@ -49,7 +48,7 @@ def place(
     gpus = tuple(gpu.id for gpu in inventory.gpus if gpu.id not in unusable)
     check_pattern(pattern, config, len(gpus), facts)
     ground = Ground.of(inventory, gpus, Link.SYS if force else Link.NODE)
-    fills = list(dict.fromkeys((s.model, s.tp, s.pp) for s in pattern.replicas if s.count is None))
+    fills = list(dict.fromkeys(s.kind for s in pattern.replicas if s.count is None))
     counts = _counts(pattern, fills, ground)
     replicas = _replicas(counts, ground, current)
     used = {ground.gpus[position] for position in positions_of(r for made in replicas.values() for r in made)}
@@ -77,20 +76,20 @@ def part_of(pattern: str, former: Sequence[Placement], config: Config, inventory
     return Layout(pattern=pattern, placements=(*own, *_external(config)))
 
 
-def slug(model: str) -> str:
-    """Return a model's name as part of a worker's: ``[a-z0-9-]`` only, never empty, at most 48 characters."""
-    return re.sub("[^a-z0-9]+", "-", model.lower()).strip("-")[:48].strip("-") or "model"
+def worker_prefix(model: str) -> str:
+    """Return what the names of a model's workers begin with: its slug, never empty, at most 48 characters."""
+    return slug(model)[:48].strip("-") or "model"
 
 
-def _counts(pattern: Pattern, fills: Sequence[Kind], ground: Ground) -> dict[Kind, int]:
+def _counts(pattern: Pattern, fills: Sequence[ReplicaKind], ground: Ground) -> dict[ReplicaKind, int]:
     """Return how many of each kind, in the pattern's order.
 
     Raises:
         DoesNotFit: The numbers given do not fit, or a fill finds no room for a single one.
     """
-    counts: dict[Kind, int] = {}
+    counts: dict[ReplicaKind, int] = {}
     for spec in pattern.replicas:
-        kind = (spec.model, spec.tp, spec.pp)
+        kind = spec.kind
         counts[kind] = counts.get(kind, 0) + (spec.count or 0)
     given = dict(counts)
     if not ground.fits(given):
@@ -110,7 +109,7 @@ def _counts(pattern: Pattern, fills: Sequence[Kind], ground: Ground) -> dict[Kin
     return counts
 
 
-def _replicas(counts: Counts, ground: Ground, current: Sequence[Placement]) -> dict[Kind, list[Replica]]:
+def _replicas(counts: Counts, ground: Ground, current: Sequence[Placement]) -> dict[ReplicaKind, list[Replica]]:
     """Return the GPUs of every replica, by position, each kind's in PCI order."""
     if not any(counts.values()):
         return {}
@@ -124,25 +123,25 @@ def _replicas(counts: Counts, ground: Ground, current: Sequence[Placement]) -> d
     assert grouping is not None
     cost = grouping.cost_within(best.worst_tp, best.worst_pp)
     assert cost is not None, "what is kept leaves room for the rest"
-    pools = {shape: sorted(made) for shape, made in grouping.replicas().items()}
+    pools = {parallelism: sorted(made) for parallelism, made in grouping.replicas().items()}
     taken = {*used, *positions_of(replica for made in pools.values() for replica in made)}
-    pools[Shape(1, 1)] = [((position,),) for position in range(len(ground.gpus)) if position not in taken]
-    replicas: dict[Kind, list[Replica]] = {}
+    pools[Parallelism(1, 1)] = [((position,),) for position in range(len(ground.gpus)) if position not in taken]
+    replicas: dict[ReplicaKind, list[Replica]] = {}
     for kind, number in left.items():
-        pool = pools[Shape(*kind[1:])]
+        pool = pools[Parallelism(kind.tp, kind.pp)]
         replicas[kind] = sorted([*(r for k, r in kept if k == kind), *pool[:number]])
         del pool[:number]
     return replicas
 
 
-def _placement(kind: Kind, replica: Replica, ground: Ground) -> Placement:
+def _placement(kind: ReplicaKind, replica: Replica, ground: Ground) -> Placement:
     model, tp, pp = kind
     positions = positions_of([replica])
     gpus = tuple(ground.gpus[position] for position in positions)
     cpus, memory_nodes = pin(ground.inventory, gpus)
     numbers = "-".join(str(ground.inventory.gpu(gpu).index) for gpu in gpus)
     return Placement(
-        worker=WorkerId(f"{slug(model)}-gpu{numbers}" + (f"-pp{pp}" if pp > 1 else "")),
+        worker=WorkerId(f"{worker_prefix(model)}-gpu{numbers}" + (f"-pp{pp}" if pp > 1 else "")),
         model=model,
         tp=tp,
         pp=pp,
@@ -158,7 +157,7 @@ def _external(config: Config) -> Iterator[Placement]:
     """Yield a placement for every worker that somebody else runs: they are part of every layout."""
     numbers: Counter[str] = Counter()
     for model in external_models(config):
-        name = slug(model.name)
+        name = worker_prefix(model.name)
         for endpoint in model.endpoints:
             yield Placement(
                 worker=WorkerId(f"{name}-ext{numbers[name]}"),

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from l40sd.model import Placement
-from l40sd.placement.candidates import Counts, Ground, Kind, positions_of
-from l40sd.placement.parallelism import Cost, Replica, Shape, cost_of
+from l40sd.model import Placement, ReplicaKind
+from l40sd.placement.candidates import Counts, Ground, positions_of
+from l40sd.placement.parallelism import Cost, Parallelism, Replica, cost_of
 
 TRIES_LEAST = 32
 TRIES_FOR = 20_000
@@ -13,7 +13,7 @@ TRIES_FOR = 20_000
 ``TRIES_LEAST`` for the largest hosts, whose groupings take longer. A count and not a time: the same question has to
 have the same answer. Usually one is enough (all can stay), or none is needed (nothing is of a wanted kind)."""
 
-Kept = tuple[Kind, Replica]
+Kept = tuple[ReplicaKind, Replica]
 
 
 class Keeper:
@@ -51,11 +51,9 @@ class Keeper:
         """Return what runs now and is of a wanted kind on usable GPUs, largest first."""
         position = {gpu: number for number, gpu in enumerate(self._ground.gpus)}
         candidates = [
-            ((p.model, p.tp, p.pp), _stages([position[gpu] for gpu in p.gpus], p.tp))
+            (p.kind, _stages([position[gpu] for gpu in p.gpus], p.tp))
             for p in current
-            if self._counts.get((p.model, p.tp, p.pp))
-            and len(p.gpus) == p.tp * p.pp
-            and all(gpu in position for gpu in p.gpus)
+            if self._counts.get(p.kind) and len(p.gpus) == p.tp * p.pp and all(gpu in position for gpu in p.gpus)
         ]
         return sorted(candidates, key=lambda candidate: (-_size(candidate[0]), candidate))
 
@@ -82,7 +80,7 @@ class Keeper:
         cost = Cost()
         for (_, tp, pp), replica in kept:
             if tp * pp > 1:
-                cost = cost.plus(cost_of(self._ground.tree, Shape(tp, pp), replica))
+                cost = cost.plus(cost_of(self._ground.tree, Parallelism(tp, pp), replica))
         if cost > self._best:
             return False
         rest = self._cost_of_rest({kind: count - number[kind] for kind, count in self._counts.items()}, used)
@@ -103,7 +101,7 @@ def _stages(gpus: Sequence[int], tp: int) -> Replica:
     return tuple(tuple(gpus[first : first + tp]) for first in range(0, len(gpus), tp))
 
 
-def _size(kind: Kind) -> int:
+def _size(kind: ReplicaKind) -> int:
     return kind[1] * kind[2]
 
 

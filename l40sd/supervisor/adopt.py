@@ -1,9 +1,9 @@
-"""Take up what an earlier daemon left: what it wanted, the change it was at, its workers."""
+"""Adopt what an earlier daemon left: what it wanted, the change it was at, its workers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -13,12 +13,13 @@ from l40sd.config.options import Config, ModelConfig
 from l40sd.errors import DoesNotFit, L40sError
 from l40sd.hardware.topology import NvmlGpu
 from l40sd.model import GpuId, Layout, ModelName, Placement, WorkerId
-from l40sd.placement.place import part_of
 from l40sd.supervisor.change import Change, Want
+from l40sd.supervisor.design import Designer
 from l40sd.supervisor.operation import Operation, ended_of
-from l40sd.supervisor.rolling_restart import Roll
+from l40sd.supervisor.rolling_restart import RollingRestart
+from l40sd.supervisor.worker_set import MakeWorker
 from l40sd.workers.context import WorkerContext
-from l40sd.workers.ends import End, end_of
+from l40sd.workers.ends import end_of
 from l40sd.workers.process import Adoption, ExitRecord, Instance, InstanceSpec
 from l40sd.workers.saved import SavedWorker, read
 from l40sd.workers.slot import Wanted
@@ -26,14 +27,14 @@ from l40sd.workers.worker import Worker
 
 
 @dataclass(slots=True, kw_only=True)
-class Recalled:
+class Adopted:
     """What the supervisor begins with.
 
     Attributes:
         trouble: A sentence for the operator when not all of what was wanted is possible any more.
         drained: Workers that rest by the operator's wish.
         floor: The baseline of a change that ended incomplete.
-        roll: A rolling restart that is not over.
+        restart: A rolling restart that is not over.
         ended: How the latest operations ended.
     """
 
@@ -43,46 +44,19 @@ class Recalled:
     trouble: str = ""
     drained: set[WorkerId] = field(default_factory=set)
     floor: Mapping[ModelName, int] = field(default_factory=dict)
-    roll: Roll | None = None
+    restart: RollingRestart | None = None
     ended: tuple[Operation, ...] = ()
 
 
-class MakeWorker(Protocol):
-    """How a slot gets its worker: the supervisor's own way."""
-
-    def __call__(
-        self,
-        wanted: Wanted,
-        config: Config,
-        saved: SavedWorker | None = None,
-        *,
-        adopted: Instance | None = None,
-        ended: tuple[ExitRecord, End] | None = None,
-    ) -> Worker:
-        """Return the worker; its events are not yet handled. What the arguments mean: ``Worker``.
-
-        Raises:
-            L40sError: The record of the process says too little to talk to it.
-        """
-
-
-class Design(Protocol):
-    """How a pattern becomes a want; ``Supervisor.design``."""
-
-    def __call__(self, pattern_name: str, config: Config, *, force: bool, current: list[Placement] | None) -> Want:
-        """Return the pattern placed; raises L40sError."""
-
-
-async def recall(
+async def adopt(
     adoption: Adoption,
     state: Mapping[str, Any],
     config: Config,
     context: WorkerContext,
     *,
-    design: Design,
-    want_of: Callable[[Layout, Config], Want],
+    designer: Designer,
     make_worker: MakeWorker,
-) -> Recalled:
+) -> Adopted:
     """Return what to begin with.
 
     0. The host knows again which GPUs it had.
@@ -96,34 +70,34 @@ async def recall(
     Raises:
         L40sError: The pattern is not possible, for no reason that lies in what the host has lost.
     """
-    await _recall_gpus(adoption, state.get("gpus"), context)  # 0
+    await _adopt_gpus(adoption, state.get("gpus"), context)  # 0
     saved, note = read(state.get("pasts"), boot_id(), now_s())
     if note:
         context.log.warning("state.unreadable", reason=note)
     workers: dict[WorkerId, Worker] = {}
     for instance in (*adoption.running, *adoption.stuck):  # 1
         await _adopt(instance, workers, saved, config, context, make_worker)
-    recalled = _recall_want(state, config, context, design, want_of)  # 2
-    recalled.workers = workers
-    journal = state.get("change")
-    if isinstance(journal, dict):  # 3
-        former = [p for p in _placements(journal.get("placements"), context) if _is_possible(p, config, context)]
-        layout = Layout(pattern=str(journal.get("previous", "")), placements=tuple(former))
-        previous = want_of(layout, config) if former else None
-        recalled.change = Change.resumed(journal, previous)
-        context.log.warning("pattern.apply.resumed", pattern=recalled.want.pattern, operation=recalled.change.id)
+    adopted = _adopt_want(state, config, context, designer)  # 2
+    adopted.workers = workers
+    if isinstance(saved_change := state.get("change"), dict):  # 3
+        former = [p for p in _placements(saved_change.get("placements"), context) if _is_possible(p, config, context)]
+        layout = Layout(pattern=str(saved_change.get("previous", "")), placements=tuple(former))
+        previous = designer.want_of(layout, config) if former else None
+        adopted.change = Change.from_saved(saved_change, previous)
+        context.log.warning("pattern.apply.resumed", pattern=adopted.want.pattern, operation=adopted.change.id)
     for spec, record in adoption.ended:  # 4
-        await _note_ended(spec, record, recalled, saved, config, context, make_worker)
-    _remember(recalled, saved, config, make_worker)  # 5
-    recalled.drained = _drained(state.get("drained"), recalled, context)  # 6
-    recalled.floor = _floor(state.get("floor"))
-    recalled.roll, recalled.ended = _roll(state.get("roll")), ended_of(state.get("ended"))
-    for worker_id in recalled.drained & workers.keys():
+        await _note_ended(spec, record, adopted, saved, config, context, make_worker)
+    _make_waiting(adopted, saved, config, make_worker)  # 5
+    adopted.drained = _drained(state.get("drained"), adopted, context)  # 6
+    adopted.floor = _floor(state.get("floor"))
+    adopted.restart, adopted.ended = _restart(state.get("roll")), ended_of(state.get("ended"))
+    for worker_id in adopted.drained & workers.keys():
         workers[worker_id].rest()
-    if recalled.change is not None and isinstance(journal, dict) and "created" not in journal:  # of an older l40sd
-        created = {w.placement.worker for w in recalled.want.wanted} & workers.keys()
-        recalled.change.terms = replace(recalled.change.terms, created=frozenset(created))
-    return recalled
+    was_older = isinstance(saved_change, dict) and "created" not in saved_change  # of an older l40sd
+    if adopted.change is not None and was_older:
+        created = {w.placement.worker for w in adopted.want.wanted} & workers.keys()
+        adopted.change.terms = replace(adopted.change.terms, created=frozenset(created))
+    return adopted
 
 
 async def _adopt(
@@ -149,7 +123,7 @@ async def _adopt(
     context.log.info("worker.adopted", worker=worker.id, pid=instance.engine_pid, instance=instance.spec.instance)
 
 
-async def _recall_gpus(adoption: Adoption, stored: Any, context: WorkerContext) -> None:
+async def _adopt_gpus(adoption: Adoption, stored: Any, context: WorkerContext) -> None:
     """Have the host know the GPUs that it had before, and keep those that running workers hold, lost or not."""
     try:
         known = restore(list[NvmlGpu], stored or [])
@@ -161,7 +135,7 @@ async def _recall_gpus(adoption: Adoption, stored: Any, context: WorkerContext) 
     for spec in specs:
         with suppress(KeyError, TypeError, msgspec.ValidationError):  # said when it is adopted
             held.update(restore(Placement, spec.meta["placement"]).gpus)
-    await context.host.recall(known, held=held)
+    await context.host.adopt(known, held=held)
 
 
 def _saved_of(wanted: Wanted, saved: Mapping[WorkerId, SavedWorker]) -> SavedWorker | None:
@@ -182,43 +156,22 @@ def _with_model(config: Config, placement: Placement) -> Config:
     return replace(config, models={**config.models, placement.model: gone})
 
 
-def _recall_want(
+def _adopt_want(
     state: Mapping[str, Any],
     config: Config,
     context: WorkerContext,
-    design: Design,
-    want_of: Callable[[Layout, Config], Want],
-) -> Recalled:
+    designer: Designer,
+) -> Adopted:
     pattern = str(state.get("pattern") or config.daemon.pattern)
     stored = _placements(state.get("placements"), context)
     try:
-        return Recalled(want=design(pattern, config, force=bool(state.get("force")), current=stored or None))
+        return Adopted(want=designer.design(pattern, config, force=bool(state.get("force")), current=stored or None))
     except L40sError as error:
         is_shrunk = isinstance(error, DoesNotFit) and ("pattern" in state or not context.host.inventory.gpus)
         if not is_shrunk and not any(_is_possible(p, config, context) for p in stored):
             raise  # the configuration is wrong, and not the host smaller than it was
-        want, trouble = left_of(pattern, stored, config, context, want_of, error)
-        return Recalled(want=want, trouble=trouble)
-
-
-def left_of(
-    pattern: str,
-    former: Sequence[Placement],
-    config: Config,
-    context: WorkerContext,
-    want_of: Callable[[Layout, Config], Want],
-    why: L40sError,
-) -> tuple[Want, str]:
-    """Return what can still be wanted of a pattern that does not fit any more, and a sentence on it for the operator.
-
-    Raises:
-        L40sError: A launch that cannot be built.
-    """
-    want = want_of(part_of(pattern, former, config, context.host.inventory), config)
-    count = len(want.wanted)
-    context.log.error("pattern.degraded", pattern=pattern, reason=str(why), workers=count)
-    rest = "what is left of it runs" if count else "nothing of it can run"
-    return want, f"pattern {pattern} does not fit this host as it is, {rest}: {why.what}"
+        want, trouble = designer.left_of(pattern, stored, config, error)
+        return Adopted(want=want, trouble=trouble)
 
 
 def _placements(stored: Any, context: WorkerContext) -> list[Placement]:
@@ -237,7 +190,7 @@ def _is_possible(p: Placement, config: Config, context: WorkerContext) -> bool:
 async def _note_ended(
     spec: InstanceSpec,
     record: ExitRecord,
-    recalled: Recalled,
+    adopted: Adopted,
     saved: Mapping[WorkerId, SavedWorker],
     config: Config,
     context: WorkerContext,
@@ -247,8 +200,8 @@ async def _note_ended(
     keys |= {"exit_code": record.code, "exit_signal": record.signal, "oom": record.oom}
     context.log.warning("worker.ended_meanwhile", worker=spec.worker, **keys)
     context.processes.forget(spec.instance)  # nobody else will: its directory and its cgroup go
-    wanted = next((w for w in recalled.want.wanted if w.placement.worker == spec.worker), None)
-    if wanted is None or spec.worker in recalled.workers:
+    wanted = next((w for w in adopted.want.wanted if w.placement.worker == spec.worker), None)
+    if wanted is None or spec.worker in adopted.workers:
         return
     own = _saved_of(wanted, saved)
     was_failing = own is not None and bool(own.of(spec.instance).kind)
@@ -256,19 +209,19 @@ async def _note_ended(
         return
     end = await end_of(context.processes, spec, record, is_wish=False)
     worker = make_worker(wanted, config, own, ended=(record, end))
-    recalled.workers[worker.id] = worker
+    adopted.workers[worker.id] = worker
 
 
-def _remember(
-    recalled: Recalled, saved: Mapping[WorkerId, SavedWorker], config: Config, make_worker: MakeWorker
+def _make_waiting(
+    adopted: Adopted, saved: Mapping[WorkerId, SavedWorker], config: Config, make_worker: MakeWorker
 ) -> None:
     """Make the wanted workers that were saved and have no process. Nobody who lives holds their GPUs (invariant 1)."""
-    for wanted in recalled.want.wanted:
+    for wanted in adopted.want.wanted:
         worker_id, gpus = wanted.placement.worker, set(wanted.placement.gpus)
         own = _saved_of(wanted, saved)
-        is_free = all(gpus.isdisjoint(w.wanted.placement.gpus) for w in recalled.workers.values())
-        if own is not None and worker_id not in recalled.workers and is_free:
-            recalled.workers[worker_id] = make_worker(wanted, config, own)
+        is_free = all(gpus.isdisjoint(w.wanted.placement.gpus) for w in adopted.workers.values())
+        if own is not None and worker_id not in adopted.workers and is_free:
+            adopted.workers[worker_id] = make_worker(wanted, config, own)
 
 
 def _floor(stored: Any) -> Mapping[ModelName, int]:
@@ -278,20 +231,20 @@ def _floor(stored: Any) -> Mapping[ModelName, int]:
         return {}
 
 
-def _roll(stored: Any) -> Roll | None:
+def _restart(stored: Any) -> RollingRestart | None:
     try:
-        return Roll.resumed(stored) if isinstance(stored, dict) else None
+        return RollingRestart.from_saved(stored) if isinstance(stored, dict) else None
     except (KeyError, TypeError, ValueError):  # of another l40sd: nobody waits for it any more
         return None
 
 
-def _drained(stored: Any, recalled: Recalled, context: WorkerContext) -> set[WorkerId]:
+def _drained(stored: Any, adopted: Adopted, context: WorkerContext) -> set[WorkerId]:
     """Return who shall rest: of those that are wanted, or may be wanted again while a change is under way."""
     try:
         drained = restore(set[WorkerId], stored or [])
     except msgspec.ValidationError as error:
         context.log.warning("state.unreadable", reason=f"who was drained is not known: {error}")
         return set()
-    if recalled.change is not None:
+    if adopted.change is not None:
         return drained
-    return drained & {w.placement.worker for w in recalled.want.wanted}
+    return drained & {w.placement.worker for w in adopted.want.wanted}

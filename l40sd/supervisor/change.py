@@ -1,13 +1,13 @@
 """What is wanted, and the way from one want to another, as they are held in memory and on disk."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from l40sd.clock import boot_id, now_s
 from l40sd.codec import plain
 from l40sd.config.options import Config
-from l40sd.model import Layout, ModelName, OperationState, WorkerId
+from l40sd.model import Layout, ModelName, OperationState, ReplicaKind, WorkerId
 from l40sd.supervisor.operation import Operation
 from l40sd.supervisor.rollout import Terms
 from l40sd.workers.slot import Wanted
@@ -102,7 +102,7 @@ class Change:
             by=self.by,
         )
 
-    def journal(self) -> dict[str, Any]:
+    def saved(self) -> dict[str, Any]:
         """Return what the next daemon needs to carry it on."""
         return {
             "id": self.id,
@@ -110,7 +110,7 @@ class Change:
             "previous": self.previous_pattern,
             "placements": plain(self.previous.layout.placements) if self.previous else [],
             "baseline": dict(self.terms.baseline),
-            "proven": [list(shape) for shape in sorted(self.terms.proven)],
+            "proven": [list(kind) for kind in sorted(self.terms.proven)],
             "created": sorted(self.terms.created),
             "state": self.state,
             "why": self.why,
@@ -124,47 +124,34 @@ class Change:
         }
 
     @classmethod
-    def resumed(cls, journal: Mapping[str, Any], previous: Want | None) -> "Change":
+    def from_saved(cls, saved: Mapping[str, Any], previous: Want | None) -> "Change":
         """Return a change that an earlier daemon was at. Its time goes on; after a boot it begins anew."""
-        state = OperationState(str(journal.get("state", OperationState.RUNNING)))
+        state = OperationState(str(saved.get("state", OperationState.RUNNING)))
         began_at_s, turned_at_s = now_s(), now_s() if state is OperationState.ROLLING_BACK else None
-        if journal.get("boot_id") == boot_id():
-            began_at_s = float(journal.get("began_at_s") or began_at_s)
-            turned_at_s = None if turned_at_s is None else float(journal.get("turned_at_s") or turned_at_s)
+        if saved.get("boot_id") == boot_id():
+            began_at_s = float(saved.get("began_at_s") or began_at_s)
+            turned_at_s = None if turned_at_s is None else float(saved.get("turned_at_s") or turned_at_s)
         return cls(
-            id=str(journal.get("id")),
-            pattern=str(journal.get("pattern")),
+            id=str(saved.get("id")),
+            pattern=str(saved.get("pattern")),
             previous=previous,
             terms=Terms(
-                baseline={ModelName(k): int(v) for k, v in dict(journal.get("baseline", {})).items()},
-                proven=frozenset((ModelName(m), int(tp), int(pp)) for m, tp, pp in journal.get("proven", [])),
-                created=frozenset(WorkerId(str(worker)) for worker in journal.get("created", [])),
+                baseline={ModelName(k): int(v) for k, v in dict(saved.get("baseline", {})).items()},
+                proven=frozenset(ReplicaKind(ModelName(m), int(tp), int(pp)) for m, tp, pp in saved.get("proven", [])),
+                created=frozenset(WorkerId(str(worker)) for worker in saved.get("created", [])),
                 is_trial=previous is not None and state is OperationState.RUNNING,
             ),
-            forward_s=float(journal.get("forward_s") or UNKNOWN_BOUND_S),
-            back_s=float(journal.get("back_s") or UNKNOWN_BOUND_S),
-            leaving=tuple(ModelName(str(model)) for model in journal.get("leaving", [])),
-            by=str(journal.get("by", "")),
+            forward_s=float(saved.get("forward_s") or UNKNOWN_BOUND_S),
+            back_s=float(saved.get("back_s") or UNKNOWN_BOUND_S),
+            leaving=tuple(ModelName(str(model)) for model in saved.get("leaving", [])),
+            by=str(saved.get("by", "")),
             state=state,
-            why=str(journal.get("why", "")),
+            why=str(saved.get("why", "")),
             began_at_s=began_at_s,
             turned_at_s=turned_at_s,
         )
 
 
-def state_of(
-    want: Want, change: Change | None, drained: Collection[WorkerId], floor: Mapping[ModelName, int]
-) -> dict[str, Any]:
-    """Return what is kept on disk, over reboots too; beside it stands what ``workers.saved`` says of the workers.
-
-    Args:
-        floor: The baseline of a change that ended incomplete: what is still to be done keeps to it.
-    """
-    return {
-        "pattern": want.pattern,
-        "force": want.force,
-        "placements": plain(want.layout.placements),
-        "drained": sorted(drained),
-        "floor": dict(floor),
-        "change": change.journal() if change is not None and change.state.is_under_way else None,
-    }
+def saved_want(want: Want) -> dict[str, Any]:
+    """Return what the next daemon needs to place it again as it is."""
+    return {"pattern": want.pattern, "force": want.force, "placements": plain(want.layout.placements)}

@@ -44,17 +44,18 @@ class Learned:
         since_s = now_s() - kept_s
         return frozenset(f for f, served_at_s in self.served_at_s.items() if kept_s and served_at_s >= since_s)
 
-    def journal(self, loads_s: Mapping[ModelName, list[float]]) -> dict[str, Any]:
+    def saved(self, loads_s: Mapping[ModelName, list[float]]) -> dict[str, Any]:
         """Return what the next daemon is told."""
         return {"boot_id": boot_id(), "served_at_s": dict(self.served_at_s), "loads_s": dict(loads_s)}
 
-
-def recalled(stored: Any) -> tuple[Learned, dict[ModelName, list[float]]]:
-    """Return what ``journal`` gave: proofs of this boot, and loads; nothing of what another l40sd wrote."""
-    try:
-        known = restore(dict[str, Any], stored or {})
-        loads_s = restore(dict[ModelName, list[float]], known.get("loads_s", {}))
-        served_at_s = restore(dict[str, float], known.get("served_at_s", {}))
-    except msgspec.ValidationError:
-        return Learned(), {}
-    return Learned(served_at_s if known.get("boot_id") == boot_id() else {}), loads_s
+    def adopt(self, stored: Any) -> dict[ModelName, list[float]]:
+        """Go on with the proofs of this boot that ``saved`` gave; return the loads. Another l40sd's are nothing."""
+        try:
+            known = restore(dict[str, Any], stored or {})
+            loads_s = restore(dict[ModelName, list[float]], known.get("loads_s", {}))
+            served_at_s = restore(dict[str, float], known.get("served_at_s", {}))
+        except msgspec.ValidationError:
+            return {}
+        if known.get("boot_id") == boot_id():
+            self.served_at_s = served_at_s
+        return loads_s

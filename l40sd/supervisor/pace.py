@@ -14,7 +14,7 @@ from l40sd.workers.slot import Observed, Wanted, slot
 from l40sd.workers.startup import PROLONGED_AT_MOST, startup_timeout_s
 
 SLACK_S = 30.0
-"""For the turns between the steps."""
+"""For the passes between the steps."""
 
 MOST = 64
 FEW = 2

@@ -1,14 +1,14 @@
 """Observed + wanted + limits -> what to do next.
 
-``plan`` is recomputed after every change, so nothing is a one-shot edge that can be lost: it may be abandoned after
-any of its steps and asked again (invariant 4). It never lets a GPU have two owners, because a worker is created only
-when nobody observed holds any of its GPUs (invariant 1), and it never touches a worker that is wanted as it is
-(invariant 5).
+``reconcile`` is asked again after every change, so nothing is a one-shot edge that can be lost: what it says may be
+abandoned after any step and asked for anew (invariant 4). It never lets a GPU have two owners, because a worker is
+created only when nobody observed holds any of its GPUs (invariant 1), and it never touches a worker that is wanted as
+it is (invariant 5).
 
 A change goes GPU group by GPU group. What has to go is retired only when
 
     a. the model keeps its floor of ready capacity without it, or nothing else is on its way (else nothing would move);
-    b. everything started so far of a new shape has proven itself with one real answer;
+    b. everything started so far of a new kind has proven itself with one real answer;
     c. no more groups are on their way than may start at once: capacity is not given up before it can be rebuilt.
 """
 
@@ -16,28 +16,32 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from l40sd.model import ModelName, WorkerId
-from l40sd.workers.lifecycle import COMING_UP, Goal, Phase
-from l40sd.workers.slot import Observed, Shape, Wanted, is_kept
+from l40sd.model import ModelName, ReplicaKind, WorkerId
+from l40sd.workers.lifecycle import COMING_UP, Event, Goal, Phase
+from l40sd.workers.slot import Observed, Wanted, is_kept
 
 ON_TRIAL = COMING_UP | {Phase.WAITING, Phase.STOPPING, Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED}
 """Phases of a worker that has yet to give its first answer. One that is idle by the operator's wish has given it."""
 
+HEAR_DRAIN = (Phase.WAITING, Phase.READY, Phase.UNREADY)
+HEAR_UNDRAIN = (Phase.WAITING, Phase.STARTING, Phase.DRAINING, Phase.DRAINED)
+"""Phases in which a worker can be told; it passes one of them before it serves, or rests, for the next time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a plan must respect.
+    """What a pass must respect.
 
     Attributes:
         baseline: Each model's capacity in GPUs when the change began; the floor is a share of the smaller of this
             and what is wanted. Empty outside a change: then nothing needs a floor.
-        unproven: Shapes that have not yet given one real answer in this change.
+        unproven: Kinds that have not yet given one real answer in this change.
     """
 
     start_parallel: int
     min_ready: float
     baseline: Mapping[ModelName, int]
-    unproven: frozenset[Shape] = frozenset()
+    unproven: frozenset[ReplicaKind] = frozenset()
 
 
 class Do(StrEnum):
@@ -58,7 +62,7 @@ class Order:
     why: str = ""
 
 
-def plan(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> tuple[Order, ...]:
+def reconcile(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> tuple[Order, ...]:
     """Return what to do now, in this order; empty when there is nothing to do but wait, or nothing at all.
 
     1. Forget what is gone.
@@ -103,10 +107,10 @@ def _creations(wanted: Sequence[Wanted], observed: Sequence[Observed]) -> Iterab
 
 
 def _starts(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> Iterable[Order]:
-    """At most ``start_parallel`` at once, and of a shape that has yet to prove itself one."""
+    """At most ``start_parallel`` at once, and of a kind that has yet to prove itself one."""
     coming = [o for o in observed if o.phase in COMING_UP]
     room = limits.start_parallel - len(coming)
-    on_trial = {o.shape for o in coming} & limits.unproven
+    on_trial = {o.kind for o in coming} & limits.unproven
     by_id = {w.placement.worker: w for w in wanted}
     waiting = [o for o in observed if o.phase is Phase.WAITING and is_kept(o, by_id.get(o.worker))]
     order = {w.placement.worker: n for n, w in enumerate(wanted)}
@@ -114,10 +118,10 @@ def _starts(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limi
     for o in waiting:
         if room <= 0:
             return
-        if o.shape in on_trial:
+        if o.kind in on_trial:
             continue
-        if o.shape in limits.unproven:
-            on_trial.add(o.shape)
+        if o.kind in limits.unproven:
+            on_trial.add(o.kind)
         room -= 1
         yield Order(do=Do.START, worker=o.worker)
 
@@ -130,7 +134,7 @@ class _Scene:
         outgoing: Not wanted as they are, whether already told to go or not.
         sets: Each wanted worker that does not exist, and who is in its way.
         on_its_way: GPU groups being cleared or started. One behind a stuck worker is not on its way: the rest goes on.
-        trial: Unproven shapes that are being started, or their GPUs being cleared for them.
+        trial: Unproven kinds that are being started, or their GPUs being cleared for them.
     """
 
     alive: tuple[Observed, ...]
@@ -138,7 +142,7 @@ class _Scene:
     missing: tuple[Wanted, ...]
     sets: tuple[tuple[Wanted, tuple[Observed, ...]], ...]
     on_its_way: int
-    trial: frozenset[Shape]
+    trial: frozenset[ReplicaKind]
 
 
 def _scene(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limits) -> _Scene:
@@ -159,9 +163,7 @@ def _scene(wanted: Sequence[Wanted], observed: Sequence[Observed], limits: Limit
         missing=missing,
         sets=sets,
         on_its_way=len(clearing) + len(coming),
-        trial=frozenset(
-            ({w.shape for w in clearing} | {o.shape for o in kept if o.phase in ON_TRIAL}) & limits.unproven
-        ),
+        trial=frozenset(({w.kind for w in clearing} | {o.kind for o in kept if o.phase in ON_TRIAL}) & limits.unproven),
     )
 
 
@@ -188,7 +190,7 @@ def _retirements(wanted: Sequence[Wanted], observed: Sequence[Observed], limits:
         yield from (Order(do=Do.RETIRE, worker=o.worker, why=why) for o in way if o.worker not in gone)
         gone.update(o.worker for o in way)
         on_its_way += 1
-        trial = trial | ({w.shape} & limits.unproven)
+        trial = trial | ({w.kind} & limits.unproven)
     if not trial:
         in_a_way = {o.worker for _, way in scene.sets for o in way}
         yield from _surplus(wanted, scene, in_a_way | gone, limits)
@@ -250,3 +252,21 @@ def capacity(observed: Iterable[Observed]) -> dict[ModelName, int]:
         if o.goal is not Goal.GONE and o.phase is not Phase.STOPPED:
             totals[o.model] = totals.get(o.model, 0) + o.weight
     return totals
+
+
+def drain_events(observed: Iterable[Observed], drained: Collection[WorkerId]) -> dict[WorkerId, Event]:
+    """Return what to tell whom, so that every worker rests that shall and no other.
+
+    A new one in a drained one's place is told, and one that was restarted. What a worker has been told already is late
+    when it is told again.
+    """
+    events: dict[WorkerId, Event] = {}
+    for o in observed:
+        match o.goal:
+            case Goal.SERVE if o.worker in drained and o.phase in HEAR_DRAIN:
+                events[o.worker] = Event.DRAIN
+            case Goal.REST if o.worker not in drained and o.phase in HEAR_UNDRAIN:
+                events[o.worker] = Event.UNDRAIN
+            case _:
+                pass
+    return events

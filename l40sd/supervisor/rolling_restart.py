@@ -22,7 +22,7 @@ FAILED = (Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED, Phase.STUCK)
 
 
 @dataclass(slots=True, kw_only=True)
-class Roll:
+class RollingRestart:
     """Workers restarted one after the other.
 
     Attributes:
@@ -51,7 +51,7 @@ class Roll:
     @classmethod
     def of(
         cls, chosen: Sequence[WorkerId], observed: Sequence[Observed], pace: Pace, *, pattern: str, by: str
-    ) -> "Roll":
+    ) -> "RollingRestart":
         """Return the restart of these workers; as late as if each took all its time, one after the other."""
         baseline = Counter[ModelName]()
         for o in observed:
@@ -145,7 +145,7 @@ class Roll:
             by=self.by,
         )
 
-    def journal(self) -> dict[str, Any]:
+    def saved(self) -> dict[str, Any]:
         """Return what the next daemon needs to go on with it: who was told and is not back is told again."""
         return {
             "id": self.id,
@@ -158,14 +158,14 @@ class Roll:
         }
 
     @classmethod
-    def resumed(cls, journal: Mapping[str, Any]) -> "Roll":
-        """Return a roll that an earlier daemon was at; its time begins anew."""
+    def from_saved(cls, saved: Mapping[str, Any]) -> "RollingRestart":
+        """Return a rolling restart that an earlier daemon was at; its time begins anew."""
         return cls(
-            id=str(journal["id"]),
-            pattern=str(journal["pattern"]),
-            asked=tuple(WorkerId(str(w)) for w in journal["asked"]),
-            pending=[WorkerId(str(w)) for w in journal["pending"]],
-            baseline={ModelName(str(m)): int(n) for m, n in dict(journal["baseline"]).items()},
-            bound_s=float(journal["bound_s"]),
-            by=str(journal.get("by", "")),
+            id=str(saved["id"]),
+            pattern=str(saved["pattern"]),
+            asked=tuple(WorkerId(str(w)) for w in saved["asked"]),
+            pending=[WorkerId(str(w)) for w in saved["pending"]],
+            baseline={ModelName(str(m)): int(n) for m, n in dict(saved["baseline"]).items()},
+            bound_s=float(saved["bound_s"]),
+            by=str(saved.get("by", "")),
         )

@@ -1,6 +1,6 @@
 """A change of what is wanted: what it goes by, what speaks against it, and how it ends.
 
-The supervisor asks these functions at every turn, and the dry run (rehearsal.py) plays them ahead: there is no second
+The supervisor asks these functions at every pass, and the dry run (rehearsal.py) plays them ahead: there is no second
 copy of a decision. A change ends in one of three ways, and within a time that is known before it begins:
 
     done            exactly what is wanted is there and ready
@@ -13,10 +13,10 @@ It ends as soon as nothing of it moves any more, and at its deadline whatever mo
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from l40sd.model import ModelName, WorkerId
-from l40sd.supervisor.reconcile import Limits, Order, base_capacity, capacity, is_settled, plan
+from l40sd.model import ModelName, OperationState, ReplicaKind, WorkerId
+from l40sd.supervisor.reconcile import Limits, Order, base_capacity, capacity, is_settled, reconcile
 from l40sd.workers.lifecycle import Goal, Phase
-from l40sd.workers.slot import Observed, Shape, Wanted, is_kept
+from l40sd.workers.slot import Observed, Wanted, is_kept
 
 GIVEN_UP = frozenset({Phase.QUARANTINED, Phase.FAILED, Phase.STUCK})
 """Phases that only the operator, or the kernel, ends."""
@@ -28,13 +28,13 @@ class Terms:
 
     Attributes:
         baseline: Each model's capacity in GPUs when the change began.
-        proven: Shapes that have given one real answer, or serve unchanged.
+        proven: Kinds that have given one real answer, or serve unchanged.
         created: Workers made for this change, or for one that it replaced: only their failures speak against it.
         is_trial: Whether something has to prove itself: going back needs no trial, nor does what has no alternative.
     """
 
     baseline: Mapping[ModelName, int]
-    proven: frozenset[Shape] = frozenset()
+    proven: frozenset[ReplicaKind] = frozenset()
     created: frozenset[WorkerId] = frozenset()
     is_trial: bool = True
 
@@ -51,7 +51,7 @@ def begin(
 
     1. What was there before has nothing to prove, whatever state it is in: it is not this change's doing.
     2. Unless a change that this one replaces made it and it does not serve: it has yet to give its first answer.
-    3. A launch that served a short while ago has proven its shape.
+    3. A launch that served a short while ago has proven its kind.
 
     Args:
         former: Of the change that this one replaces, if one is under way.
@@ -61,18 +61,18 @@ def begin(
     created = former.created if former else frozenset()
     there = {(o.worker, o.fingerprint): o for o in observed if o.goal is not Goal.GONE}
     kept = [o for w in wanted if (o := there.get((w.placement.worker, w.fingerprint))) is not None]
-    served = {w.shape for w in wanted if w.fingerprint in remembered}  # 3
+    served = {w.kind for w in wanted if w.fingerprint in remembered}  # 3
     return Terms(
         baseline={**capacity(observed), **(former.baseline if former else {})},
-        proven=frozenset({o.shape for o in kept if o.is_serving or o.worker not in created} | served),  # 1, 2
+        proven=frozenset({o.kind for o in kept if o.is_serving or o.worker not in created} | served),  # 1, 2
         created=created,
         is_trial=is_trial,
     )
 
 
 def limits_for(wanted: Sequence[Wanted], terms: Terms, *, start_parallel: int, min_ready: float) -> Limits:
-    """Return what the reconciler must respect during a change."""
-    unproven = frozenset(w.shape for w in wanted) - terms.proven if terms.is_trial else frozenset()
+    """Return what a reconcile pass must respect."""
+    unproven = frozenset(w.kind for w in wanted) - terms.proven if terms.is_trial else frozenset()
     return Limits(start_parallel=start_parallel, min_ready=min_ready, baseline=terms.baseline, unproven=unproven)
 
 
@@ -83,20 +83,25 @@ class End:
     missing: tuple[WorkerId, ...] = ()
     is_late: bool = False
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything is in place, and was in time."""
+        return not self.missing and not self.is_late
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """What follows from one look at the workers.
 
     Attributes:
-        proven: Shapes that have proven themselves since, each with the worker that did; ``terms`` has them.
+        proven: Kinds that have proven themselves since, each with the worker that did; ``terms`` has them.
         back: The worker for which what was wanted before is wanted again; there are no orders then.
         orders: What to do now.
         end: How the change has ended; None while it goes on.
     """
 
     terms: Terms
-    proven: Mapping[Shape, WorkerId]
+    proven: Mapping[ReplicaKind, WorkerId]
     back: WorkerId | None = None
     orders: tuple[Order, ...] = ()
     end: End | None = None
@@ -114,7 +119,7 @@ def decide(
     """Return what follows during a change: 1. what is proven, 2. whether it goes back, 3. what to do, 4. its end."""
     proven = newly_proven(wanted, observed, terms) if terms.is_trial else {}  # 1
     terms = replace(terms, proven=terms.proven | proven.keys())
-    orders = plan(wanted, observed, limits_for(wanted, terms, start_parallel=start_parallel, min_ready=min_ready))
+    orders = reconcile(wanted, observed, limits_for(wanted, terms, start_parallel=start_parallel, min_ready=min_ready))
     kept = _kept(wanted, observed)
     is_still = not orders and not any(_moves(o, terms, is_wanted=o in kept) for o in observed)
     back = speaks_against(wanted, observed, terms, min_ready=min_ready, is_late=is_late, is_still=is_still)  # 2
@@ -124,12 +129,38 @@ def decide(
     return Decision(terms=terms, proven=proven, orders=orders, end=end)  # 3
 
 
-def newly_proven(wanted: Sequence[Wanted], observed: Sequence[Observed], terms: Terms) -> dict[Shape, WorkerId]:
-    """Return the shapes that a worker of this change has proven since, each with the first that did."""
-    found: dict[Shape, WorkerId] = {}
+def keep(
+    wanted: Sequence[Wanted],
+    observed: Sequence[Observed],
+    floor: Mapping[ModelName, int],
+    *,
+    start_parallel: int,
+    min_ready: float,
+) -> Decision:
+    """Return what follows outside a change: what to do, and whether everything is as it is wanted.
+
+    Args:
+        floor: The baseline of a change that ended incomplete, to which what it left to be done keeps; empty: none.
+    """
+    terms = Terms(baseline=floor, is_trial=False)
+    limits = limits_for(wanted, terms, start_parallel=start_parallel, min_ready=min_ready)
+    end = End() if is_settled(wanted, observed) else None
+    return Decision(terms=terms, proven={}, orders=reconcile(wanted, observed, limits), end=end)
+
+
+def state_at(end: End, *, is_back: bool) -> OperationState:
+    """Return the state in which a change has ended so; ``is_back``: on its way back to what was wanted before."""
+    if is_back:
+        return OperationState.ROLLED_BACK
+    return OperationState.DONE if end.is_whole else OperationState.INCOMPLETE
+
+
+def newly_proven(wanted: Sequence[Wanted], observed: Sequence[Observed], terms: Terms) -> dict[ReplicaKind, WorkerId]:
+    """Return the kinds that a worker of this change has proven since, each with the first that did."""
+    found: dict[ReplicaKind, WorkerId] = {}
     for o in _newcomers(wanted, observed, terms):
-        if o.phase in (Phase.READY, Phase.UNREADY, Phase.DRAINED) and o.shape not in terms.proven:
-            found.setdefault(o.shape, o.worker)
+        if o.phase in (Phase.READY, Phase.UNREADY, Phase.DRAINED) and o.kind not in terms.proven:
+            found.setdefault(o.kind, o.worker)
     return found
 
 
@@ -148,7 +179,7 @@ def speaks_against(
     2. One that is given up, when without such its model's capacity would stay below the floor. Above it the change
        goes on without: one dead GPU is no reason to give up the others.
     3. At the deadline, or when nothing moves any more: one that is missing, unless the floor can do without all of
-       them. At the deadline every shape must have proven itself as well, and nothing of before be left.
+       them. At the deadline every kind must have proven itself as well, and nothing of before be left.
 
     Those that were in trouble before the change do not count: going back would not mend them.
     """
@@ -156,7 +187,7 @@ def speaks_against(
         return None
     newcomers = _newcomers(wanted, observed, terms)
     for o in newcomers:
-        if o.shape not in terms.proven and (o.phase in GIVEN_UP or o.phase is Phase.BACKOFF or o.failed_starts > 0):
+        if o.kind not in terms.proven and (o.phase in GIVEN_UP or o.phase is Phase.BACKOFF or o.failed_starts > 0):
             return o.worker  # 1
     given_up = {o.worker for o in newcomers if o.phase in GIVEN_UP}
     for o in newcomers:
@@ -168,7 +199,7 @@ def speaks_against(
         missing = [worker for worker in not_in_place(wanted, observed) if worker not in excused]
         holds = all(_holds_floor(w.placement.model, wanted, missing, terms, min_ready) for w in wanted)
         is_through = all(o in kept or o.phase in (Phase.STOPPED, Phase.STUCK) for o in observed)
-        is_proven = all(w.shape in terms.proven for w in wanted)
+        is_proven = all(w.kind in terms.proven for w in wanted)
         if missing and not (holds and (is_still or (is_through and is_proven))):
             return missing[0]
     return None

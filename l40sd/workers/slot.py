@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from l40sd.model import GpuId, ModelName, Placement, WorkerId
+from l40sd.model import GpuId, ModelName, Placement, ReplicaKind, WorkerId
 from l40sd.workers.lifecycle import Goal, Phase
 
-Shape = tuple[ModelName, int, int]
-"""Model, TP, PP: what has to prove itself once before more of it replace what works."""
+SERVED = (Phase.READY, Phase.UNREADY, Phase.DRAINING, Phase.DRAINED)
+"""Phases of a worker that receives requests, or did until it was asked not to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,9 +17,9 @@ class Wanted:
     fingerprint: str
 
     @property
-    def shape(self) -> Shape:
+    def kind(self) -> ReplicaKind:
         """What this worker has in common with its equals."""
-        return (self.placement.model, self.placement.tp, self.placement.pp)
+        return self.placement.kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class Observed:
     model: ModelName
     gpus: tuple[GpuId, ...]
     weight: int
-    shape: Shape
+    kind: ReplicaKind
     fingerprint: str
     phase: Phase
     goal: Goal
@@ -55,7 +55,7 @@ def slot(w: Wanted, phase: Phase) -> Observed:
         model=p.model,
         gpus=p.gpus,
         weight=p.weight,
-        shape=w.shape,
+        kind=w.kind,
         fingerprint=w.fingerprint,
         phase=phase,
         goal=Goal.SERVE,

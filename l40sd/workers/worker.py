@@ -157,7 +157,7 @@ class Worker:
             model=p.model,
             gpus=p.gpus,
             weight=p.weight,
-            shape=self.wanted.shape,
+            kind=self.wanted.kind,
             fingerprint=self.wanted.fingerprint,
             phase=self.phase,
             goal=self.goal,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l40sd.config import overrides
+from l40sd.config import overrides, placeholders
 from l40sd.config import show as config_show
-from l40sd.config.check import PLACEHOLDERS, listen_problem
+from l40sd.config.check import listen_problem
 from l40sd.config.load import SECTIONS, load, parse
 from l40sd.config.options import (
     BUILT_IN_ENGINES,
@@ -270,7 +270,7 @@ def test_the_names_of_engines_and_placeholders_are_those_of_the_engine_table() -
     for engine in ENGINES.values():
         texts = [*engine.command, *engine.env.values(), *(part for _, parts in engine.options for part in parts)]
         used |= {name for text in texts for name in re.findall(r"(?<!\{)\{([a-z_]+)\}(?!\})", text)}
-    assert used <= set(PLACEHOLDERS)
+    assert used <= set(placeholders.NAMES)
 
 
 # --- showing and comparing ----------------------------------------------------------------------------------------

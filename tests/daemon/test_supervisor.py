@@ -81,7 +81,7 @@ async def supervisor_with(disk: Store) -> Supervisor:
 
 
 async def test_nobody_is_made_once_a_stop_has_begun(tmp_path: Path) -> None:
-    """A turn that was writing at that moment went on to make workers; nobody told them to go, and the stop waited for
+    """A pass that was writing at that moment went on to make workers; nobody told them to go, and the stop waited for
     its timeout."""
     disk = SlowDisk(tmp_path / "state.json", version=1)
     supervisor = await supervisor_with(disk)
@@ -91,24 +91,24 @@ async def test_nobody_is_made_once_a_stop_has_begun(tmp_path: Path) -> None:
         assert await supervisor.stop(10) == 0
         disk.go_on.set()
         await disk.written.wait()
-        for _ in range(10):  # rounds of the loop, in which the turn goes on
+        for _ in range(10):  # rounds of the loop, in which the pass goes on
             await asyncio.sleep(0)
         assert supervisor.workers == {}
         running.cancel()
     await supervisor.context.host.close()
 
 
-async def test_a_turn_that_the_system_refuses_something_is_taken_again(
+async def test_a_pass_that_the_system_refuses_something_is_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With ``ulimit -n 1024`` and many clients there was no file descriptor left once: the daemon ended."""
-    monkeypatch.setattr("l40sd.supervisor.supervisor.TURN_AGAIN_S", 0.01)
+    monkeypatch.setattr("l40sd.supervisor.supervisor.PASS_AGAIN_S", 0.01)
     supervisor = await supervisor_with(FullTable(tmp_path / "state.json", version=1))
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         with structlog.testing.capture_logs() as logs:
             supervisor._log = structlog.get_logger()
             running = group.create_task(supervisor.run())
-            while not supervisor.failed_turns:  # noqa: ASYNC110
+            while not supervisor.failed_passes:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             assert any("Too many open files" in sentence for sentence in supervisor.degraded)
             while supervisor.degraded:  # noqa: ASYNC110
@@ -116,5 +116,5 @@ async def test_a_turn_that_the_system_refuses_something_is_taken_again(
             running.cancel()
     events = [(entry["event"], entry["count"]) for entry in logs if entry["event"].startswith("plan.")]
     assert events == [("plan.failed", 1), ("plan.recovered", 3)]
-    assert supervisor.workers, "the turn after it did everything"
+    assert supervisor.workers, "the pass after it did everything"
     await supervisor.context.host.close()

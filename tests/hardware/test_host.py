@@ -128,7 +128,7 @@ async def test_a_gpu_missing_at_the_start_is_named_and_the_others_keep_their_num
     await before.close()
     answers.write_text(json.dumps({"gpus": [FOUR[0], *FOUR[2:]]}))
     host = await Host.open(HostConfig())
-    await host.recall(before.known, held=())
+    await host.adopt(before.known, held=())
     assert [(gpu.id, gpu.index) for gpu in host.inventory.gpus] == [("GPU-0", 0), ("GPU-2", 2), ("GPU-3", 3)]
     assert host.degraded == ("lost: GPU1 (0000:11:00.0): NVML does not list it",)
     answers.write_text(json.dumps({"gpus": FOUR}))

@@ -70,7 +70,8 @@ def _try_module(path: str, at_once: int) -> bool:
 
 
 def _is_same(path: str, change: Change) -> bool:
-    return any((path, change.before, change.after) == (same.path, same.before, same.after) for same in SAME)
+    made = (path, change.before.split(), change.after.split())
+    return any(made == (same.path, same.before.split(), same.after.split()) for same in SAME)
 
 
 if __name__ == "__main__":

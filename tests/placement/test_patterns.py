@@ -5,9 +5,17 @@ from hosts import tree_host
 
 from l40sd.config.options import Config, EngineConfig, ModelConfig, is_external
 from l40sd.engines.table import resolve
-from l40sd.errors import ConfigError, L40sError
+from l40sd.errors import ConfigError, DoesNotFit, L40sError
 from l40sd.model import ModelFacts, ModelName, Pattern, ReplicaSpec
-from l40sd.placement.patterns import check_pattern, external_models, find_pattern, own_models, patterns_of, warnings_of
+from l40sd.placement.patterns import (
+    attention_heads,
+    check_pattern,
+    external_models,
+    find_pattern,
+    own_models,
+    patterns_of,
+    warnings_of,
+)
 from l40sd.placement.place import place
 
 M, N, E = ModelName("llama"), ModelName("qwen"), ModelName("remote")
@@ -103,3 +111,85 @@ def test_tp_beyond_the_key_value_heads_is_warned_of() -> None:
     spec = Pattern(name="x", replicas=(ReplicaSpec(model=M, tp=4), ReplicaSpec(model=N)))
     (warning,) = warnings_of(spec, TWO, {M: ModelFacts(kv_heads=2)})
     assert "exceeds its 2 key-value heads" in warning
+
+
+UNKNOWN = ModelFacts()
+
+
+def said_of(spec: ReplicaSpec, facts: ModelFacts = UNKNOWN, *, gpu_count: int = 12) -> list[str]:
+    """Return what is wrong with a pattern of this replica alone, and how it is mended."""
+    try:
+        check_pattern(Pattern(name="x", replicas=(spec,)), TWO, gpu_count, {spec.model: facts})
+    except L40sError as problem:
+        return [problem.what, problem.hint]
+    return []
+
+
+def test_a_count_a_width_and_a_depth_are_at_least_one() -> None:
+    assert said_of(ReplicaSpec(model=M, count=1, tp=1, pp=1)) == []
+    assert said_of(ReplicaSpec(model=M, count=None)) == []
+    for spec, what in (
+        (ReplicaSpec(model=M, count=0), "count = 0"),
+        (ReplicaSpec(model=M, tp=0), "tp = 0"),
+        (ReplicaSpec(model=M, pp=0), "pp = 0"),
+    ):
+        assert said_of(spec) == [what, "at least 1"]
+
+
+def test_tp_divides_the_heads_and_what_would_is_named_as_far_as_there_are_gpus() -> None:
+    heads = ModelFacts(attention_heads=12)
+    assert said_of(ReplicaSpec(model=M, tp=6), heads) == []
+    hints = {12: "1, 2, 3, 4, 6 or 12", 6: "1, 2, 3, 4 or 6", 5: "1, 2, 3 or 4", 2: "1 or 2", 1: "1"}
+    for gpu_count, widths in hints.items():
+        assert said_of(ReplicaSpec(model=M, tp=5), heads, gpu_count=gpu_count) == [
+            "tp = 5 does not divide the model's 12 attention heads",
+            f"use tp = {widths}, and pp for the rest",
+        ]
+    assert said_of(ReplicaSpec(model=M, tp=5), ModelFacts(attention_heads=3))[1].startswith("use tp = 1 or 3, ")
+    assert said_of(ReplicaSpec(model=M, tp=5)) == [], "nobody knows its heads"
+
+
+def test_there_is_a_layer_for_every_stage() -> None:
+    assert said_of(ReplicaSpec(model=M, pp=3), ModelFacts(layers=3)) == []
+    assert said_of(ReplicaSpec(model=M, pp=4), ModelFacts(layers=3))[1] == "at most pp = 3"
+    with pytest.raises(DoesNotFit):
+        check_pattern(Pattern(name="x", replicas=(ReplicaSpec(model=M, pp=2),)), TWO, 12, {M: ModelFacts(layers=1)})
+
+
+def test_the_configurations_word_on_heads_goes_before_the_checkpoints() -> None:
+    model = ModelConfig(name=M, attention_heads=8)
+    assert attention_heads(model, ModelFacts(attention_heads=32)) == 8
+    assert attention_heads(ModelConfig(name=M), ModelFacts(attention_heads=32)) == 32
+    assert attention_heads(ModelConfig(name=M), ModelFacts()) is None
+
+
+def warned_of(tp: int, facts: ModelFacts = UNKNOWN) -> list[str]:
+    specs = (ReplicaSpec(model=M, tp=tp), ReplicaSpec(model=N))
+    return list(warnings_of(Pattern(name="x", replicas=specs), TWO, {M: facts}))
+
+
+def test_tp_wider_than_four_is_advised_against_and_the_same_gpus_in_stages_are_named() -> None:
+    assert warned_of(4) == []
+    for tp, stages in ((5, 2), (8, 2), (12, 3), (16, 4)):
+        (warning,) = warned_of(tp)
+        assert f"TP={tp} over PCIe hardly pays" in warning
+        assert f"tp = 4 with pp = {stages} or more replicas" in warning
+
+
+def test_as_many_key_value_heads_as_tp_are_enough() -> None:
+    assert warned_of(4, ModelFacts(kv_heads=4)) == []
+    assert len(warned_of(4, ModelFacts(kv_heads=3))) == 1
+
+
+def test_nothing_is_said_of_models_when_all_have_a_replica_and_a_configured_pattern_needs_no_advice() -> None:
+    one = Config(models={M: ModelConfig(name=M), E: EXTERNAL})
+    assert list(warnings_of(patterns_of(one, tree_host([[[["g"]]]]))["A"], one, {})) == []
+    mine = Pattern(name="mine", replicas=(ReplicaSpec(model=M),))
+    config = Config(models=TWO.models, patterns={"mine": mine})
+    assert list(warnings_of(mine, config, {})) == ["no replica of qwen in pattern mine"]
+
+
+def test_without_any_pattern_the_way_to_one_is_named() -> None:
+    with pytest.raises(L40sError) as caught:
+        find_pattern("A", {})
+    assert caught.value.hint == "known: none: configure a model first"

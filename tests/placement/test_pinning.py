@@ -74,3 +74,23 @@ def test_a_share_does_not_depend_on_who_else_runs() -> None:
     alone = pin(host, gpus_of(host, 2))[0]
     assert alone < pin(host, gpus_of(host, 2, 3))[0]
     assert all(core <= alone or not core & alone for core in cores_of(host.numa_nodes[0].cpus))
+
+
+def test_the_first_gpus_own_the_cores_that_are_left_over() -> None:
+    assert [len(share) for share in shares(on_node("0-10", 4))] == [3, 3, 3, 2]
+    assert shares(on_node("0-2", 3)) == [{0}, {1}, {2}], "one each is enough"
+
+
+def test_memory_is_not_bound_to_where_only_another_node_has_any_and_is_where_no_node_tells() -> None:
+    host = on_node("0-7", 1, memory_bytes=0)
+    assert pin(host, gpus_of(host, 0)) == (frozenset(range(8)), (0,)), "the host tells no sizes at all"
+    elsewhere = NumaNode(id=1, cpus=frozenset({8}), memory_bytes=1)
+    both = replace(host, numa_nodes=(replace(host.numa_nodes[0], memory_bytes=1), elsewhere))
+    assert pin(both, gpus_of(both, 0))[1] == (0,), "only nodes of its own CPUs"
+
+
+def test_a_gpu_whose_node_is_unknown_shares_the_cpus_nearest_to_it_with_its_likes_only() -> None:
+    host = on_node("0-7", 4)
+    far = [replace(gpu, numa_node=None) for gpu in host.gpus[2:]]
+    host = replace(host, gpus=(*host.gpus[:2], *far))
+    assert shares(host) == [{0, 1, 2, 3}, {4, 5, 6, 7}] * 2

@@ -29,7 +29,7 @@ from l40sd.model import (
     WorkerId,
 )
 from l40sd.placement.patterns import patterns_of
-from l40sd.placement.place import place, slug
+from l40sd.placement.place import place, worker_prefix
 
 M, N = ModelName("llama"), ModelName("qwen")
 CONFIG = Config(models={M: ModelConfig(name=M), N: ModelConfig(name=N)})
@@ -190,7 +190,7 @@ def test_external_workers_are_part_of_every_layout() -> None:
 
 @given(st.text())
 def test_a_models_name_becomes_part_of_a_workers(name: str) -> None:
-    word = slug(name)
+    word = worker_prefix(name)
     assert 0 < len(word) <= 48
     assert set(word) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
 

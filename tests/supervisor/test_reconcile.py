@@ -1,16 +1,27 @@
-"""The reconciler: never two owners of a GPU, always gets there, keeps the floor, tries one before the next."""
+"""Reconciling: never two owners of a GPU, always gets there, keeps the floor, tries one before it touches the next."""
 
 from dataclasses import replace
 
+import pytest
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l40sd.model import GpuId, ModelName, Placement, WorkerId
-from l40sd.supervisor.reconcile import Do, Limits, Order, base_capacity, capacity, is_settled, plan, ready_share
+from l40sd.supervisor.reconcile import (
+    Do,
+    Limits,
+    Order,
+    base_capacity,
+    capacity,
+    drain_events,
+    is_settled,
+    ready_share,
+    reconcile,
+)
 from l40sd.supervisor.rehearsal import Pace, Step, rehearse
 from l40sd.supervisor.rollout import begin, limits_for
-from l40sd.workers.lifecycle import Goal, Phase
+from l40sd.workers.lifecycle import Event, Goal, Phase
 from l40sd.workers.slot import Observed, Wanted, slot
 
 GPUS = [GpuId(f"GPU-{i:02}") for i in range(12)]
@@ -49,29 +60,29 @@ def steps_of(observed: list[Observed], wanted: list[Wanted], *, min_ready: float
 
 
 def test_an_empty_host_starts_two_at_a_time() -> None:
-    orders = plan(A, [], Limits(start_parallel=2, min_ready=0.5, baseline={}))
+    orders = reconcile(A, [], Limits(start_parallel=2, min_ready=0.5, baseline={}))
     assert [o.do for o in orders] == [Do.CREATE] * 12
     waiting = [slot(w, Phase.WAITING) for w in A]
-    starts = plan(A, waiting, Limits(start_parallel=2, min_ready=0.5, baseline={}))
+    starts = reconcile(A, waiting, Limits(start_parallel=2, min_ready=0.5, baseline={}))
     assert [(o.do, o.worker) for o in starts] == [(Do.START, A[0].placement.worker), (Do.START, A[1].placement.worker)]
 
 
 def test_a_settled_host_is_left_alone() -> None:
-    assert plan(A, ready(A), limits_of(ready(A), A)) == ()
+    assert reconcile(A, ready(A), limits_of(ready(A), A)) == ()
     assert is_settled(A, ready(A))
     assert not is_settled(B, ready(A))
 
 
 def test_the_first_new_worker_proves_itself_before_the_next_is_touched() -> None:
     limits = limits_of(ready(A), B)
-    first = plan(B, ready(A), limits)
+    first = reconcile(B, ready(A), limits)
     assert [(o.do, o.worker) for o in first] == [(Do.RETIRE, "m-gpu0"), (Do.RETIRE, "m-gpu1")]
     world = [o for o in ready(A) if o.worker not in ("m-gpu0", "m-gpu1")]
     for phase in (Phase.WAITING, Phase.SPAWNING, Phase.STARTING, Phase.BACKOFF):
-        orders = plan(B, [*world, slot(B[0], phase)], limits)
+        orders = reconcile(B, [*world, slot(B[0], phase)], limits)
         assert not [o for o in orders if o.do is Do.RETIRE], phase
     proven = replace(limits, unproven=frozenset())
-    after = plan(B, [*world, slot(B[0], Phase.READY)], proven)
+    after = reconcile(B, [*world, slot(B[0], Phase.READY)], proven)
     assert len([o for o in after if o.do is Do.RETIRE]) == 4  # two pairs: as many as may start at once
 
 
@@ -93,7 +104,7 @@ def test_one_replica_on_all_gpus_is_replaced_although_no_floor_can_be_kept() -> 
 def test_a_stuck_worker_holds_its_gpus_and_the_rest_goes_on() -> None:
     stuck = replace(slot(A[0], Phase.STUCK), goal=Goal.GONE)
     world = [stuck, *ready(A)[1:]]
-    orders = plan(B, world, replace(limits_of(world, B), unproven=frozenset()))
+    orders = reconcile(B, world, replace(limits_of(world, B), unproven=frozenset()))
     assert {o.worker for o in orders if o.do is Do.RETIRE} == {"m-gpu2", "m-gpu3", "m-gpu4", "m-gpu5"}
 
 
@@ -106,7 +117,7 @@ def test_an_unchanged_worker_is_not_touched() -> None:
 def test_a_new_launch_replaces_a_worker_in_place_and_one_at_a_time_until_proven() -> None:
     renewed = wanted_layout([("m", 1)] * 12, fingerprint="g")
     limits = limits_of(ready(A), renewed)
-    first = plan(renewed, ready(A), limits)
+    first = reconcile(renewed, ready(A), limits)
     assert [(o.do, o.worker) for o in first] == [(Do.RETIRE, "m-gpu0")]
 
 
@@ -162,7 +173,7 @@ def test_from_any_state_in_any_order_of_events_the_wanted_layout_is_reached_and_
         now = list(world.values())
         if is_settled(wanted, now):
             return
-        orders = list(plan(wanted, now, limits))
+        orders = list(reconcile(wanted, now, limits))
         done = len(orders) if turn % 3 == 2 else random.randint(0, len(orders))  # type: ignore[attr-defined]
         for order in orders[:done]:
             carry_out(world, order, wanted)
@@ -172,7 +183,7 @@ def test_from_any_state_in_any_order_of_events_the_wanted_layout_is_reached_and_
             o = random.choice(movable)  # type: ignore[attr-defined]
             world[o.worker] = replace(o, phase=next_phase(o))
             if world[o.worker].is_serving:
-                limits = replace(limits, unproven=limits.unproven - {o.shape})
+                limits = replace(limits, unproven=limits.unproven - {o.kind})
         assert len([o for o in world.values() if o.phase in (Phase.STARTING, Phase.SPAWNING)]) <= max(
             parallel, len([o for o in start if o.phase in (Phase.STARTING, Phase.SPAWNING)])
         )
@@ -258,9 +269,9 @@ def test_a_slot_is_made_once_and_not_before_its_gpus_are_free() -> None:
     renewed = wanted_layout([("m", 1)], fingerprint="g")
     limits = Limits(start_parallel=2, min_ready=0.5, baseline={})
     elsewhere = replace(slot(renewed[0], Phase.WAITING), gpus=(GPUS[5],))
-    assert did(plan(renewed, [elsewhere], limits), Do.CREATE) == [], "its name is taken"
-    assert did(plan(renewed, [slot(B[0], Phase.STOPPING)], limits), Do.CREATE) == [], "its GPU is held"
-    gone = plan(renewed, [slot(A[0], Phase.STOPPED)], limits)
+    assert did(reconcile(renewed, [elsewhere], limits), Do.CREATE) == [], "its name is taken"
+    assert did(reconcile(renewed, [slot(B[0], Phase.STOPPING)], limits), Do.CREATE) == [], "its GPU is held"
+    gone = reconcile(renewed, [slot(A[0], Phase.STOPPED)], limits)
     assert [o.do for o in gone] == [Do.FORGET, Do.CREATE], "made in the same pass in which the former one is forgotten"
 
 
@@ -268,18 +279,18 @@ def test_the_floor_may_be_reached_but_not_crossed() -> None:
     """Half of four GPUs may go, not one more; b and c leave it to the floor."""
     four, renewed = A[:4], wanted_layout([("m", 1)] * 4, fingerprint="g")
     limits = Limits(start_parallel=9, min_ready=0.5, baseline={M: 4})
-    assert did(plan(renewed, ready(four), limits), Do.RETIRE) == ["m-gpu0", "m-gpu1"]
-    assert did(plan(renewed, ready(four), replace(limits, min_ready=0.51)), Do.RETIRE) == ["m-gpu0"]
+    assert did(reconcile(renewed, ready(four), limits), Do.RETIRE) == ["m-gpu0", "m-gpu1"]
+    assert did(reconcile(renewed, ready(four), replace(limits, min_ready=0.51)), Do.RETIRE) == ["m-gpu0"]
 
 
 def test_what_is_being_cleared_and_what_is_coming_up_are_both_on_their_way() -> None:
     renewed = wanted_layout([("m", 1)] * 6, fingerprint="g")
     world = [going(slot(A[0], Phase.DRAINING)), slot(renewed[1], Phase.STARTING), *ready(A[2:6])]
     limits = Limits(start_parallel=3, min_ready=0.0, baseline={M: 6})
-    assert did(plan(renewed, world, limits), Do.RETIRE) == ["m-gpu2"]
-    assert did(plan(renewed, world, replace(limits, start_parallel=2)), Do.RETIRE) == []
+    assert did(reconcile(renewed, world, limits), Do.RETIRE) == ["m-gpu2"]
+    assert did(reconcile(renewed, world, replace(limits, start_parallel=2)), Do.RETIRE) == []
     waiting = [going(slot(A[0], Phase.DRAINING)), slot(renewed[1], Phase.WAITING), *ready(A[2:6])]
-    assert did(plan(renewed, waiting, limits), Do.RETIRE) == ["m-gpu2"]
+    assert did(reconcile(renewed, waiting, limits), Do.RETIRE) == ["m-gpu2"]
 
 
 def test_the_cheapest_way_comes_first_by_ready_gpus_given_up_for_each_gpu_gained() -> None:
@@ -287,57 +298,70 @@ def test_the_cheapest_way_comes_first_by_ready_gpus_given_up_for_each_gpu_gained
     night = wanted_layout([("m", 1), ("m", 4), ("m", 1)], fingerprint="g")
     day = [slot(A[0], Phase.READY), slot(A[1], Phase.READY), slot(A[2], Phase.READY), slot(A[5], Phase.READY)]
     limits = Limits(start_parallel=1, min_ready=0.0, baseline={M: 4})
-    assert did(plan(night, day, limits), Do.RETIRE) == ["m-gpu1", "m-gpu2"]
+    assert did(reconcile(night, day, limits), Do.RETIRE) == ["m-gpu1", "m-gpu2"]
     idle = [*day[:3], slot(A[5], Phase.UNREADY)]
-    assert did(plan(night, idle, limits), Do.RETIRE) == ["m-gpu5"]
+    assert did(reconcile(night, idle, limits), Do.RETIRE) == ["m-gpu5"]
 
 
 def test_one_group_that_the_floor_holds_back_does_not_hold_back_the_next() -> None:
     night = wanted_layout([("m", 1), ("m", 1), ("n", 1), ("n", 1)], fingerprint="g")
     day = ready(wanted_layout([("m", 1), ("m", 1), ("n", 1), ("n", 1)]))
     limits = Limits(start_parallel=3, min_ready=0.5, baseline={M: 2, N: 2})
-    assert did(plan(night, day, limits), Do.RETIRE) == ["m-gpu0", "n-gpu2"]
+    assert did(reconcile(night, day, limits), Do.RETIRE) == ["m-gpu0", "n-gpu2"]
 
 
-def test_a_shape_on_trial_starts_one_and_lets_the_others_pass() -> None:
+def test_a_kind_on_trial_starts_one_and_lets_the_others_pass() -> None:
     waiting = [slot(w, Phase.WAITING) for w in wanted_layout([("m", 1), ("m", 1), ("n", 1)])]
-    limits = Limits(start_parallel=3, min_ready=0.0, baseline={}, unproven=frozenset({waiting[0].shape}))
+    limits = Limits(start_parallel=3, min_ready=0.0, baseline={}, unproven=frozenset({waiting[0].kind}))
     wanted = wanted_layout([("m", 1), ("m", 1), ("n", 1)])
-    assert did(plan(wanted, waiting, limits), Do.START) == ["m-gpu0", "n-gpu2"]
+    assert did(reconcile(wanted, waiting, limits), Do.START) == ["m-gpu0", "n-gpu2"]
     on_trial = [slot(wanted[0], Phase.STARTING), *waiting[1:]]
-    assert did(plan(wanted, on_trial, limits), Do.START) == ["n-gpu2"]
+    assert did(reconcile(wanted, on_trial, limits), Do.START) == ["n-gpu2"]
 
 
 def test_the_model_with_the_least_ready_capacity_starts_first() -> None:
     wanted = wanted_layout([("m", 1), ("m", 1), ("n", 1), ("n", 1)])
     world = [slot(wanted[0], Phase.READY), *(slot(w, Phase.WAITING) for w in wanted[1:])]
     limits = Limits(start_parallel=1, min_ready=0.0, baseline={M: 2, N: 2})
-    assert did(plan(wanted, world, limits), Do.START) == ["n-gpu2"]
+    assert did(reconcile(wanted, world, limits), Do.START) == ["n-gpu2"]
 
 
 def test_what_is_in_nobodys_way_goes_when_all_else_is_done() -> None:
     """It serves on until what replaces it does."""
     wanted, extra = A[:2], ready(A[2:4])
     limits = Limits(start_parallel=2, min_ready=1.0, baseline={M: 4})
-    assert did(plan(wanted, [*ready(wanted), *extra], limits), Do.RETIRE) == ["m-gpu2", "m-gpu3"]
-    assert did(plan(wanted, [slot(A[0], Phase.READY), *extra], limits), Do.RETIRE) == ["m-gpu2"], "one is missing"
+    assert did(reconcile(wanted, [*ready(wanted), *extra], limits), Do.RETIRE) == ["m-gpu2", "m-gpu3"]
+    assert did(reconcile(wanted, [slot(A[0], Phase.READY), *extra], limits), Do.RETIRE) == ["m-gpu2"], "one is missing"
     coming = [slot(A[0], Phase.READY), slot(A[1], Phase.STARTING), *extra]
-    assert did(plan(wanted, coming, limits), Do.RETIRE) == ["m-gpu2"], "one is coming up"
+    assert did(reconcile(wanted, coming, limits), Do.RETIRE) == ["m-gpu2"], "one is coming up"
     given_up = [slot(A[0], Phase.READY), slot(A[1], Phase.QUARANTINED), *extra]
-    assert did(plan(wanted, given_up, limits), Do.RETIRE) == ["m-gpu2", "m-gpu3"], "nothing more will come"
+    assert did(reconcile(wanted, given_up, limits), Do.RETIRE) == ["m-gpu2", "m-gpu3"], "nothing more will come"
     stuck = going(replace(slot(A[1], Phase.STUCK), worker=WorkerId("old")))
-    assert did(plan(wanted, [slot(A[0], Phase.READY), stuck, *extra], limits), Do.RETIRE) == ["m-gpu2"], "it may let go"
+    assert did(reconcile(wanted, [slot(A[0], Phase.READY), stuck, *extra], limits), Do.RETIRE) == ["m-gpu2"], (
+        "it may let go"
+    )
     useless = [slot(A[0], Phase.STARTING), slot(A[1], Phase.STARTING), slot(A[2], Phase.UNREADY)]
-    assert did(plan(wanted, useless, limits), Do.RETIRE) == ["m-gpu2"], "it serves nobody"
+    assert did(reconcile(wanted, useless, limits), Do.RETIRE) == ["m-gpu2"], "it serves nobody"
     first_goes = [*ready(wanted), going(extra[0]), extra[1]]
-    assert did(plan(wanted, first_goes, limits), Do.RETIRE) == ["m-gpu3"], "the other is told already"
+    assert did(reconcile(wanted, first_goes, limits), Do.RETIRE) == ["m-gpu3"], "the other is told already"
 
 
 def test_what_is_not_wanted_any_more_stays_while_something_is_on_trial() -> None:
     wanted = A[:2]
     limits = Limits(
-        start_parallel=2, min_ready=0.0, baseline={M: 3}, unproven=frozenset({slot(A[0], Phase.READY).shape})
+        start_parallel=2, min_ready=0.0, baseline={M: 3}, unproven=frozenset({slot(A[0], Phase.READY).kind})
     )
     world = [slot(A[0], Phase.STARTING), slot(A[1], Phase.WAITING), slot(A[2], Phase.UNREADY)]
-    assert did(plan(wanted, world, limits), Do.RETIRE) == []
-    assert did(plan(wanted, world, replace(limits, unproven=frozenset())), Do.RETIRE) == ["m-gpu2"]
+    assert did(reconcile(wanted, world, limits), Do.RETIRE) == []
+    assert did(reconcile(wanted, world, replace(limits, unproven=frozenset())), Do.RETIRE) == ["m-gpu2"]
+
+
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize("goal", Goal)
+def test_who_was_drained_is_told_to_rest_and_nobody_else(phase: Phase, goal: Goal) -> None:
+    """In every other phase it would not be heard, and is told later; what restarts or goes is left to that."""
+    o = replace(slot(A[0], phase), goal=goal)
+    rests = goal is Goal.SERVE and phase in (Phase.WAITING, Phase.READY, Phase.UNREADY)
+    serves = goal is Goal.REST and phase in (Phase.WAITING, Phase.STARTING, Phase.DRAINING, Phase.DRAINED)
+    assert drain_events([o], {o.worker}) == ({o.worker: Event.DRAIN} if rests else {})
+    assert drain_events([o], set()) == ({o.worker: Event.UNDRAIN} if serves else {})

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reconcile import layouts, one_owner_each, ready, wanted_layout
 
-from l40sd.model import ModelName, WorkerId
+from l40sd.model import ModelName, OperationState, WorkerId
 from l40sd.supervisor.pace import bound_back_s, bound_s
 from l40sd.supervisor.reconcile import Do, Order, is_settled, ready_share
 from l40sd.supervisor.rehearsal import Pace, rehearse
@@ -23,11 +23,13 @@ from l40sd.supervisor.rollout import (
     Terms,
     begin,
     decide,
+    keep,
     limits_for,
     models_leaving,
     newly_proven,
     not_in_place,
     speaks_against,
+    state_at,
 )
 from l40sd.workers.lifecycle import COMING_UP, Goal, Phase
 from l40sd.workers.slot import Observed, Wanted, slot
@@ -54,7 +56,7 @@ QUARANTINE = 3
 
 @dataclass
 class Play:
-    """One change, in turns of a second."""
+    """One change, in passes of a second."""
 
     wanted: list[Wanted]
     previous: list[Wanted]
@@ -79,7 +81,7 @@ class Play:
         self.late_at_s = self.forward_s
 
     def run(self) -> End:
-        """Take turns until the change has ended; it may not take longer than was known before."""
+        """Take passes until the change has ended; it may not take longer than was known before."""
         for o in self.world.values():
             self._expect(o)
         while self.now_s <= self.forward_s + self.back_s + 1:
@@ -227,7 +229,7 @@ def test_a_change_whose_workers_come_up_is_done() -> None:
 
 
 def test_one_dead_gpu_is_no_reason_to_give_up_the_others_and_the_change_ends() -> None:
-    """Seen: a worker of a proven shape was given up, everything went back, and the way back never ended."""
+    """Seen: a worker of a proven kind was given up, everything went back, and the way back never ended."""
     change = play(B, A, fates={"m-gpu10-11": Fate.DIES})
     assert change.run() == End(missing=(WorkerId("m-gpu10-11"),))
     assert not change.is_back
@@ -306,10 +308,10 @@ def test_which_models_leave_service_is_known_before() -> None:
 
 def test_a_worker_that_is_wanted_as_it_is_has_nothing_to_prove_unless_a_replaced_change_made_it() -> None:
     unready = [replace(slot(A[0], Phase.UNREADY)), *ready(A[1:])]
-    assert begin(A, unready[:1], former=None, is_trial=True).proven == {A[0].shape}
+    assert begin(A, unready[:1], former=None, is_trial=True).proven == {A[0].kind}
     former = Terms(baseline={}, created=frozenset({A[0].placement.worker}))
     assert begin(A, unready[:1], former=former, is_trial=True).proven == frozenset()
-    assert begin(A, unready, former=former, is_trial=True).proven == {A[0].shape}
+    assert begin(A, unready, former=former, is_trial=True).proven == {A[0].kind}
 
 
 def test_a_launch_that_served_a_short_while_ago_is_not_put_on_trial_again() -> None:
@@ -426,7 +428,7 @@ NAMES = [w.placement.worker for w in FOUR]
 
 
 def made(*, is_proven: bool = True, is_trial: bool = True, created: Collection[WorkerId] = NAMES) -> Terms:
-    proven = frozenset({FOUR[0].shape}) if is_proven else frozenset()
+    proven = frozenset({FOUR[0].kind}) if is_proven else frozenset()
     return Terms(baseline={M: 4}, proven=proven, created=frozenset(created), is_trial=is_trial)
 
 
@@ -497,16 +499,16 @@ def test_a_shape_is_proven_by_the_first_of_this_change_that_came_up() -> None:
     terms = Terms(baseline={}, created=frozenset(w.placement.worker for w in both))
     for phase in (READY, Phase.UNREADY, Phase.DRAINED):
         world = [slot(both[0], STARTING), slot(both[1], phase), slot(both[2], phase)]
-        assert newly_proven(both, world, terms) == {both[1].shape: NAMES[1], both[2].shape: both[2].placement.worker}
+        assert newly_proven(both, world, terms) == {both[1].kind: NAMES[1], both[2].kind: both[2].placement.worker}
     world = [slot(both[0], READY), slot(both[1], READY), slot(both[2], STARTING)]
-    assert newly_proven(both, world, terms) == {both[0].shape: NAMES[0]}
-    assert newly_proven(both, world, replace(terms, proven=frozenset({both[0].shape}))) == {}
+    assert newly_proven(both, world, terms) == {both[0].kind: NAMES[0]}
+    assert newly_proven(both, world, replace(terms, proven=frozenset({both[0].kind}))) == {}
     assert newly_proven(both, world, replace(terms, created=frozenset())) == {}
 
 
 def test_what_has_to_prove_itself_is_all_that_is_wanted_and_has_not_unless_there_is_no_way_back() -> None:
     for terms, unproven in (
-        (made(is_proven=False), {FOUR[0].shape}),
+        (made(is_proven=False), {FOUR[0].kind}),
         (made(), set()),
         (made(is_proven=False, is_trial=False), set()),
     ):
@@ -526,7 +528,7 @@ def test_a_change_is_measured_by_the_capacity_before_the_first_of_those_that_it_
     assert begin(FOUR, world, former=None, is_trial=True).created == frozenset()
     leaving = [replace(o, goal=Goal.GONE) for o in ready(FOUR)]
     assert begin(FOUR, leaving, former=None, is_trial=True).proven == frozenset(), "what goes proves nothing"
-    assert begin(FOUR, [], former=None, is_trial=True, remembered={"g"}).proven == {FOUR[0].shape}
+    assert begin(FOUR, [], former=None, is_trial=True, remembered={"g"}).proven == {FOUR[0].kind}
     assert begin(FOUR, [], former=None, is_trial=True, remembered={"f"}).proven == frozenset()
 
 
@@ -584,7 +586,31 @@ def test_a_decision_that_goes_back_gives_no_orders_and_knows_what_was_proven() -
     world = [*as_they_are(READY, Phase.QUARANTINED, Phase.QUARANTINED, Phase.QUARANTINED)]
     back = decide(FOUR, world, made(is_proven=False), start_parallel=2, min_ready=0.5)
     assert (back.back, back.orders, back.end) == (NAMES[1], (), None)
-    assert back.proven == {FOUR[0].shape: NAMES[0]}
-    assert back.terms.proven == {FOUR[0].shape}
+    assert back.proven == {FOUR[0].kind: NAMES[0]}
+    assert back.terms.proven == {FOUR[0].kind}
     without_trial = decide(FOUR, world, made(is_proven=False, is_trial=False), start_parallel=2, min_ready=0.5)
     assert (without_trial.back, without_trial.proven) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [
+        (End(), OperationState.DONE),
+        (End(missing=(A[0].placement.worker,)), OperationState.INCOMPLETE),
+        (End(is_late=True), OperationState.INCOMPLETE),
+    ],
+)
+def test_a_change_is_done_only_when_all_of_it_is_in_place_in_time(end: End, state: OperationState) -> None:
+    assert state_at(end, is_back=False) is state
+    assert state_at(end, is_back=True) is OperationState.ROLLED_BACK
+
+
+def test_outside_a_change_nothing_is_on_trial_and_the_floor_of_an_incomplete_one_holds() -> None:
+    there = ready(A)
+    settled = keep(A, there, {}, start_parallel=12, min_ready=1.0)
+    assert (settled.orders, settled.end, settled.back) == ((), End(), None)
+    free = keep(B, there, {}, start_parallel=12, min_ready=1.0)
+    floored = keep(B, there, {M: 12}, start_parallel=12, min_ready=1.0)
+    assert sum(order.do is Do.RETIRE for order in free.orders) == 12, "no floor: all at once, none on trial"
+    assert sum(order.do is Do.RETIRE for order in floored.orders) == 2, "one group goes, or nothing would move"
+    assert (free.end, floored.end, floored.proven) == (None, None, {})

@@ -133,6 +133,7 @@ def test_a_fifth_of_a_core_is_idling_and_a_mebibyte_between_two_looks_is_loading
     done: Activity, verdict: StartVerdict
 ) -> None:
     """Whatever it had done before: it is what was added since the last look that counts."""
+    assert Activity() == Activity(cpu_s=0, read_bytes=0, log_bytes=0)
     before = Activity(cpu_s=500, read_bytes=1 << 40, log_bytes=9999)
     start = starting()
     start.feed_activity(before, 1090)
