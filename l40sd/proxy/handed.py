@@ -35,6 +35,7 @@ class HandedExchange:
         target: What the worker was asked for.
         body: The request's, so that it can be tried elsewhere; empty once a reply has begun.
         name: The model's, as the body has it.
+        asked_at_s: When the worker was asked; of no use once a reply has begun.
         begun: What has come of the reply's head, while there is no ``reply``.
         died: Workers that ended with it and had not answered a byte of it.
     """

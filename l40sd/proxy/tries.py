@@ -11,7 +11,7 @@ from l40sd.proxy.pages import no_worker, unknown_model
 from l40sd.proxy.reply import pass_on
 from l40sd.proxy.retry_policy import Seen
 from l40sd.proxy.worker_connection import ABORTED, ConnectionPool, WorkerConnection, says_aborted
-from l40sd.routing.routes import FailureKind, Lease
+from l40sd.routing.routes import FailureKind, Lease, Waiter
 
 STALE_WITHIN_S = 1.0  # a kept connection that closes later than this was closed over the request itself
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -28,6 +28,7 @@ class Waiting(Stage):
 
     def __init__(self, request: Request) -> None:
         self._request = request
+        self._waiter: Waiter | None = None
 
     def join(self, tried: tuple[int, ...]) -> None:
         """Get in line, or refuse the request where that is of no use.
@@ -45,12 +46,11 @@ class Waiting(Stage):
             return
         request.client.expect(None)  # the line has its own deadline
         deadline_s = context.now_s + context.config.queue_timeout_s
-        waiter = routes.wait(model, self._on_turn, deadline_s=deadline_s, tried=tried)
-        if waiter is None:
+        self._waiter = routes.wait(model, self._on_turn, deadline_s=deadline_s, tried=tried)
+        if self._waiter is None:
             request.refuse(no_worker(routes, model, "its waiting line is full"))
-            return
-        self._waiter = waiter
-        request.enter(self)
+        else:
+            request.enter(self)
 
     def _on_turn(self, lease: Lease | None) -> None:
         try:
@@ -60,6 +60,7 @@ class Waiting(Stage):
 
     def _turn(self, lease: Lease | None) -> None:
         request, routes = self._request, self._request.context.routes
+        self._waiter = None  # it knows whom to call, which would keep both of them
         request.enter(NOWHERE)
         if lease is not None:
             request.use(lease)
@@ -78,7 +79,9 @@ class Waiting(Stage):
 
     def let_go(self) -> None:
         """Leave the line."""
-        self._waiter.cancel()
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            waiter.cancel()
 
 
 class Connecting(Stage):
