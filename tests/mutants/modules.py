@@ -42,6 +42,7 @@ _RESTART = "l40sd/workers/restart_policy.py"
 _STARTUP = "l40sd/workers/startup.py"
 _TREE = "l40sd/placement/pcie_tree.py"
 _ONE = "the first of one is the last"
+_STAGES = "stages = [span(tree, stage) for stage in replica] if parallelism.tp > 1 else []"
 _PORT = "PORT = 0  # the health probe is refused"
 _TEXT = 'text = mends.get(result.status or 0, "")'
 _POWER = "return min(limit_s, first_s * 2.0 ** min(times, 30))"
@@ -66,6 +67,12 @@ SAME: tuple[Same, ...] = (
         "for level in list(Link)[1:]:",
         "for level in list(Link)[ 0:]:",
         "no link between two is that of one to itself",
+    ),
+    *(
+        Same(
+            "l40sd/placement/parallelism.py", _STAGES, _STAGES.replace("> 1", wider), "a stage of one GPU costs nothing"
+        )
+        for wider in (">= 1", "> 0")
     ),
     Same(_STARTUP, _LOADS, _LOADS.replace("0.0", " -1.0"), "no deadline is below 0"),
     Same(_STARTUP, _PORT, _PORT.replace("0", " -1"), "only the order of the stages counts"),
