@@ -137,7 +137,7 @@ class Host:
         return self._found if found.note and self.inventory.gpus else found
 
     async def adopt(self, known: Sequence[NvmlGpu], *, held: Collection[GpuId]) -> None:
-        """Take over what earlier daemons knew of this machine's GPUs; their workers hold some of them."""
+        """Go by what earlier daemons knew of this machine's GPUs; their workers hold some of them."""
         if self._nvml is None:
             return
         before = Known(gpus={gpu.id: gpu for gpu in known})
