@@ -3,8 +3,8 @@
 Engines say why at the first line of a burst and go on to talk: vLLM was seen to write 1,139 lines of tracebacks and
 shutdown after the one that mattered, and to end with status 0. So the end of a log says nothing by itself.
 
-Lines were seen with vLLM 0.26 and 0.32 and with llama.cpp 11434; those of SGLang 0.5, TensorRT-LLM, torch, NCCL and
-transformers are from their sources and users' reports.
+Lines were seen with vLLM 0.26 and 0.32 and with llama.cpp 11434; those of SGLang 0.5, TensorRT-LLM 1.0, torch, NCCL
+and transformers are from their sources and from logs in users' reports.
 """
 
 import re
@@ -75,6 +75,9 @@ ROOTS: tuple[Known, ...] = (
     _known(r"Not enough memory\. Please try to increase --mem-fraction-static",
            "no GPU memory is left for the KV cache beside the weights",
            "a higher --mem-fraction-static, or " + _MEMORY),
+    _known(r"Executor creation failed due to insufficient GPU memory",
+           "no GPU memory is left for the KV cache beside the weights",
+           "kv_cache_free_gpu_memory_fraction of TensorRT-LLM, or " + _MEMORY),
     _known(r"CUDA out of memory|CUDA error: out of memory|cudaMalloc failed: out of memory|CUDA_ERROR_OUT_OF_MEMORY"
            r"|failed to allocate CUDA\d* buffer",
            "the GPU ran out of memory", _MEMORY + "; `nvidia-smi` says whether somebody else is on it"),
@@ -147,8 +150,11 @@ DEATHS: tuple[Known, ...] = (
 """What may follow from something that was not said."""
 ECHOES: tuple[Known, ...] = (
     _known(r"EngineCore failed to start|[Ee]ngine core initialization failed", "its core did not come up"),
-    _known(r"EngineDeadError|EngineCore encountered an issue|Engine core proc \S+ died|Executor worker died",
+    _known(r"EngineDeadError|EngineCore encountered an issue|Engine core proc \S+ died",
            "its core died"),
+    _known(r"Executor worker (?:died during initialization|returned error)", "its executor did not come up"),
+    _known(r"Received sigquit from a child process", "one of its processes failed"),
+    _known(r"Initialization failed\. Please see the error messages above", "it did not come up"),
 )  # fmt: skip
 """What only repeats that something else went wrong."""
 

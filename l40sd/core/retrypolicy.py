@@ -11,12 +11,14 @@ only says what it saw and does what it is told.
 | VANISHED: STALE, then no connection          | yes    | yes     | another worker; none: wait in line for one   |
 | GARBLED: half a head, or no HTTP             | yes    | no      | another worker; none: the same one           |
 | UNAVAILABLE: a reply of 502 or 503           | yes    | no      | another worker; none: that reply             |
-| ENDING: a reply of 500 by a worker that ends | yes    | yes     | another worker; none: that reply             |
+| ENDING: a reply of 500 by a worker that ends | yes    | yes     | another worker; none: wait in line for one   |
 | ABORTED: a reply that says it was aborted    | no     | no      | another worker; none: the same one           |
 | STOPPED: l40sd is about to stop the worker   | no     | no      | another worker; none: wait in line for one   |
 | HUNG: the same, because it makes no tokens   | no     | yes     | another worker; none: wait in line for one   |
 | SILENT: nothing for first_byte_timeout_s     | yes    | no      | none: it may well be working on it           |
 | OVERLOADED: no descriptor left here          | no     | no      | none                                         |
+
+Where no try is left, a reply that there is (UNAVAILABLE, ENDING) is passed on.
 
 A **death** may be the request's own doing: a poisoned request ends every engine that reads it. Such a request is tried
 on one further worker; the second death ends it, and its client is told not to try again (see core/poison.py).
@@ -60,11 +62,19 @@ class Next(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row: whether the worker is blamed, whether the request may have ended it, and where the request goes."""
+    """One row.
+
+    Attributes:
+        is_blamed: The worker is.
+        is_death: The request may have ended it.
+        next: Where the request goes.
+        has_reply: The worker did reply; that can be passed on.
+    """
 
     is_blamed: bool
     is_death: bool
     next: Next
+    has_reply: bool = False
 
 
 TABLE: Mapping[Seen, Rule] = {
@@ -73,8 +83,8 @@ TABLE: Mapping[Seen, Rule] = {
     Seen.CLOSED: Rule(is_blamed=True, is_death=True, next=Next.OTHER_OR_SAME),
     Seen.VANISHED: Rule(is_blamed=True, is_death=True, next=Next.OTHER_OR_WAIT),
     Seen.GARBLED: Rule(is_blamed=True, is_death=False, next=Next.OTHER_OR_SAME),
-    Seen.UNAVAILABLE: Rule(is_blamed=True, is_death=False, next=Next.OTHER_OR_REPLY),
-    Seen.ENDING: Rule(is_blamed=True, is_death=True, next=Next.OTHER_OR_REPLY),
+    Seen.UNAVAILABLE: Rule(is_blamed=True, is_death=False, next=Next.OTHER_OR_REPLY, has_reply=True),
+    Seen.ENDING: Rule(is_blamed=True, is_death=True, next=Next.OTHER_OR_WAIT, has_reply=True),
     Seen.ABORTED: Rule(is_blamed=False, is_death=False, next=Next.OTHER_OR_SAME),
     Seen.STOPPED: Rule(is_blamed=False, is_death=False, next=Next.OTHER_OR_WAIT),
     Seen.HUNG: Rule(is_blamed=False, is_death=True, next=Next.OTHER_OR_WAIT),
@@ -102,5 +112,5 @@ def decide(seen: Seen, *, tries_left: int, deaths: int) -> Next:
     if rule.next is Next.SAME:  # 2
         return Next.SAME
     if tries_left <= 0:  # 3
-        return Next.REPLY if rule.next is Next.OTHER_OR_REPLY else Next.END
+        return Next.REPLY if rule.has_reply else Next.END
     return rule.next  # 4

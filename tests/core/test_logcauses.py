@@ -70,6 +70,30 @@ KNOWN_LINES = {
     "one of its schedulers died": [
         "[2026-11-28 13:00:00] Child process unexpectedly failed with exitcode=-9. pid=4711",
     ],
+    "kv_cache_free_gpu_memory_fraction": [  # TensorRT-LLM
+        "[07/08/2025-19:47:15] [TRT-LLM] [RANK 1] [E] Failed to initialize executor on rank 1: Executor creation failed"
+        " due to insufficient GPU memory.",
+        "RuntimeError: Executor worker returned error",
+    ],
+    "FileNotFoundError: [Errno 2] No such file or directory: 'ninja'": [  # SGLang: why, then what follows from it
+        "[2026-02-27 15:27:12] Scheduler hit an exception: Traceback (most recent call last):",
+        "FileNotFoundError: [Errno 2] No such file or directory: 'ninja'",
+        "[2026-02-27 15:27:13] Received sigquit from a child process. It usually means the child failed.",
+    ],
+    "its executor did not come up": ["RuntimeError: Executor worker died during initialization"],
+    "one of its processes failed": [
+        "[2026-02-27 15:27:13] Received sigquit from a child process. It usually means the child failed.",
+        "RuntimeError: Initialization failed. Please see the error messages above.",
+    ],
+    "a higher --mem-fraction-static": [
+        "[2026-02-27 15:27:12 TP0] Scheduler hit an exception: Traceback (most recent call last):",
+        "RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.",
+        "[2026-02-27 15:27:13] Received sigquit from a child process. It usually means the child failed.",
+    ],
+    "its ranks could not talk to each other": [
+        "RuntimeError: NCCL error: remote process exited or there was a network error",
+        "[2026-02-27 15:27:13] Received sigquit from a child process. It usually means the child failed.",
+    ],
     "a disk, or /dev/shm, is full": ["OSError: [Errno 28] No space left on device"],
     "ValueError: unheard of": [
         "Traceback (most recent call last):",

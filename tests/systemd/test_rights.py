@@ -75,13 +75,16 @@ def test_the_daemon_is_exposed_no_more_than_its_work_asks_for(host: Container, s
 
 @pytest.fixture
 def asking(stand_in: Container) -> Iterator[Container]:
-    """The host, with a process in place of the daemon, and its starter open."""
+    """The host, with a process in place of the daemon, and its starter open.
+
+    Its drop-in is read last: the one that install adds for systemd 253 and newer sets the type, too.
+    """
     folder = "/run/systemd/system/l40sd.service.d"
     stand_in.run("systemctl stop l40sd")
-    stand_in.write(f"{folder}/stand-in.conf", STAND_IN_DAEMON)
+    stand_in.write(f"{folder}/zz-stand-in.conf", STAND_IN_DAEMON)
     stand_in.run("systemctl daemon-reload && systemctl start l40sd")
     yield stand_in
-    stand_in.run(f"systemctl stop l40sd; rm {folder}/stand-in.conf; systemctl daemon-reload")
+    stand_in.run(f"systemctl stop l40sd; rm {folder}/zz-stand-in.conf; systemctl daemon-reload")
 
 
 def within_the_daemon(command: str) -> str:

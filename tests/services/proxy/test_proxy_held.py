@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from proxykit import Behaviour, Conversation, Request, Stand, answer_ok, chunk, post
+from proxykit import CHAT, Behaviour, Conversation, Request, Stand, answer_ok, chunk, post
 
 from l40sd.core.model import WorkerId
 from l40sd.services.routes import FailureKind
@@ -82,8 +82,23 @@ async def test_a_500_of_a_worker_that_is_well_is_passed_on_whole(stand: StartSta
     assert s.proxy.stats.retried == 0
 
 
-async def test_where_nobody_else_is_free_the_500_is_passed_on(stand: StartStand) -> None:
+async def test_where_nobody_else_is_there_a_request_waits_for_the_worker_that_comes(stand: StartStand) -> None:
+    """A rank of a model's only worker was killed: its 16 clients got the engine's 500, and it was back soon after."""
     s = await stand(workers=1)
+    Doubt(s, "w0").may_answer.set()
+    s.worker.behave = says_500(WAYS["in one"])
+    dialog = await s.dial()
+    await dialog.send(post())
+    await s.until(lambda: s.routes.waiting(CHAT) == 1)
+    s.worker.behave = answer_ok
+    s.routes.remove(WorkerId("w0"))
+    s.routes.add(s.backend(s.worker))
+    assert (await dialog.reply()).status == 200
+    assert len(s.worker.requests) == 2
+
+
+async def test_where_no_try_is_left_the_500_is_passed_on(stand: StartStand) -> None:
+    s = await stand(workers=1, retries=0)
     Doubt(s, "w0").may_answer.set()
     s.worker.behave = says_500(WAYS["in one"])
     reply = await s.ask(post())
