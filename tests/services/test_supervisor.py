@@ -10,16 +10,19 @@ import pytest
 import structlog
 import structlog.testing
 
-from l40sd.adapters.ports import PortPool
+from l40sd.adapters.ports import HeldPort, PortPool
 from l40sd.adapters.probe import Prober
 from l40sd.adapters.process import Adoption, Processes
 from l40sd.adapters.store import Store
 from l40sd.adapters.workerkeys import WorkerKeys
 from l40sd.core.configfile import load
+from l40sd.core.lifecycle import Goal, Phase
+from l40sd.core.model import ModelName
 from l40sd.services.host import Host
 from l40sd.services.routes import Routes
 from l40sd.services.supervisor import Supervisor
 from l40sd.services.tools import Tools
+from l40sd.services.worker import Worker
 
 TWO = """
 [host]
@@ -57,6 +60,16 @@ class FullTable(Store):
             self.left -= 1
             raise OSError(errno.EMFILE, "Too many open files")
         return await super().save(content)
+
+
+class NoPort(PortPool):
+    """Finds no file descriptor to look for a port with."""
+
+    tries = 0
+
+    def take(self) -> HeldPort:
+        self.tries += 1
+        raise OSError(errno.EMFILE, "Too many open files")
 
 
 async def supervisor_with(disk: Store) -> Supervisor:
@@ -117,4 +130,37 @@ async def test_a_turn_that_the_system_refuses_something_is_taken_again(
     events = [(entry["event"], entry["count"]) for entry in logs if entry["event"].startswith("plan.")]
     assert events == [("plan.failed", 1), ("plan.recovered", 3)]
     assert supervisor.workers, "the turn after it did everything"
+    await supervisor.tools.host.close()
+
+
+async def test_a_workers_job_that_the_system_refuses_something_is_done_again_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker's task was one of the supervisor's: its exception ended the daemon, too."""
+    monkeypatch.setattr("l40sd.services.worker.JOB_AGAIN_S", 0.01)
+    supervisor = await supervisor_with(Store(tmp_path / "state.json", version=1))
+    ports = supervisor.tools.ports = NoPort("127.0.0.1", 20000, 20001)
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        with structlog.testing.capture_logs() as logs:
+            supervisor.tools.log = structlog.get_logger()
+            running = group.create_task(supervisor.run())
+            while ports.tries < 10:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            assert not running.done()
+            running.cancel()
+    told = [(entry["worker"], entry["job"]) for entry in logs if entry["event"] == "worker.job_failed"]
+    assert sorted(told) == sorted({(worker, "spawn") for worker in supervisor.workers})
+    await supervisor.tools.host.close()
+
+
+async def test_what_is_to_be_made_on_a_gpu_that_cannot_be_freed_is_not_waited_for(tmp_path: Path) -> None:
+    supervisor = await supervisor_with(Store(tmp_path / "state.json", version=1))
+    toy = ModelName("toy")
+    supervisor._publish_catalog()
+    assert supervisor.tools.routes.may_wait(toy)
+    for wanted in supervisor.want.wanted:
+        worker = supervisor.workers[wanted.placement.worker] = Worker(wanted, supervisor.config, supervisor.tools)
+        worker.phase, worker.goal = Phase.STUCK, Goal.GONE
+    supervisor._publish_catalog()
+    assert not supervisor.tools.routes.may_wait(toy)
     await supervisor.tools.host.close()
