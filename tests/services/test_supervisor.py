@@ -18,11 +18,13 @@ from l40sd.adapters.workerkeys import WorkerKeys
 from l40sd.core.configfile import load
 from l40sd.core.lifecycle import Goal, Phase
 from l40sd.core.model import ModelName
+from l40sd.services import report
 from l40sd.services.host import Host
+from l40sd.services.making import launch_of
 from l40sd.services.routes import Routes
 from l40sd.services.supervisor import Supervisor
 from l40sd.services.tools import Tools
-from l40sd.services.worker import Worker
+from l40sd.services.worker import Process, Worker
 
 TWO = """
 [host]
@@ -163,4 +165,17 @@ async def test_what_is_to_be_made_on_a_gpu_that_cannot_be_freed_is_not_waited_fo
         worker.phase, worker.goal = Phase.STUCK, Goal.GONE
     supervisor._publish_catalog()
     assert not supervisor.tools.routes.may_wait(toy)
+    await supervisor.tools.host.close()
+
+
+async def test_systemctl_status_counts_those_that_were_adopted(tmp_path: Path) -> None:
+    """ "0 of 2 workers ready" was told of two that served since before this daemon."""
+    supervisor = await supervisor_with(Store(tmp_path / "state.json", version=1))
+    for wanted in supervisor.want.wanted:
+        worker = supervisor.workers[wanted.placement.worker] = Worker(wanted, supervisor.config, supervisor.tools)
+        launch = launch_of(wanted.placement, supervisor.config, supervisor.tools)
+        worker.process, worker.phase = Process(launch=launch, is_adopted=True), Phase.STARTING
+    assert report.summary(supervisor, ()) == "pattern C: 0 of 2 workers ready, 2 adopted and not yet looked at"
+    worker.phase = Phase.READY
+    assert report.summary(supervisor, ()) == "pattern C: 1 of 2 workers ready, 1 adopted and not yet looked at"
     await supervisor.tools.host.close()

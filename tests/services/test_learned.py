@@ -1,0 +1,58 @@
+"""What this host has shown, and for how long that counts."""
+
+from dataclasses import replace
+
+import pytest
+
+from l40sd.adapters.clock import now_s
+from l40sd.core.lifecycle import Goal, Phase
+from l40sd.core.messages import decode, encode
+from l40sd.core.model import GpuId, ModelName, WorkerId
+from l40sd.core.plan import Observed
+from l40sd.services.learned import Learned, recalled
+
+M = ModelName("m")
+SERVES = Observed(
+    worker=WorkerId("m-gpu0"),
+    model=M,
+    gpus=(GpuId("gpu0"),),
+    weight=1,
+    shape=(M, 1, 1),
+    fingerprint="f",
+    phase=Phase.READY,
+    goal=Goal.SERVE,
+)
+
+
+def test_a_launch_that_served_is_proven_for_a_while() -> None:
+    learned = Learned()
+    learned.note([SERVES, replace(SERVES, fingerprint="comes up", phase=Phase.STARTING)])
+    assert learned.proofs(60) == {"f"}
+    assert learned.proofs(0) == frozenset(), "switched off"
+    learned.served_at_s["f"] = now_s() - 61
+    assert learned.proofs(60) == frozenset()
+
+
+@pytest.mark.parametrize(
+    "failed",
+    [
+        replace(SERVES, phase=Phase.BACKOFF, failed_starts=1),
+        *(replace(SERVES, phase=phase) for phase in (Phase.QUARANTINED, Phase.FAILED, Phase.STUCK)),
+    ],
+)
+def test_a_launch_that_failed_since_is_on_trial_again(failed: Observed) -> None:
+    learned = Learned()
+    learned.note([SERVES])
+    learned.note([failed])
+    assert learned.proofs(60) == frozenset()
+
+
+def test_the_next_daemon_knows_proofs_of_this_boot_only_and_all_loads() -> None:
+    learned = Learned()
+    learned.note([SERVES])
+    stored = decode(dict[str, object], encode(learned.journal({M: [3.5]})))
+    same, loads_s = recalled(stored)
+    assert (same.proofs(60), loads_s) == ({"f"}, {M: [3.5]})
+    other, loads_s = recalled({**stored, "boot_id": "another"})
+    assert (other.proofs(60), loads_s) == (frozenset(), {M: [3.5]})
+    assert recalled({**stored, "served_at_s": "what another l40sd wrote"}) == (Learned(), {})
