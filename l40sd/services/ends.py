@@ -47,6 +47,16 @@ def last_end_of(record: ExitRecord, how: str, *, why: str) -> LastEnd:
     return LastEnd(how=how, why=why, at=record.ended_at, ran_s=record.ran_s, instance=record.instance)
 
 
+def told_of_the_end(record: ExitRecord, reason: str, log_says: str) -> str:
+    """Return what is added to the failure that a run was ended for, by what became of it then; empty: nothing new.
+
+    What runs out of memory stands still first, so that the kernel may come second.
+    """
+    if record.oom:
+        return f"; {reason}"
+    return f"; its log: {log_says}" if log_says else ""
+
+
 def describe_exit(record: ExitRecord) -> tuple[str, str]:
     """Return what an exit is filed under, and a phrase for the operator."""
     if record.oom:

@@ -40,7 +40,7 @@ from l40sd.core.model import WorkerId
 from l40sd.core.outliers import Peer, Standing
 from l40sd.core.outlook import Slot
 from l40sd.core.plan import Observed, Wanted
-from l40sd.services.ends import End, end_of, last_end_of
+from l40sd.services.ends import End, end_of, last_end_of, told_of_the_end
 from l40sd.services.gpus import wait_until_free
 from l40sd.services.making import launch_of, refuse_misconfigured, spec_of, with_cache
 from l40sd.services.past import TOLD, Past
@@ -670,8 +670,8 @@ class Worker:
         self.reason = failure.reason or failure.kind
         if earlier:
             self.reason += f"; with a request that had ended {earlier} before, where it counts"
-        if failure is not happening and happening.log_says:  # it hung, say: what it said when it was stopped
-            self.reason += f"; its log: {happening.log_says}"
+        if failure is not happening and happening.exit is not None:  # it hung, say: how it ended when it was stopped
+            self.reason += told_of_the_end(happening.exit, happening.reason, happening.log_says)
         if verdict.delay_s is None:
             self.phase = Phase.QUARANTINED
             self.reason = f"{verdict.why}: {self.reason}"

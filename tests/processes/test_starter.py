@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from l40sd.adapters.process.providers import Unavailable, start_unit
+from l40sd.adapters.process import providers
+from l40sd.adapters.process.providers import Late, Unavailable, start_unit
+from l40sd.core.errors import L40sError
 
 
 @contextlib.asynccontextmanager
@@ -93,5 +95,28 @@ async def test_what_systemd_says_is_passed_on_and_bounded(
 
 async def test_a_starter_that_says_nothing_is_waited_for_no_longer_than_the_limit(tmp_path: Path) -> None:
     async with starter(tmp_path / "sock", None):
-        with pytest.raises(Unavailable, match=r"took longer than 0\.1 s"):
+        with pytest.raises(Late, match=r"took longer than 0\.1 s"):
             await start_unit("a", timeout_s=0.1, starter=tmp_path / "sock")
+
+
+@pytest.mark.parametrize("answer", [b"0 \n", None, b"1 Failed to start: Unit is masked.\n"])
+async def test_a_starter_that_is_late_is_one_all_the_same(
+    tmp_path: Path, systemctl: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | None
+) -> None:
+    """Seen on a host that was slow at its start: workers without units for good, and none of them could be pinned."""
+    monkeypatch.setattr(providers, "PROBE_TIMEOUT_S", 0.1 if answer is None else 20.0)
+    monkeypatch.setattr(providers, "STARTER", tmp_path / "sock")
+    monkeypatch.setattr(providers, "UNIT_RUNTIME_DIR", tmp_path)
+    monkeypatch.setattr(providers, "SYSTEMD_RUNS", tmp_path)
+    async with starter(tmp_path / "sock", answer):
+        if answer is None:
+            provider = await providers.choose("auto", tmp_path)
+            assert (provider.name, provider.note) == (
+                "unit",
+                f"not seen to work yet: {tmp_path}/sock took longer than 0.1 s",
+            )
+        elif answer.startswith(b"0"):
+            assert await providers.choose("auto", tmp_path) == providers.Provider(name="unit")
+        else:
+            with pytest.raises(L40sError, match="Unit is masked"):
+                await providers.choose("unit", tmp_path)

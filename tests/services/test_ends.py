@@ -4,7 +4,7 @@ import pytest
 from test_operations import QUICK, SiteOf, post, worker
 
 from l40sd.adapters.process import ExitRecord
-from l40sd.services.ends import describe_exit
+from l40sd.services.ends import describe_exit, told_of_the_end
 
 DYING = """
 [daemon]
@@ -113,3 +113,16 @@ RECORD = {"instance": "w-1", "ended_at": "2026-11-28T13:00:00+00:00"}
 def test_an_end_is_named_as_what_it_was(record: ExitRecord, kind: str, says: str) -> None:
     assert describe_exit(record)[0] == kind
     assert says in describe_exit(record)[1]
+
+
+def test_a_run_that_the_kernel_killed_while_it_was_ended_for_another_reason_is_told_as_out_of_memory() -> None:
+    """A worker at its memory's limit stands still before it is killed: it was told as hung, and nothing of memory."""
+    record = ExitRecord(cause="stopped", signal=9, oom=True, ended_at="t")
+    _, says = describe_exit(record)
+    assert told_of_the_end(record, says, "the GPU ran out of memory") == f"; {says}"
+    killed = ExitRecord(cause="stopped", signal=9, ended_at="t")
+    assert (
+        told_of_the_end(killed, "ended by signal 9", "its ranks lost each other")
+        == "; its log: its ranks lost each other"
+    )
+    assert told_of_the_end(killed, "ended by signal 9", "") == ""

@@ -87,11 +87,16 @@ class Daemon:
         self.count = count
 
     def serve(self) -> dict[str, Worker]:
-        """Have it run with all workers ready, and return these; what runs already is left alone."""
+        """Have it run with all workers ready, and return these; what runs already is left alone.
+
+        Failures of what was injected before are forgotten: they would count in what is injected next.
+        """
         if self.count == 0:
             self.configure()
         self.machine.run("systemctl start l40sd")
-        return self.until_ready()
+        for worker in self.until_ready():
+            self.post(f"/v1/workers/{worker}/reset")
+        return self.workers()
 
     def until_ready(self) -> dict[str, Worker]:
         """Wait until all workers are ready and return them."""
