@@ -117,10 +117,10 @@ def test_an_end_is_named_as_what_it_was(record: ExitRecord, kind: str, says: str
 
 def test_a_run_that_the_kernel_killed_while_it_was_ended_for_another_reason_is_told_as_out_of_memory() -> None:
     """A worker at its memory's limit stands still before it is killed: it was told as hung, and nothing of memory."""
-    record = ExitRecord(cause="stopped", signal=9, oom=True, ended_at="t")
+    record = ExitRecord(**RECORD, cause="stopped", signal=9, oom=True)
     _, says = describe_exit(record)
     assert told_of_the_end(record, says, "the GPU ran out of memory") == f"; {says}"
-    killed = ExitRecord(cause="stopped", signal=9, ended_at="t")
+    killed = ExitRecord(**RECORD, cause="stopped", signal=9)
     assert (
         told_of_the_end(killed, "ended by signal 9", "its ranks lost each other")
         == "; its log: its ranks lost each other"
