@@ -62,7 +62,7 @@ class Event(StrEnum):
     UNDRAIN = "undrain"  # operator: serve again
     RESTART = "restart"  # operator: once
     RETIRE = "retire"  # plan: be gone, after a drain
-    RESET = "reset"  # operator: forget the failures, try now
+    RESET = "reset"  # operator: forget the failures; where it waits for another try, now
     EMPTY = "empty"  # nothing in flight any more, or the drain's deadline passed
     EXITED = "exited"  # the process and all its children are gone
     UNKILLABLE = "unkillable"  # SIGKILL did not empty it in time
@@ -145,10 +145,12 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.MISCONFIGURED: Step(P.FAILED, (A.CLEAN_UP, A.WAIT_REFUSED)),
         # The process may come into being at any moment: remember the wish, act when it is known.
         E.RETIRE: Step(P.SPAWNING, goal=G.GONE),
+        E.RESET: Step(P.SPAWNING, (A.FORGIVE,)),
         E.RESTART: Step(P.SPAWNING),
     },
     P.STARTING: {
         E.UP: Step(Ask.AFTER_START, (A.WATCH,)),
+        E.RESET: Step(P.STARTING, (A.FORGIVE,)),
         E.UNDRAIN: Step(P.STARTING, goal=G.SERVE),
         E.START_FAILED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,
@@ -158,6 +160,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.RESTART: Step(P.STOPPING, _TERMINATE, goal=G.RESTART),
     },
     P.READY: {
+        E.RESET: Step(P.READY, (A.FORGIVE,)),
         E.FELL: Step(P.UNREADY, (A.REMOVE_ROUTE,)),
         E.STALLED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,
@@ -166,6 +169,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.RESTART: Step(P.DRAINING, _DRAIN, goal=G.RESTART),
     },
     P.UNREADY: {
+        E.RESET: Step(P.UNREADY, (A.FORGIVE,)),
         E.ROSE: Step(P.READY, (A.ADD_ROUTE,)),
         E.STALLED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,
@@ -175,6 +179,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.RESTART: Step(P.DRAINING, _DRAIN, goal=G.RESTART),
     },
     P.DRAINING: {
+        E.RESET: Step(P.DRAINING, (A.FORGIVE,)),
         E.EMPTY: Step(Ask.AFTER_DRAIN),
         E.STALLED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,
@@ -184,6 +189,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.UNDRAIN: Step(P.READY, (A.ADD_ROUTE,), goal=G.SERVE),
     },
     P.DRAINED: {
+        E.RESET: Step(P.DRAINED, (A.FORGIVE,)),
         E.UNDRAIN: Step(P.READY, (A.ADD_ROUTE,), goal=G.SERVE),
         E.STALLED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,

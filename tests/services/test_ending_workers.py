@@ -77,7 +77,9 @@ async def test_at_the_drains_deadline_what_has_no_byte_yet_goes_elsewhere_and_a_
         whole = group.create_task(ask(site, tokens=60))
         victim = await busy(site, 1)
         others = [group.create_task(ask(site, tokens=60, stream=True)) for _ in range(3)]
-        await site.until(lambda s: all(w.in_flight == 2 for w in s.workers), "two on each", PATIENCE_S)
+        await site.until(
+            lambda s: bool(s.workers) and all(w.in_flight == 2 for w in s.workers), "two on each", PATIENCE_S
+        )
         await post(site, f"/v1/workers/{victim.id}/restart")
         event = await site.until_event("worker.drain_deadline", PATIENCE_S)
         assert event.data["in_flight"] == 2

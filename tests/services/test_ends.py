@@ -26,7 +26,9 @@ async def test_the_reason_in_an_engines_output_is_told_and_not_only_its_status(s
     )
     site = site_of(QUICK + DYING.format(script=script))
     await site.start()
-    status = await site.until(lambda s: all(w.phase == "quarantined" for w in s.workers), "given up", 60)
+    status = await site.until(
+        lambda s: bool(s.workers) and all(w.phase == "quarantined" for w in s.workers), "given up", 60
+    )
     for each in status.workers:
         assert "ended by itself with status 0" in each.reason
         assert "its rank VllmWorker-1 died" in each.reason

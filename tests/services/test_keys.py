@@ -29,7 +29,11 @@ async def test_all_workers_of_a_model_have_one_key_over_their_restarts_and_the_d
     os.kill(first.pid, signal.SIGKILL)
     await site.start()
     status = await site.until(
-        lambda s: all(w.phase == "ready" for w in s.workers) and worker(s, first.id).pid != first.pid, "again", 30
+        lambda s: (
+            bool(s.workers) and all(w.phase == "ready" for w in s.workers) and worker(s, first.id).pid != first.pid
+        ),
+        "again",
+        30,
     )
     await post(site, f"/v1/workers/{status.workers[1].id}/restart")
     await site.until(lambda s: s.workers[1].pid not in (None, status.workers[1].pid), "restarted", 30)

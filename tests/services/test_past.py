@@ -203,13 +203,21 @@ async def test_a_back_off_goes_on_where_it_was(site_of: SiteOf) -> None:
     assert before.next_start_s is not None
     assert before.next_start_s - 30 < after.next_start_s < before.next_start_s
     await tell(site, one.id, "reset")
-    assert of(await site.until_ready("two", 30), one.id).restarts == 0
+    ready = of(await site.until_ready("two", 30), one.id)
+    assert ready.restarts == 0
+    end(ready.pid)
+    await site.until(lambda s: of(s, one.id).restarts == 1 and of(s, one.id).phase == "ready", "once more", 30)
+    await tell(site, one.id, "reset")
+    status = await site.until(lambda s: of(s, one.id).restarts == 0, "also while it is ready", 30)
+    assert of(status, one.id).phase == "ready", "and its run goes on"
 
 
 async def test_given_up_is_given_up_until_the_reset(site_of: SiteOf) -> None:
     site = site_of(TWO.replace("attention_heads = 8", 'attention_heads = 8\nargs = ["--fault", "exit-at-once=3"]'))
     await site.start()
-    before = await site.until(lambda s: all(w.phase == "quarantined" for w in s.workers), "given up", 60)
+    before = await site.until(
+        lambda s: bool(s.workers) and all(w.phase == "quarantined" for w in s.workers), "given up", 60
+    )
     await site.kill()
     after = await site.start()
     assert [(w.id, w.phase, w.reason, w.restarts) for w in after.workers] == [
