@@ -1,12 +1,14 @@
 """The demo's story, told by the real programs: see scripts/demo.
 
 What is printed below a step is the output of `l40sctl` itself, or a reply that came through the proxy. Nothing
-is staged: when a step fails, the demo says which and why, cleans up, and ends with status 1.
+is staged: when a step fails, the demo says which and why, cleans up, and ends with status 1. It stays below 60 lines
+in a pipe, too, where each line is written once and stays.
 """
 
 import argparse
 import asyncio
 import json
+import re
 import shutil
 import signal
 import sys
@@ -48,7 +50,7 @@ attention_heads = 64
 args = ["-t", "1", "-c", "4096", "-np", "4", "--no-warmup"]
 """
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)  # long lines are the terminal's to wrap: copied, they are whole
 
 
 class Story:
@@ -97,7 +99,7 @@ async def tell(story: Story, site: Site, *, stay: bool) -> Tally:
     """Do the steps; return the account of the load."""
     async with story.step("start l40sd on a recorded host with 12 L40S (no GPU needed)"):
         first = await site.start()
-        console.print(f"     l40sd {first.version}, pid {site.daemon.pid if site.daemon else '?'}, files in .demo/")
+        console.print(f"     l40sd {first.version}, files in .demo/")
     async with story.step("pattern A: one llama.cpp server on each GPU"):
         await come_up(site, "A", 12)
     async with story.step("ask the endpoint, as any OpenAI client would"):
@@ -120,7 +122,7 @@ async def tell(story: Story, site: Site, *, stay: bool) -> Tally:
         story.number += 1
         suggest(site, await site.status())
         return tally
-    async with story.step("stop: SIGTERM, as systemd does"):
+    async with story.step("stop it, and look for what is left"):
         code = await site.stop()
         left = site.leftovers()
         if code != 0 or left:
@@ -191,10 +193,32 @@ async def l40sctl(site: Site, *arguments: str) -> None:
         L40sError: It did not end with status 0.
     """
     console.print(f"     $ [bold]l40sctl {' '.join(arguments)}[/]")
-    process = await asyncio.create_subprocess_exec(BIN / "l40sctl", "--socket", str(site.socket), *arguments)
+    program = (str(BIN / "l40sctl"), "--socket", str(site.socket), *arguments)
+    if console.is_terminal:
+        process = await asyncio.create_subprocess_exec(*program)
+    else:  # both through one pipe, so that they stay in order
+        pipe, same = asyncio.subprocess.PIPE, asyncio.subprocess.STDOUT
+        process = await asyncio.create_subprocess_exec(*program, stdout=pipe, stderr=same)
+        assert process.stdout is not None
+        told: set[str] = set()
+        async for line in process.stdout:
+            tell_once(line.decode("utf-8", "replace").rstrip("\n"), told)
     code = await process.wait()
     if code != 0:
         raise L40sError(f"l40sctl {' '.join(arguments)} ended with status {code}")
+
+
+def tell_once(line: str, told: set[str]) -> None:
+    """Pass on a line of `l40sctl`; of a change's progress only the first for each number of ready workers.
+
+    On a terminal that is a bar. Elsewhere it is a line a step, how many depends on the machine, and a page of draining
+    and starting hides what the demo is about.
+    """
+    count = re.match(r".*: \d+ of \d+ ready", line)
+    key = count[0] if count else ""
+    if not key or key not in told:
+        console.print(line, markup=False)
+    told.add(key)
 
 
 def suggest(site: Site, status: Status) -> None:

@@ -23,7 +23,7 @@ ACTION_STYLES = {"start": "green", "drain": "yellow", "stop": "yellow"}
 
 def topology_view(topology: Topology, *, is_short: bool = False) -> RenderableType:
     """Return the link matrix, what the GPUs hang on, and the GPU groups with their reasons; short: what GPUs share."""
-    kind = "this machine" if topology.is_live else "recorded: pinning is shown, not applied"
+    kind = "this machine" if topology.is_live else "recorded" if is_short else "recorded: pinning is shown, not applied"
     head = Flow([Text(topology.host, style="bold"), f"{len(topology.gpus)} GPUs", topology.source, kind])
     rows = [Row((name, numbers(gpus))) for name, gpus in topology.switches if gpus]
     shared = Grid((Column(title="SHARED"), Column(title="GPUS")), rows)

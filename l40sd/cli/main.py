@@ -197,7 +197,9 @@ def _worker_command(verb: str, doing: str, text: str) -> None:
 
 _worker_command("drain", "drains", "Send each WORKER no more requests until undrain; it stays up.")
 _worker_command("undrain", "receives requests again", "Send each drained WORKER requests again.")
-_worker_command("reset", "failures forgotten", "Forget each WORKER's failures and start it at once.")
+_worker_command(
+    "reset", "failures forgotten", "Forget each WORKER's failures; one that waits for another try is started at once."
+)
 
 
 @cli.command()

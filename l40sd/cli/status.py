@@ -191,9 +191,10 @@ def _header(status: Status) -> list[RenderableType]:
     endpoint = [f"endpoint {' '.join(proxy.listen) or 'none'}", f"{proxy.served} served", f"{proxy.failed} failed"]
     for count, name in ((proxy.retried, "retried"), (proxy.waiting, "waiting"), (proxy.connections, "connections")):
         endpoint += [f"{count} {name}"] if count else []
-    rest = [f"workers in {_PROVIDERS.get(status.provider, status.provider)}"]  # what it cannot do is doctor's to say
+    # What it cannot do is doctor's to say, and so is that nothing is pinned on a recorded host.
+    rest = [f"workers in {_PROVIDERS.get(status.provider, status.provider)}"]
     if not status.is_live:
-        rest += [f"recorded host {status.inventory}", "pinning is shown, not applied"]
+        rest += [f"recorded host {status.inventory}"]
     return [Flow(head), Flow(endpoint, style="dim"), Flow(rest, style="dim")]
 
 

@@ -46,6 +46,7 @@ class Failure:
     Attributes:
         kind: What it is filed under; empty for an end that says nothing of itself.
         reason: What came first: of a hung worker that was then killed, that it hung.
+        ended: How it ended when it was stopped for that; empty: nothing of it is new.
         log_says: What its log said when it was stopped for that; empty: nothing, or it is the reason already.
         ready_for_s: How long it had been ready; None: it never was.
         excused_by: The worker that was ended before by the request that ended this one; empty: none.
@@ -53,6 +54,7 @@ class Failure:
 
     kind: str
     reason: str
+    ended: str = ""
     log_says: str = ""
     ready_for_s: float | None = None
     is_oom: bool = False
@@ -110,6 +112,8 @@ def reason_of(failure: Failure) -> str:
     text = failure.reason or failure.kind
     if failure.excused_by:
         text += f"; with a request that had ended {failure.excused_by} before, where it counts"
+    if failure.is_oom and failure.ended:  # what runs out of memory stands still first: the kernel may come second
+        return f"{text}; {failure.ended}"
     if failure.log_says:
         text += f"; its log: {failure.log_says}"
     return text

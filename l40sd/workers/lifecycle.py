@@ -63,7 +63,7 @@ class Event(StrEnum):
     UNDRAIN = "undrain"  # operator: serve again
     RESTART = "restart"  # operator: once
     RETIRE = "retire"  # plan: be gone, after a drain
-    RESET = "reset"  # operator: forget the failures, try now
+    RESET = "reset"  # operator: forget the failures; where it waits for another try, now
     EMPTY = "empty"  # nothing in flight any more, or the drain's deadline passed
     EXITED = "exited"  # the process and all its children are gone
     UNKILLABLE = "unkillable"  # SIGKILL did not empty it in time
@@ -179,10 +179,12 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.MISCONFIGURED: Step(P.FAILED, (A.CLEAN_UP, A.WAIT_REFUSED)),
         # The process may come into being at any moment: remember the wish, act when it is known.
         E.RETIRE: Step(P.SPAWNING, goal=G.GONE),
+        E.RESET: Step(P.SPAWNING, (A.FORGIVE,)),
         E.RESTART: Step(P.SPAWNING),
     },
     P.STARTING: {
         E.UP: Step(NextPhase.AFTER_START, (A.WATCH,)),
+        E.RESET: Step(P.STARTING, (A.FORGIVE,)),
         E.UNDRAIN: Step(P.STARTING, goal=G.SERVE),
         E.START_FAILED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,
@@ -192,6 +194,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.RESTART: Step(P.STOPPING, _TERMINATE, goal=G.RESTART),
     },
     P.READY: {
+        E.RESET: Step(P.READY, (A.FORGIVE,)),
         E.FELL: Step(P.UNREADY, (A.REMOVE_ROUTE,)),
         E.STALLED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,
@@ -200,6 +203,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.RESTART: Step(P.DRAINING, _DRAIN, goal=G.RESTART),
     },
     P.UNREADY: {
+        E.RESET: Step(P.UNREADY, (A.FORGIVE,)),
         E.ROSE: Step(P.READY, (A.ADD_ROUTE,)),
         E.STALLED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,
@@ -209,6 +213,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.RESTART: Step(P.DRAINING, _DRAIN, goal=G.RESTART),
     },
     P.DRAINING: {
+        E.RESET: Step(P.DRAINING, (A.FORGIVE,)),
         E.EMPTY: Step(NextPhase.AFTER_DRAIN),
         E.STALLED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,
@@ -218,6 +223,7 @@ TABLE: dict[Phase, dict[Event, Step]] = {
         E.UNDRAIN: Step(P.READY, (A.ADD_ROUTE,), goal=G.SERVE),
     },
     P.DRAINED: {
+        E.RESET: Step(P.DRAINED, (A.FORGIVE,)),
         E.UNDRAIN: Step(P.READY, (A.ADD_ROUTE,), goal=G.SERVE),
         E.STALLED: Step(P.STOPPING, _TERMINATE),
         E.EXITED: _EXIT,

@@ -493,6 +493,7 @@ class Worker:
         failure = Failure(
             kind=first.kind,
             reason=first.reason,
+            ended=happening.reason if first is not happening else "",
             log_says=happening.log_says if first is not happening else "",
             ready_for_s=ready_for_s,
             is_oom=happening.exit is not None and happening.exit.oom,

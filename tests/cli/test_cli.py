@@ -168,16 +168,19 @@ def test_the_topology_in_short_is_what_gpus_share(capfd: pytest.CaptureFixture[s
     assert cli.run(["topology", "--from", "l40s-12-4+2", "--short"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 8
+    assert lines[0].endswith(" · recorded")
     assert lines[2].split() == ["PCIe", "switch", "0000:16:00.0", "0,1,2,3"]
 
 
 def test_status_leaves_to_doctor_what_nobody_can_mend_at_once(
     fake: FakeControl, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Every `status` on a laptop had two lines on controllers that its kernel lacks."""
+    """Every `status` on a laptop had two lines on controllers that its kernel lacks, and that nothing is pinned."""
     note = "no pids and memory controller here"
-    fake.answers["GET /v1/status"] = (200, replace(canned.STATUS, provider_note=note))
-    assert note not in Run(fake, capfd, "status").out
+    fake.answers["GET /v1/status"] = (200, replace(canned.STATUS, provider_note=note, is_live=False))
+    out = Run(fake, capfd, "status").out
+    assert f"recorded host {canned.STATUS.inventory}\n" in out
+    assert note not in out
 
 
 def test_the_topology_can_be_recorded(fake: FakeControl, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

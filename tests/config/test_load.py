@@ -201,6 +201,7 @@ def test_all_problems_of_all_files_are_told_at_once() -> None:
         "[engines.w]\ncommand = ['/opt/serve.sh']\nenv = { PORT = '{port}', CUDA_VISIBLE_DEVICES = '{gpus}' }\n",
         "[engines.w]\ncommand = ['/bin/sh', '-c', 'exec serve --port {port} --api-key {api_key} --tp 2']\n",
         "[engines.w]\ncommand = ['numactl', '-N0', 'serve', '{port}']\n[host]\nnuma_pinning = false\n",
+        "[engines.w]\nbase = 'vllm'\nenv = { VLLM_API_KEY = '{api_key}', LLAMA_API_KEY = '{api_key}' }\n",
         "[models.x]\nengine = 'mine'\nsource = 'x'\nargs = ['--port-range', '9']\n"
         "[engines.mine]\ncommand = ['serve', '{port}']\n",
     ],

@@ -69,7 +69,9 @@ async def test_at_the_drains_deadline_what_has_no_byte_yet_goes_elsewhere_and_a_
         whole = group.create_task(ask(site, tokens=60))
         victim = await busy(site, 1)
         others = [group.create_task(ask(site, tokens=60, stream=True)) for _ in range(3)]
-        await site.until(lambda s: all(w.in_flight == 2 for w in s.workers), "two on each", PATIENCE_S)
+        await site.until(
+            lambda s: bool(s.workers) and all(w.in_flight == 2 for w in s.workers), "two on each", PATIENCE_S
+        )
         await site.post(f"/v1/workers/{victim.id}/restart")
         event = await site.until_event("worker.drain_deadline", PATIENCE_S)
         assert event.data["in_flight"] == 2
@@ -125,3 +127,19 @@ async def test_a_request_that_ends_workers_ends_two_and_counts_once(site_of: Sit
     assert len(exited) == 1
     assert "with a request that had ended toy-" in exited[0]["reason"]
     assert (await ask(site, text="another one"))[0] == 200
+
+
+async def test_a_request_that_hangs_two_workers_is_tried_on_no_third(site_of: SiteOf) -> None:
+    """A worker is stopped because it hangs: what it was at may be the cause, and goes to one further worker only."""
+    config = TWO.replace("count = 2", "count = 3").replace("[health]", "[health]\nstall_timeout_s = 1")
+    site = site_of(config)
+    await site.start()
+    before = await site.until_ready("two", PATIENCE_S)
+    for worker in before.workers:
+        await set_fault(worker, hang_after=1)
+    status, text, _ = await ask(site)
+    error = json.loads(text)["error"]
+    assert (status, error["code"]) == (502, "worker_failed")
+    assert "it is not tried again" in error["message"]
+    stopping = [event.data["worker"] for event in await site.events() if event.event == "worker.stopping"]
+    assert len(stopping) == len(set(stopping)) == 2

@@ -26,7 +26,9 @@ async def test_the_reason_in_an_engines_output_is_told_and_not_only_its_status(s
     )
     site = site_of(QUICK + DYING.format(script=script))
     await site.start()
-    status = await site.until(lambda s: all(w.phase == "quarantined" for w in s.workers), "given up", 60)
+    status = await site.until(
+        lambda s: bool(s.workers) and all(w.phase == "quarantined" for w in s.workers), "given up", 60
+    )
     for each in status.workers:
         assert "ended by itself with status 0" in each.reason
         assert "its rank VllmWorker-1 died" in each.reason
@@ -65,7 +67,34 @@ async def test_a_restart_by_the_operator_is_no_warning(site_of: SiteOf) -> None:
     event = await site.until_event("worker.exited", 10)
     assert event.level == "info"
     assert event.data["reason"] == "stopped as told"
+    last_end = worker_of(await site.status(), before.id).last_end
+    assert last_end is not None
+    assert (last_end.how, last_end.why) == ("stopped as told", "restart by the operator")
     assert not [e for e in await site.events() if e.level not in ("info", "debug")]
+
+
+COMPLAINING = """
+[daemon]
+pattern = "C"
+[engines.mine]
+base = "simulated"
+command = ["/bin/sh", "-c", "echo 'ERROR CUDA out of memory'; exec \\"$@\\"", "sh",
+           "{python}", "-m", "l40sd.sim.engine", "--model", "{names}", "--host", "{host}", "--port", "{port}"]
+[models.toy]
+engine = "mine"
+attention_heads = 8
+"""
+
+
+async def test_of_an_end_that_was_asked_for_no_cause_is_looked_for(site_of: SiteOf) -> None:
+    """Engines complain of much that they survive, and when they are stopped."""
+    site = site_of(QUICK + COMPLAINING)
+    await site.start()
+    before = worker_of(await site.until_ready("C", 30), "toy-gpu0-1-2-3")
+    await site.post(f"/v1/workers/{before.id}/restart")
+    event = await site.until_event("worker.exited", 30)
+    assert event.data["reason"] == "stopped as told"
+    await site.until_ready("C", 30)
 
 
 RECORD = {"instance": "w-1", "ended_at": "2026-11-28T13:00:00+00:00"}

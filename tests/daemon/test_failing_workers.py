@@ -81,6 +81,22 @@ async def test_a_worker_on_which_requests_fail_is_out_after_a_handful_and_back_w
     assert (await ask(site, 20))[200] == 20
 
 
+async def test_one_that_is_back_is_given_few_requests_first(site_of: SiteOf) -> None:
+    """Its share grows slowly, so that one that fails again at once takes few requests with it."""
+    site = site_of(TOY.format(count=2).replace("slow_start_s = 0.2", "slow_start_s = 3600"))
+    await site.start()
+    failing, _ = (await site.until_ready("toys", 30)).workers
+    await set_faults(failing, error_but_one=1e6)
+    await ask(site, 40)
+    await until_out(site, failing.id)
+    await set_faults(failing, error_but_one=None)
+    before = await site.until_ready("toys", 20)
+    assert (await ask(site, 20))[200] == 20
+    after = await site.status()
+    served = {w.id: w.served for w in after.workers}
+    assert served[failing.id] == next(w.served for w in before.workers if w.id == failing.id), "one idle is before it"
+
+
 async def test_the_only_worker_is_kept_although_requests_fail_on_it_and_that_is_said(site_of: SiteOf) -> None:
     site = site_of(TOY.format(count=1))
     await site.start()

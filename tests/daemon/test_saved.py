@@ -69,6 +69,18 @@ async def happened(site: Site, name: str, worker: str) -> list[Any]:
 # -- drained until undrain -------------------------------------------------------------------------------------------
 
 
+async def killed_once_written(site: Site) -> None:
+    """Kill the daemon once what it shows of its workers is on disk too: it writes a moment later."""
+    shown = {w.id: (w.phase, w.restarts) for w in (await site.status()).workers}
+
+    def is_written() -> bool:
+        workers = json.loads((site.folder / "state" / "state.json").read_text())["pasts"]["workers"]
+        return shown == {name: (past.get("phase"), past.get("restarts", 0)) for name, past in workers.items()}
+
+    await site.until(lambda _: is_written(), "it is on disk", 20)
+    await site.kill()
+
+
 async def test_a_drained_worker_is_drained_for_the_next_daemon_and_never_ready_in_between(site_of: SiteOf) -> None:
     """`systemctl restart l40sd` sent requests to a worker that somebody was looking at."""
     site = site_of(TWO)
@@ -185,7 +197,7 @@ async def test_a_back_off_goes_on_where_it_was(site_of: SiteOf) -> None:
     again = await site.until(lambda s: of(s, one.id).restarts == 1 and of(s, one.id).phase == "ready", "again", 30)
     end(of(again, one.id).pid)
     before = of(await site.until(lambda s: of(s, one.id).phase == "backoff", "waits", 30), one.id)
-    await site.kill()
+    await killed_once_written(site)
     after = of(await site.start(), one.id)
     assert after.phase == "backoff"
     assert (after.restarts, after.reason, after.last_lines) == (2, before.reason, before.last_lines)
@@ -193,14 +205,22 @@ async def test_a_back_off_goes_on_where_it_was(site_of: SiteOf) -> None:
     assert before.next_start_s is not None
     assert before.next_start_s - 30 < after.next_start_s < before.next_start_s
     await tell(site, one.id, "reset")
-    assert of(await site.until_ready("two", 30), one.id).restarts == 0
+    ready = of(await site.until_ready("two", 30), one.id)
+    assert ready.restarts == 0
+    end(ready.pid)
+    await site.until(lambda s: of(s, one.id).restarts == 1 and of(s, one.id).phase == "ready", "once more", 30)
+    await tell(site, one.id, "reset")
+    status = await site.until(lambda s: of(s, one.id).restarts == 0, "also while it is ready", 30)
+    assert of(status, one.id).phase == "ready", "and its run goes on"
 
 
 async def test_given_up_is_given_up_until_the_reset(site_of: SiteOf) -> None:
     site = site_of(TWO.replace("attention_heads = 8", 'attention_heads = 8\nargs = ["--fault", "exit-at-once=3"]'))
     await site.start()
-    before = await site.until(lambda s: all(w.phase == "quarantined" for w in s.workers), "given up", 60)
-    await site.kill()
+    before = await site.until(
+        lambda s: bool(s.workers) and all(w.phase == "quarantined" for w in s.workers), "given up", 60
+    )
+    await killed_once_written(site)
     after = await site.start()
     assert [(w.id, w.phase, w.reason, w.restarts) for w in after.workers] == [
         (w.id, "quarantined", w.reason, 3) for w in before.workers

@@ -12,13 +12,15 @@ import structlog.testing
 
 from l40sd.config.load import load
 from l40sd.hardware.host import Host
+from l40sd.model import ModelName
 from l40sd.routing.routes import Routes
 from l40sd.supervisor.state_file import Store
 from l40sd.supervisor.supervisor import Supervisor
 from l40sd.workers.context import WorkerContext
 from l40sd.workers.keys import WorkerKeys
 from l40sd.workers.known_models import KnownModels
-from l40sd.workers.ports import PortPool
+from l40sd.workers.lifecycle import Goal, Phase
+from l40sd.workers.ports import HeldPort, PortPool
 from l40sd.workers.probe import Prober
 from l40sd.workers.process import Adoption, Processes
 
@@ -60,13 +62,23 @@ class FullTable(Store):
         return await super().save(content)
 
 
-async def supervisor_with(disk: Store) -> Supervisor:
+class NoPort(PortPool):
+    """Finds no file descriptor to look for a port with."""
+
+    tries = 0
+
+    def take(self) -> HeldPort:
+        self.tries += 1
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+async def supervisor_with(disk: Store, ports: PortPool | None = None) -> Supervisor:
     config = load([("l40sd.toml", TWO)]).config
     host = await Host.open(config.host)
     context = WorkerContext(
         host=host,
         processes=cast(Processes, None),
-        ports=PortPool("127.0.0.1", 20000, 20001),
+        ports=ports or PortPool("127.0.0.1", 20000, 20001),
         keys=cast(WorkerKeys, None),
         prober=cast(Prober, None),
         routes=Routes(queue_limit=1, in_flight_limit=0),
@@ -117,4 +129,37 @@ async def test_a_pass_that_the_system_refuses_something_is_taken_again(
     events = [(entry["event"], entry["count"]) for entry in logs if entry["event"].startswith("plan.")]
     assert events == [("plan.failed", 1), ("plan.recovered", 3)]
     assert supervisor.workers, "the pass after it did everything"
+    await supervisor.context.host.close()
+
+
+async def test_a_workers_job_that_the_system_refuses_something_is_done_again_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker's task was one of the supervisor's: its exception ended the daemon, too."""
+    monkeypatch.setattr("l40sd.workers.jobs.JOB_AGAIN_S", 0.01)
+    ports = NoPort("127.0.0.1", 20000, 20001)
+    with structlog.testing.capture_logs() as logs:
+        supervisor = await supervisor_with(Store(tmp_path / "state.json", version=1), ports)
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            running = group.create_task(supervisor.run())
+            while ports.tries < 10:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            assert not running.done()
+            running.cancel()
+    told = [(entry["worker"], entry["job"]) for entry in logs if entry["event"] == "worker.job_failed"]
+    assert sorted(told) == sorted({(worker, "spawn") for worker in supervisor.workers})
+    await supervisor.context.host.close()
+
+
+async def test_what_is_to_be_made_on_a_gpu_that_cannot_be_freed_is_not_waited_for(tmp_path: Path) -> None:
+    supervisor = await supervisor_with(Store(tmp_path / "state.json", version=1))
+    toy, changes = ModelName("toy"), supervisor.changes
+    changes.publish_catalog()
+    assert supervisor.context.routes.may_wait(toy)
+    for wanted in changes.want.wanted:
+        worker = supervisor.workers.make(wanted, changes.want.config)
+        worker.phase, worker.goal = Phase.STUCK, Goal.GONE
+        supervisor.workers.add(worker)
+    changes.publish_catalog()
+    assert not supervisor.context.routes.may_wait(toy)
     await supervisor.context.host.close()

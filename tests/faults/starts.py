@@ -173,7 +173,9 @@ async def saturated(rig: Rig) -> Outcome:
             check(pids(await site.status()) == pids(before), "no worker was restarted")
         for worker in before.workers:
             await set_faults(worker, slow_health=None, slow_metrics=None)
-        await site.until(lambda s: all(w.phase == "ready" for w in s.workers), "both are ready again", 30)
+        await site.until(
+            lambda s: bool(s.workers) and all(w.phase == "ready" for w in s.workers), "both are ready again", 30
+        )
     check(tally.lost == 0, tally.examples)
     return Outcome(took_s=soak_s, lost=tally.lost, note="a soak; 0 kills")
 
@@ -203,7 +205,9 @@ count = 1
     site = rig.site(args=("--fault", "exit-at-once=1"), extra=extra, daemon={"pattern": "both"})
     mark = Mark(seq=0, at=now())
     await site.start()
-    status = await site.until(lambda s: all(w.phase == "quarantined" for w in s.workers), "both have given up", 40)
+    status = await site.until(
+        lambda s: bool(s.workers) and all(w.phase == "quarantined" for w in s.workers), "both have given up", 40
+    )
     took_s = (now() - mark.at).total_seconds()
     reasons = {worker.model: worker.reason for worker in status.workers}
     check("status 1" in reasons["toy"], reasons)
@@ -255,7 +259,9 @@ count = 1
     site = rig.site(extra=extra, daemon={"pattern": "both"})
     began = time.monotonic()
     await site.start()
-    status = await site.until(lambda s: all(w.phase == "failed" for w in s.workers), "both have failed", 20)
+    status = await site.until(
+        lambda s: bool(s.workers) and all(w.phase == "failed" for w in s.workers), "both have failed", 20
+    )
     took_s = time.monotonic() - began
     reasons = {worker.model: worker.reason for worker in status.workers}
     check("/no/such/engine" in reasons["gone"], reasons)

@@ -281,7 +281,7 @@ async def worker_removed(rig: Rig) -> Outcome:
     before = await rig.serve(site)
     async with rig.loaded(site, streams=6, shorts=0, stream_tokens=80) as tally:
         await busiest(site)
-        await site.until(lambda s: all(w.in_flight for w in s.workers), "all are busy", 20)
+        await site.until(lambda s: bool(s.workers) and all(w.in_flight for w in s.workers), "all are busy", 20)
         site.config_file.write_text(site.config.replace("count = 3", "count = 2"))
         began = time.monotonic()
         await site.post("/v1/reload")

@@ -188,7 +188,9 @@ async def loopback_down(rig: Rig) -> Outcome:
     check(pids(await site.status()) == pids(before), "no worker was killed")
     await run(*enter, "ip", "link", "set", "lo", "up")
     back = time.monotonic()
-    after = await site.until(lambda s: all(w.phase == "ready" for w in s.workers), "all serve again", 20)
+    after = await site.until(
+        lambda s: bool(s.workers) and all(w.phase == "ready" for w in s.workers), "all serve again", 20
+    )
     check(pids(after) == pids(before), "the same processes")
     here = Outcome(took_s=time.monotonic() - back, note="down for 6 s, then from up until all are ready")
     return await machine.inject_too(rig, 61, here)

@@ -52,6 +52,14 @@ def test_forgetting_leaves_what_is_there_and_what_is_held(before: set[int], ther
     assert known.gpus.keys() == {GpuId(f"GPU-{slot}") for slot in there} | holding
 
 
+def test_a_gpu_keeps_its_number_beside_one_that_was_forgotten() -> None:
+    """NVML closes the gap, and its numbers are free."""
+    known = Known().with_found(listed(0, 1, 2)).with_found(listed(0, 2), forget=True)
+    for _ in range(2):
+        known = known.with_found(listed(0, 2))
+        assert {each.id: each.index for each in known.gpus.values()} == {"GPU-0": 0, "GPU-2": 2}
+
+
 def test_a_card_in_the_place_of_another_has_its_number() -> None:
     known = Known().with_found(listed(0, 1, 2)).with_found((gpu(0), gpu(1, uuid="GPU-new"), gpu(2)))
     assert {each.id: each.index for each in known.gpus.values()} == {"GPU-0": 0, "GPU-new": 1, "GPU-2": 2}

@@ -6,10 +6,10 @@ import json
 from collections.abc import Awaitable, Callable
 
 import pytest
-from proxykit import Conversation, Dialog, Request, Stand, answer_ok, post
+from proxykit import STREAM_HEAD, Conversation, Dialog, Request, Stand, answer_ok, chunk, post
 
 from l40sd.proxy import client_connection, pages
-from l40sd.proxy.bounds import FREE_BODY_BYTES
+from l40sd.proxy.bounds import FREE_BODY_BYTES, address_of
 
 StartStand = Callable[..., Awaitable[Stand]]
 MIB = 1 << 20
@@ -48,6 +48,19 @@ async def test_a_body_is_not_read_without_a_key(stand: StartStand, size: int) ->
     await client.send(begun(size) + b"x" * 1000)
     assert (await client.reply()).status == 401
     assert all(not served.reader._parts and not served.reader.held for served in here.proxy.clients.open)
+
+
+async def test_the_body_of_a_refused_request_takes_no_memory_from_the_others(stand: StartStand) -> None:
+    """It is read to its end, so that its connection can be used again, and thrown away as it comes."""
+    size = 60_000
+    here = await stand(api_keys=("sk-1",), body_memory_bytes=2 * size, body_limit_bytes=2 * size)
+    clients = [await here.dial() for _ in range(4)]
+    for client in clients:
+        await client.send(begun(size) + b"x" * (size - 1))
+    for client in clients:
+        await client.send(b"x")
+        assert (await client.reply()).status == 401
+    assert memory(here) == 0
 
 
 async def test_bodies_together_are_bounded_and_who_is_refused_may_come_again(stand: StartStand) -> None:
@@ -139,6 +152,29 @@ async def test_memory_for_bodies_is_given_back_however_it_ends(stand: StartStand
     await here.until(lambda: memory(here) == 0)
 
 
+async def test_a_body_takes_memory_until_its_reply_begins(stand: StartStand) -> None:
+    """It is kept to be sent again, which is over then: a stream may go on for an hour."""
+    here = await stand()
+    is_over = asyncio.Event()
+
+    async def behave(talk: Conversation, request: Request) -> None:
+        assert memory(here) > MIB
+        await talk.send(STREAM_HEAD + chunk(b"data: 1\n\n"))
+        await is_over.wait()
+        await talk.send(b"0\r\n\r\n")
+
+    here.worker.behave = behave
+    client = await here.dial()
+    client.writer.write(post(body_of(MIB)))
+    await client.reader.readuntil(b"data: 1\n\n\r\n")
+    assert memory(here) == 0
+    (served,) = clients_of(here)
+    assert served.exchange is not None
+    assert not served.exchange._body
+    is_over.set()
+    await client.reader.readuntil(b"0\r\n\r\n")
+
+
 async def test_nothing_is_kept_of_a_refused_request(stand: StartStand) -> None:
     """A model's name of 20 MiB stayed for as long as its connection idled; 30 of them stayed in the log's ring."""
     here = await stand(access_log=True)
@@ -176,6 +212,23 @@ async def test_the_access_log_cuts_what_a_client_chose(stand: StartStand, caplog
     line = next(entry for entry in logs if entry["event"] == "proxy.request")
     assert len(json.dumps(line)) < 2000
     assert line["model"] == "n" * 200
+
+
+@pytest.mark.parametrize(
+    ("peername", "address"),
+    [
+        (("192.0.2.7", 5000), "192.0.2.7"),
+        (("2001:db8:1:2::7", 5000, 0, 0), "2001:db8:1:2::"),
+        (("2001:db8:1:2:ffff::8", 5000, 0, 0), "2001:db8:1:2::"),
+        (("2001:db8:1:3::7", 5000, 0, 0), "2001:db8:1:3::"),
+        (("fe80::1%eth0", 5000, 0, 2), "fe80::"),
+        (("::ffff:192.0.2.7", 5000, 0, 0), "192.0.2.7"),
+        ("", ""),
+    ],
+)
+def test_what_one_customer_has_is_one_address(peername: object, address: str) -> None:
+    """A provider gives each customer 2**64 addresses of IPv6 and more: counted one by one they would be no bound."""
+    assert address_of(asyncio.BaseTransport({"peername": peername})) == address
 
 
 async def test_one_address_cannot_take_every_place(stand: StartStand) -> None:

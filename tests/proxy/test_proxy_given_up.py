@@ -160,6 +160,43 @@ async def test_a_stream_that_ends_with_an_abort_is_cut(stand: StartStand) -> Non
     assert b"[DONE]" not in raw
 
 
+async def test_a_stream_whose_abort_was_passed_on_before_its_end_is_cut(stand: StartStand) -> None:
+    """The reason and the end came in two reads: the first could still have been anything."""
+    s = await stand(workers=1)
+    is_passed_on = asyncio.Event()
+
+    async def abort(talk: Conversation, request: Request) -> None:
+        await talk.send(STREAM_HEAD + chunk(b"data: 1\n\n") + chunk(ABORTED_EVENT))
+        await is_passed_on.wait()
+        await talk.send(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+    s.worker.behave = abort
+    dialog = await s.dial()
+    await dialog.send(post())
+    await dialog.reader.readuntil(ABORTED_EVENT)
+    is_passed_on.set()
+    raw = await dialog.rest()
+    assert b"[DONE]" not in raw
+    assert b"aborted this request" in raw
+
+
+async def test_a_stream_without_framing_that_ends_with_an_abort_is_told_as_cut(stand: StartStand) -> None:
+    """Its end is its connection's, so that all of it is passed on before anybody knows."""
+    s = await stand(workers=1)
+
+    async def abort(talk: Conversation, request: Request) -> None:
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+        await talk.send(head + b"data: 1\n\n" + ABORTED_EVENT + b"data: [DONE]\n\n")
+        talk.writer.close()
+
+    s.worker.behave = abort
+    dialog = await s.dial()
+    await dialog.send(post())
+    raw = await dialog.rest()
+    assert b"aborted this request" in raw
+    assert s.failures, "and its worker is asked how it is"
+
+
 async def test_a_text_about_aborts_is_passed_on(stand: StartStand) -> None:
     s = await stand(workers=1)
     text = json.dumps({"text": '"finish_reason": "abort"', "finish_reason": "stop", "kind": "abort"}).encode()

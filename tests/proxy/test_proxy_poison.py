@@ -8,7 +8,7 @@ import pytest
 from proxykit import CHAT, STREAM_HEAD, Conversation, FakeWorker, Request, Stand, answer_ok, chunk, post
 
 from l40sd.model import WorkerId
-from l40sd.proxy import exchange, tries
+from l40sd.proxy import exchange, request_reader, tries
 from l40sd.proxy.reply import Reply
 from l40sd.routing.routes import FailureKind
 
@@ -168,6 +168,16 @@ async def test_a_request_that_our_code_fails_on_is_answered_and_its_lease_return
     assert s.leases() == 0
     assert s.failures == [], "no worker is to blame"
     assert (await dialog.ask(post())).status == 200
+
+
+async def test_a_head_that_our_code_fails_on_is_answered(stand: StartStand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop would close the connection without a word."""
+    s = await stand(workers=1)
+    with monkeypatch.context() as broken:
+        broken.setattr(request_reader, "admit", lambda *_: b"\xff".decode())
+        reply = await s.ask(post())
+    assert (reply.status, reply.error["code"]) == (500, "internal_error")
+    assert (await s.ask(post())).status == 200
 
 
 async def test_a_reply_that_our_code_fails_on_before_its_first_byte_is_answered(

@@ -42,7 +42,7 @@ probe_interval_s = 1
 probe_timeout_s = 5
 stall_timeout_s = 10
 canary_interval_s = 2
-canary_timeout_s = 8
+canary_timeout_s = {{canary_timeout_s}}
 
 [models.toy]
 engine = "simulated"
@@ -69,7 +69,9 @@ class Daemon:
         self.machine = machine
         self.count = 0  # of workers; 0: not configured yet
 
-    def configure(self, *, gpus: Iterable[int] = range(12), count: int = 2, tp: int = 4) -> None:
+    def configure(
+        self, *, gpus: Iterable[int] = range(12), count: int = 2, tp: int = 4, canary_timeout_s: float = 8
+    ) -> None:
         """Give it these of the GPUs and a pattern of ``count`` workers; by default one on each socket.
 
         What is wanted is kept on disk, so the state of an earlier configuration goes.
@@ -81,17 +83,24 @@ class Daemon:
         machine.write("/opt/test/fake_nvml.py", FAKE_NVML.read_text(encoding="utf-8"))
         machine.write("/opt/test/nvml.json", json.dumps({"gpus": known}))
         machine.write("/opt/test/no-polkit-rules.conf", NO_POLKIT_RULES.read_text(encoding="utf-8"))
-        machine.write("/etc/l40sd/l40sd.toml", f"{CONFIG}count = {count}\ntp = {tp}\n")
+        machine.write(
+            "/etc/l40sd/l40sd.toml", f"{CONFIG.format(canary_timeout_s=canary_timeout_s)}count = {count}\ntp = {tp}\n"
+        )
         machine.write("/run/systemd/system/l40sd.service.d/fake-nvml.conf", DROP_IN)
         machine.run("systemctl daemon-reload")
         self.count = count
 
     def serve(self) -> dict[str, Worker]:
-        """Have it run with all workers ready, and return these; what runs already is left alone."""
+        """Have it run with all workers ready, and return these; what runs already is left alone.
+
+        Failures of what was injected before are forgotten: they would count in what is injected next.
+        """
         if self.count == 0:
             self.configure()
         self.machine.run("systemctl start l40sd")
-        return self.until_ready()
+        for worker in self.until_ready():
+            self.post(f"/v1/workers/{worker}/reset")
+        return self.workers()
 
     def until_ready(self) -> dict[str, Worker]:
         """Wait until all workers are ready and return them."""

@@ -97,6 +97,15 @@ def host_out_of_memory(daemon: Daemon) -> Survived:
 
     Fault 52 of docs/what-happens-when.md.
     """
+    daemon.configure(canary_timeout_s=120)  # an engine that eats memory answers nobody, and must not be ended for that
+    try:
+        return memory_eaten_up(daemon)
+    finally:
+        daemon.count = 0  # the next fault gets the usual configuration
+
+
+def memory_eaten_up(daemon: Daemon) -> Survived:
+    """Eat up the host's memory, twice."""
     machine = daemon.machine
     victim, other = daemon.serve().values()
     before, shims = daemon.pid(), daemon.shims()

@@ -48,6 +48,15 @@ def test_a_reason_names_what_came_first_then_whose_request_it_was_then_the_log()
     )
 
 
+def test_a_run_that_the_kernel_killed_while_it_was_ended_for_another_reason_is_told_as_out_of_memory() -> None:
+    """A worker at its memory's limit stands still before it is killed: it was told as hung, and nothing of memory."""
+    hung = Failure(
+        kind="hung", reason="one token did not come", ended="out of memory: ...", log_says="bye", is_oom=True
+    )
+    assert reason_of(hung) == "one token did not come; out of memory: ..."
+    assert reason_of(Failure(kind="oom", reason="out of memory: ...", is_oom=True)) == "out of memory: ..."
+
+
 def test_refusals_are_counted_until_a_start_comes_up_and_good_health_clears_the_record_only() -> None:
     one, delay_s = Failures(restarts=2).refused(WORKERS)
     two, later_s = one.refused(WORKERS)

@@ -90,6 +90,18 @@ def test_every_phase_is_left_without_an_operator() -> None:
         assert Action.FORGIVE not in after.actions, "its failures are remembered"
 
 
+def test_a_reset_forgets_the_failures_in_every_phase_and_disturbs_no_run() -> None:
+    """`l40sctl reset` of a worker that was ready again said that its failures were forgotten, and they counted on."""
+    for (phase, goal), row in WALK.items():
+        after = row.get(Event.RESET)
+        if phase in (Phase.STOPPING, Phase.STOPPED, Phase.STUCK) or goal is Goal.GONE:
+            continue  # its run is being ended, or it has none any more
+        assert after is not None, (phase, goal)
+        assert Action.FORGIVE in after.actions, (phase, goal)
+        if phase in OCCUPIES_GPUS:
+            assert (after.phase, after.goal, after.actions) == (phase, goal, (Action.FORGIVE,))
+
+
 def test_a_goal_once_gone_stays_gone() -> None:
     for (_, goal), row in WALK.items():
         if goal is Goal.GONE:

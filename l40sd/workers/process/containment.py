@@ -17,6 +17,8 @@ from l40sd.workers.process.leftovers import remove_group, unit_of
 
 UNIT_RUNTIME_DIR = Path("/run/l40sd")
 """l40s-worker@.service looks for its instance here."""
+SYSTEMD_RUNS = Path("/run/systemd/system")
+"""There where systemd is the first process (sd_booted(3))."""
 STARTER = Path("/run/l40s-start.sock")
 """Where systemd listens for l40s-start@.service, which starts an instance's unit and can do nothing else."""
 ANSWER_MAX_BYTES = 4096
@@ -41,6 +43,10 @@ class Provider:
 
 class Unavailable(Exception):  # noqa: N818 - not an error: the next provider is tried
     """A provider does not work here; the text says why."""
+
+
+class Late(Unavailable):
+    """There was no answer in time: that says nothing of whether it works."""
 
 
 async def choose(wanted: str, runtime_dir: Path) -> Provider:
@@ -150,14 +156,20 @@ def kill_a_child_in(group: str) -> None:
 async def probe_unit(runtime_dir: Path) -> Provider:
     """Start the template unit once, for an instance that does not exist: its shim ends at once.
 
+    A host that is slow, as at its start, is one that has them: without units no worker could be pinned until the
+    daemon's next start, and each start of a worker asks again anyway.
+
     Raises:
         Unavailable: No systemd, no such unit, no permission, or another runtime directory.
     """
-    if not Path("/run/systemd/system").is_dir():
+    if not SYSTEMD_RUNS.is_dir():
         raise Unavailable("systemd does not run this host")
     if runtime_dir != UNIT_RUNTIME_DIR:
         raise Unavailable(f"l40s-worker@.service works in {UNIT_RUNTIME_DIR} only, not in {runtime_dir}")
-    await start_unit("probe", timeout_s=PROBE_TIMEOUT_S)
+    try:
+        await start_unit("probe", timeout_s=PROBE_TIMEOUT_S, starter=STARTER)
+    except Late as late:
+        return Provider(name="unit", note=f"{late} at the daemon's start")
     return Provider(name="unit")
 
 
@@ -165,7 +177,8 @@ async def start_unit(instance: str, *, timeout_s: float = SYSTEMCTL_TIMEOUT_S, s
     """Have an instance's unit started; whether it came up shows in its run.json.
 
     Raises:
-        Unavailable: It was refused, in systemd's own words, or took longer than ``timeout_s``.
+        Unavailable: It was refused, in systemd's own words.
+        Late: It took longer than ``timeout_s``.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -174,7 +187,7 @@ async def start_unit(instance: str, *, timeout_s: float = SYSTEMCTL_TIMEOUT_S, s
         await start_by_systemctl(instance, timeout_s, starter)
         return
     except TimeoutError as error:
-        raise Unavailable(f"{starter} took longer than {timeout_s:g} s") from error
+        raise Late(f"{starter} took longer than {timeout_s:g} s") from error
     except OSError as error:
         raise Unavailable(f"{starter}: {error.strerror}") from error
     status, _, said = answer.partition(" ")
@@ -187,9 +200,12 @@ async def start_by_systemctl(instance: str, timeout_s: float, starter: Path) -> 
 
     Raises:
         Unavailable: It was refused, as under the units of this one.
+        Late: It took longer than ``timeout_s``.
     """
     try:
         await systemctl("start", unit_of(instance), timeout_s=timeout_s)
+    except Late:
+        raise
     except Unavailable as reason:
         raise Unavailable(f"nobody listens at {starter} (systemctl start l40s-start.socket); {reason}") from reason
 
@@ -230,7 +246,8 @@ async def systemctl(verb: str, *arguments: str, timeout_s: float = SYSTEMCTL_TIM
     """Run one systemctl verb without waiting for its job.
 
     Raises:
-        Unavailable: It failed or took longer than ``timeout_s``; then it is killed.
+        Unavailable: It failed.
+        Late: It took longer than ``timeout_s``; it is killed.
     """
     try:
         process = await asyncio.create_subprocess_exec(
@@ -243,7 +260,7 @@ async def systemctl(verb: str, *arguments: str, timeout_s: float = SYSTEMCTL_TIM
         async with asyncio.timeout(timeout_s):
             _, said = await process.communicate()
     except TimeoutError as error:
-        raise Unavailable(f"systemctl {verb} took longer than {timeout_s:g} s") from error
+        raise Late(f"systemctl {verb} took longer than {timeout_s:g} s") from error
     finally:
         if process.returncode is None:
             process.kill()

@@ -18,7 +18,7 @@ from l40sd.proxy.http1 import cached_heads, chunked, request_body
 from l40sd.proxy.http1 import heads as http_heads
 from l40sd.proxy.http1.chunked import ChunkedBody
 from l40sd.proxy.http1.heads import parse_request, parse_response
-from l40sd.proxy.http1.request_body import find_model, replace_model
+from l40sd.proxy.http1.request_body import CachedModelName, find_model, replace_model
 from l40sd.proxy.refused import Refused
 
 parser: Any = re._parser  # type: ignore[attr-defined]  # the only one there is that reads patterns as re does
@@ -116,7 +116,7 @@ def test_a_pattern_that_is_not_linear_is_told(pattern: bytes, way: str) -> None:
 
 
 class Looked(bytes):
-    """Bytes that count how many of them were looked at to find something."""
+    """Bytes that count how many of them were looked at to find something, or copied."""
 
     looked = 0
 
@@ -124,6 +124,16 @@ class Looked(bytes):
         found = super().find(sub, start, end)
         type(self).looked += (found if found >= 0 else len(self) if end is None else end) - start
         return found
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        if not isinstance(found, bytes):
+            return found
+        type(self).looked += len(found)
+        return type(self)(found)
+
+    def __radd__(self, before: bytes) -> "Looked":
+        return type(self)(before + bytes(self))
 
 
 def steps(act: Callable[[], object]) -> int:
@@ -150,7 +160,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
 
 
 def fed(data: bytes) -> Callable[[], object]:
-    return lambda: ChunkedBody(1 << 30).feed(data)
+    return lambda: ChunkedBody(1 << 30).feed(Looked(data))
 
 
 def form(data: bytes) -> Callable[[], object]:
@@ -180,6 +190,14 @@ ACTS: dict[str, Callable[[int], Callable[[], object]]] = {
     "names in a reply's Connection": lambda n: (
         lambda: parse_response(
             b"HTTP/1.1 200 OK\r\nConnection: " + b",".join(b"a%d" % i for i in range(20 * n)) + b"\r\n\r\n"
+        )
+    ),
+    "names in a reply's Connection, and other fields": lambda n: (
+        lambda: parse_response(
+            b"HTTP/1.1 200 OK\r\nConnection: "
+            + b",".join(b"a%d" % i for i in range(20 * n))
+            + b"\r\nx: 1" * (20 * n)
+            + b"\r\n\r\n"
         )
     ),
     "small chunks": lambda n: fed(b"1\r\na\r\n" * (500 * n)),
@@ -229,3 +247,45 @@ def test_a_client_may_name_a_few_fields_in_connection_and_send_many() -> None:
         with pytest.raises(Refused) as caught:
             parse_request(HEAD + extra + b"\r\n")
         assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{" + b" " * (1 << 20) + b'"model":"m"}', b'{"a":1,"model":"m"' + b" " * (1 << 20) + b"}"],
+    ids=["before it", "behind it"],
+)
+def test_little_is_kept_of_a_body_to_know_the_next_one_by(body: bytes) -> None:
+    """It stays for as long as its connection does."""
+    memory = CachedModelName()
+    assert memory.name(body, b"application/json") == memory.name(body, b"application/json") == "m"
+    assert all(len(getattr(memory, name)) <= request_body.KEPT_BYTES for name in memory.__slots__)
+
+
+def form_with(parts: int, head_bytes: int) -> bytes:
+    """Return a form that names its model in the last of so many parts, under a head of about so many bytes."""
+    head = b'content-disposition: form-data; name="model"\r\nx: ' + b"y" * head_bytes
+    return b"--b\r\na: b\r\n\r\nx\r\n" * (parts - 1) + b"--b\r\n" + head + b"\r\n\r\nm\r\n--b--\r\n"
+
+
+@pytest.mark.parametrize(
+    ("within", "beyond", "says"),
+    [
+        (form_with(request_body.PARTS_LIMIT - 1, 1), form_with(request_body.PARTS_LIMIT, 1), "parts"),
+        (form_with(1, 4000), form_with(1, request_body.PART_HEAD_LIMIT_BYTES), "head"),
+    ],
+    ids=["parts", "a part's head"],
+)
+def test_a_form_is_understood_up_to_a_bound_and_refused_for_it_beyond(within: bytes, beyond: bytes, says: str) -> None:
+    assert find_model(within, FORM).name == "m"
+    with pytest.raises(Refused, match=says):
+        find_model(beyond, FORM)
+
+
+def test_a_model_in_the_middle_is_looked_for_up_to_a_bound() -> None:
+    def body(strings: int, keys: int) -> bytes:
+        return b'{"a":[' + b'"",' * strings + b'{"model":1},' * keys + b'1],"model":"x","b":[[]]}'
+
+    assert b'"model":"m"' in replace_model(body(1000, 100), b"application/json", "m")
+    for beyond in (body(request_body.STRINGS_LIMIT, 0), body(0, request_body.KEYS_LIMIT)):
+        with pytest.raises(Refused, match=r"put .* first"):
+            replace_model(beyond, b"application/json", "m")

@@ -1,5 +1,6 @@
 """What an engine leaves outside its processes goes with it; what others use stays."""
 
+import _multiprocessing
 import os
 import signal
 import sys
@@ -93,6 +94,17 @@ def test_a_segment_that_somebody_uses_is_no_leaving(segments: Path) -> None:
         mapped.unlink()
 
 
+def test_a_semaphore_that_somebody_uses_is_no_leaving(segments: Path) -> None:
+    """Who has one has it mapped, and no descriptor of it."""
+    since_s = (segments / ".").stat().st_ctime - 1
+    name = f"l40sd_{os.getpid()}_semaphore"
+    semaphore = _multiprocessing.SemLock(1, 1, 1, f"/{name}", False)
+    removed = leftovers.remove_segments(str(segments), since_s)
+    assert f"sem.{name}" not in removed
+    del semaphore
+    assert f"sem.{name}" in leftovers.remove_segments(str(segments), since_s)
+
+
 def test_a_segment_older_than_the_run_is_not_its_own(tmp_path: Path) -> None:
     old, new = tmp_path / "psm_old", tmp_path / "sem.mp-new"
     old.touch()
@@ -111,6 +123,17 @@ def test_only_a_folder_of_a_run_is_removed(tmp_path: Path) -> None:
     leftovers.remove_folder("")
     assert sorted(os.listdir(tmp_path)) == ["data", "l40sd-link"]
     assert (tmp_path / "data" / "sub").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder away")
+def test_a_folder_of_another_user_is_neither_removed_nor_forgotten(tmp_path: Path) -> None:
+    """In /tmp everybody may make one that is called so."""
+    theirs = tmp_path / "l40sd-00000000aa"
+    theirs.mkdir()
+    os.chown(theirs, 65534, 65534)
+    leftovers.remove_folder(str(theirs))
+    assert leftovers.sweep(str(tmp_path), theirs.stat().st_mtime + 1) == []
+    assert theirs.exists()
 
 
 async def test_folders_of_which_nobody_knows_any_more_are_removed_by_the_next_run(site: Site, tmp_path: Path) -> None:

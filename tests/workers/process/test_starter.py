@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from l40sd.workers.process.containment import Unavailable, start_unit
+from l40sd.errors import L40sError
+from l40sd.workers.process import containment
+from l40sd.workers.process.containment import Late, Unavailable, start_unit
 
 
 @contextlib.asynccontextmanager
@@ -93,5 +95,26 @@ async def test_what_systemd_says_is_passed_on_and_bounded(
 
 async def test_a_starter_that_says_nothing_is_waited_for_no_longer_than_the_limit(tmp_path: Path) -> None:
     async with starter(tmp_path / "sock", None):
-        with pytest.raises(Unavailable, match=r"took longer than 0\.1 s"):
+        with pytest.raises(Late, match=r"took longer than 0\.1 s"):
             await start_unit("a", timeout_s=0.1, starter=tmp_path / "sock")
+
+
+@pytest.mark.parametrize("answer", [b"0 \n", None, b"1 Failed to start: Unit is masked.\n"])
+async def test_a_starter_that_is_late_is_one_all_the_same(
+    tmp_path: Path, systemctl: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | None
+) -> None:
+    """Seen on a host that was slow at its start: workers without units for good, and none of them could be pinned."""
+    monkeypatch.setattr(containment, "PROBE_TIMEOUT_S", 0.1 if answer is None else 20.0)
+    monkeypatch.setattr(containment, "STARTER", tmp_path / "sock")
+    monkeypatch.setattr(containment, "UNIT_RUNTIME_DIR", tmp_path)
+    monkeypatch.setattr(containment, "SYSTEMD_RUNS", tmp_path)
+    async with starter(tmp_path / "sock", answer):
+        if answer is None:
+            provider = await containment.choose("auto", tmp_path)
+            assert provider.name == "unit"
+            assert provider.note == f"{tmp_path}/sock took longer than 0.1 s at the daemon's start"
+        elif answer.startswith(b"0"):
+            assert await containment.choose("auto", tmp_path) == containment.Provider(name="unit")
+        else:
+            with pytest.raises(L40sError, match="Unit is masked"):
+                await containment.choose("unit", tmp_path)
