@@ -118,3 +118,11 @@ async def test_a_starter_that_is_late_is_one_all_the_same(
         else:
             with pytest.raises(L40sError, match="Unit is masked"):
                 await providers.choose("unit", tmp_path)
+
+
+async def test_without_a_starter_a_late_systemctl_is_no_unit(tmp_path: Path, systemctl: Path) -> None:
+    """Seen on a slow host without polkit's rules: the next daemon took units, and the workers were made anew."""
+    (systemctl.parent / "bin/systemctl").write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
+    with pytest.raises(Unavailable, match=r"nobody listens at .*; systemctl start took longer than 0\.1 s") as raised:
+        await start_unit("a", timeout_s=0.1, starter=tmp_path / "sock")
+    assert not isinstance(raised.value, Late)

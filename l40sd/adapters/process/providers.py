@@ -199,14 +199,11 @@ async def start_by_systemctl(instance: str, timeout_s: float, starter: Path) -> 
     """Start a unit where nobody listens for it: under the units of an older release, whose polkit rule allows this.
 
     Raises:
-        Unavailable: It was refused, as under the units of this one.
-        Late: It took longer than ``timeout_s``.
+        Unavailable: It was refused, as under the units of this one, or took longer than ``timeout_s``.
     """
     try:
         await systemctl("start", unit_of(instance), timeout_s=timeout_s)
-    except Late:
-        raise
-    except Unavailable as reason:
+    except Unavailable as reason:  # late, too: without a starter units are the exception
         raise Unavailable(f"nobody listens at {starter} (systemctl start l40s-start.socket); {reason}") from reason
 
 
