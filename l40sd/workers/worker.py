@@ -369,8 +369,14 @@ class Worker:
             case Action.WAIT_GIVEN_UP:
                 self._retry_in(workers.given_up_retry_s or None)
             case Action.FORGIVE:
-                self.failures = Failures()
-                self._failure, self.last_lines = None, ()
+                self._forgive()
+
+    def _forgive(self) -> None:
+        """Forget the failures; of one that is ready nothing is left to say."""
+        self.failures = Failures()
+        self._failure, self.last_lines = None, ()
+        if self.phase is Phase.READY:
+            self.reason = ""
 
     async def _spawn(self) -> None:
         """Make the process: GPUs free? program there? port, record, shim; posts how it went."""

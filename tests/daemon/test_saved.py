@@ -211,7 +211,7 @@ async def test_a_back_off_goes_on_where_it_was(site_of: SiteOf) -> None:
     await site.until(lambda s: of(s, one.id).restarts == 1 and of(s, one.id).phase == "ready", "once more", 30)
     await tell(site, one.id, "reset")
     status = await site.until(lambda s: of(s, one.id).restarts == 0, "also while it is ready", 30)
-    assert of(status, one.id).phase == "ready", "and its run goes on"
+    assert (of(status, one.id).phase, of(status, one.id).reason) == ("ready", ""), "and its run goes on"
 
 
 async def test_given_up_is_given_up_until_the_reset(site_of: SiteOf) -> None:
